@@ -1,0 +1,3 @@
+//! The chat service.
+
+fn main() {}
