@@ -1,1 +1,10 @@
-//! The harness: private Postgres and Redis instances for tests and for `cargo xtask`.
+//! The harness: private Postgres and Redis instances, and the built service, for tests and for `cargo xtask`.
+//! Blocking std code on purpose: it depends on neither the service nor a runtime, so that xtask builds quickly.
+
+pub mod install;
+pub mod places;
+pub mod servers;
+
+pub use places::{Scratch, service_binary};
+pub use servers::postgres::{Durability, Postgres, PostgresOptions};
+pub use servers::redis::{Redis, RedisOptions};

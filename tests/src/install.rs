@@ -1,0 +1,94 @@
+//! Installs the server programs where that needs no question: Debian or Ubuntu, as root or with password-less sudo.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::servers::{daemon, programs};
+
+/// A first `apt-get update` and 60 MB over a slow line.
+const INSTALL_LIMIT: Duration = Duration::from_secs(900);
+
+/// What to type when we cannot do it ourselves.
+pub const ADVICE: &str = "\
+  Debian, Ubuntu:  sudo apt-get install postgresql redis-server
+  Fedora:          sudo dnf install postgresql-server valkey
+  macOS:           brew install postgresql@17 redis
+or set DATABASE_URL and REDIS_URL, or start Docker or Podman";
+
+/// The packages start their servers on the standard ports unless a policy forbids it. One that is there already is
+/// the administrator's; ours goes away again, whatever happens.
+const SCRIPT: &str = r#"
+set -eu
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT
+    trap 'exit 130' INT TERM HUP
+    printf '#!/bin/sh\nexit 101\n' > "$policy"
+    chmod 755 "$policy"
+fi
+export DEBIAN_FRONTEND=noninteractive
+install() { apt-get -o DPkg::Lock::Timeout=120 install -y -q --no-install-recommends "$@"; }
+if ! apt-get -s -q install --no-install-recommends "$@" >/dev/null 2>&1 || ! install "$@"; then
+    apt-get -o DPkg::Lock::Timeout=120 update -q
+    install "$@"
+fi
+"#;
+
+/// The packages that are missing, by their Debian names.
+pub fn missing_packages() -> Vec<&'static str> {
+    let mut missing = Vec::new();
+    if programs::postgres_bin_dirs().is_empty() {
+        missing.push("postgresql");
+    }
+    if programs::redis_server().is_none() {
+        missing.push("redis-server");
+    }
+    missing
+}
+
+/// Whether [`install`] can work here at all.
+pub fn can_install() -> bool {
+    programs::in_path("apt-get").is_some() && privileged_shell().is_some()
+}
+
+/// Makes sure that the programs of Postgres and Redis are there. `say` is told before anything is installed.
+pub fn ensure_programs(say: impl FnOnce(&str)) -> Result<()> {
+    let missing = missing_packages();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if !can_install() {
+        bail!("{} not installed. Install by hand:\n{ADVICE}", missing.join(" and "));
+    }
+    say(&format!("installing {} with apt-get", missing.join(" and ")));
+    install(&missing)
+}
+
+/// Installs the packages without leaving their services running.
+pub fn install(packages: &[&str]) -> Result<()> {
+    let mut command = privileged_shell().context("neither root nor password-less sudo")?;
+    command.args(["-c", SCRIPT, "sh"]).args(packages);
+    daemon::run_ok(command, INSTALL_LIMIT).with_context(|| format!("install {}", packages.join(" ")))?;
+    let missing = missing_packages();
+    if let Some(still) = packages.iter().find(|package| missing.contains(package)) {
+        bail!("{still} is installed, but its programs are not found. Install by hand:\n{ADVICE}");
+    }
+    Ok(())
+}
+
+/// A root shell that asks nothing.
+fn privileged_shell() -> Option<Command> {
+    if rustix::process::geteuid().is_root() {
+        return Some(Command::new("/bin/sh"));
+    }
+    let sudo = programs::in_path("sudo")?;
+    let mut probe = Command::new(&sudo);
+    probe.args(["-n", "true"]);
+    daemon::run_ok(probe, Duration::from_secs(10)).ok()?;
+    let mut command = Command::new(sudo);
+    command.arg("-n").arg(Path::new("/bin/sh"));
+    Some(command)
+}

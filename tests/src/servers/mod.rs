@@ -1,0 +1,24 @@
+//! Private servers as child processes on loopback ports, under one discipline: every wait has a limit, a server
+//! dies with whoever started it, and what a killed run left behind is cleared before the next start.
+
+pub mod daemon;
+pub mod ports;
+pub mod postgres;
+pub mod programs;
+pub mod redis;
+pub mod sql;
+
+mod home;
+
+use std::path::Path;
+
+use anyhow::Result;
+
+/// Ends the server that a killed run left in `dir`, if one runs, and removes its files wherever they are.
+pub fn clear(dir: &Path) -> Result<()> {
+    for place in home::places(dir) {
+        postgres::stop_earlier(&place)?;
+        redis::stop_earlier(&place)?;
+    }
+    home::remove(dir)
+}
