@@ -1,3 +1,50 @@
-//! `cargo xtask`: what developers and CI run.
+//! `cargo xtask`: what developers and CI run. One file per command.
 
-fn main() {}
+mod ci;
+
+mod prepare;
+mod signals;
+mod steps;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", about, max_term_width = 100, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "Examples:
+  cargo xtask dev                     the service on a private Postgres and Redis, from nothing
+  cargo xtask dev --reset             the same with empty data
+  PORT=8080 cargo xtask dev           every variable of the service works here, also in .env
+  cargo xtask test                    everything that a change has to pass
+  cargo xtask test -- messages        only the tests with that in their name
+  cargo xtask prepare                 after a change of SQL: renew .sqlx";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check formatting, lints, documentation, dependencies and SQL, and run the tests on private servers
+    Test(test::Args),
+    /// Renew .sqlx, the data by which SQL is checked without a database
+    Prepare,
+    /// What .ci/run runs
+    Ci,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Test(args) => test::run(&args),
+        Command::Prepare => prepare::run(),
+        Command::Ci => ci::run(),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

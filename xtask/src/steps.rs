@@ -1,0 +1,200 @@
+//! One step of a command: a line while it runs and a line when it is done, its time, and when it fails the end of
+//! what it said with the way to mend it.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, PipeReader, Write};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use rustix::process::{Pid, Signal, kill_process_group};
+use tests::servers::daemon;
+
+use crate::{signals, workspace};
+
+/// No step takes nearly as long, even from an empty target directory on a small machine.
+const STEP_LIMIT: Duration = Duration::from_secs(3600);
+const NAME_WIDTH: usize = 24;
+const TAIL_LINES: usize = 60;
+
+/// Runs one step under a progress line.
+pub(crate) fn step<T>(name: &str, work: impl FnOnce(&Progress) -> Result<T>) -> Result<T> {
+    signals::check()?;
+    let progress = Progress::start(name);
+    let outcome = work(&progress);
+    progress.finish(outcome.is_ok());
+    outcome
+}
+
+/// Counts checks: each step is one, a test run counts its tests.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+}
+
+impl Tally {
+    /// Runs a step that counts as one check. A failure is shown with its fix and does not end the command.
+    pub(crate) fn check<T>(
+        &mut self,
+        name: &str,
+        fix: &str,
+        work: impl FnOnce(&Progress) -> Result<T>,
+    ) -> Option<T> {
+        match step(name, work) {
+            Ok(value) => {
+                self.passed += 1;
+                Some(value)
+            }
+            Err(error) => {
+                self.failed += 1;
+                println!("{error:#}");
+                if !fix.is_empty() && !signals::asked_to_end() {
+                    println!("  fix: {fix}");
+                }
+                None
+            }
+        }
+    }
+
+    /// The closing line that CI reads.
+    pub(crate) fn close(&self) -> std::process::ExitCode {
+        println!("\n{} passed, {} failed", self.passed, self.failed);
+        std::process::ExitCode::from(u8::from(self.failed > 0))
+    }
+}
+
+/// The line of a running step.
+pub(crate) struct Progress {
+    name: String,
+    bar: ProgressBar,
+    started: Instant,
+}
+
+impl Progress {
+    fn start(name: &str) -> Self {
+        let bar = ProgressBar::new_spinner();
+        if bar.is_hidden() {
+            // No terminal: the name now, the outcome behind it later.
+            print!("  {name:<NAME_WIDTH$}");
+            let _ = std::io::stdout().flush();
+        } else {
+            let template = format!("{{spinner}} {{prefix:{NAME_WIDTH}}} {{elapsed:>4}}  {{wide_msg:.dim}}");
+            bar.set_style(ProgressStyle::with_template(&template).expect("a valid template"));
+            bar.set_prefix(name.to_owned());
+            bar.enable_steady_tick(Duration::from_millis(120));
+        }
+        Self { name: name.to_owned(), bar, started: Instant::now() }
+    }
+
+    fn finish(self, passed: bool) {
+        let outcome = format!(
+            "{:<5}{:>6.1} s",
+            if passed { "ok" } else { "FAIL" },
+            self.started.elapsed().as_secs_f32()
+        );
+        let hidden = self.bar.is_hidden();
+        self.bar.finish_and_clear();
+        if hidden {
+            println!("{outcome}");
+        } else {
+            println!("  {:<NAME_WIDTH$}{outcome}", self.name);
+        }
+    }
+
+    /// What the step is at.
+    pub(crate) fn say(&self, line: &str) {
+        // Escape sequences would survive the bar's shortening only by half.
+        let plain: String = line.chars().filter(|c| !c.is_control()).collect();
+        self.bar.set_message(plain);
+    }
+
+    /// A line that stays.
+    pub(crate) fn note(&self, line: &str) {
+        if self.bar.is_hidden() {
+            println!("{line}");
+            print!("  {:<NAME_WIDTH$}", "");
+            let _ = std::io::stdout().flush();
+        } else {
+            self.bar.suspend(|| println!("  {line}"));
+        }
+    }
+
+    /// Runs a command to its end and returns its output. The whole of it is kept in a file that a failure names.
+    pub(crate) fn run(&self, command: Command) -> Result<String> {
+        self.run_counted(command, |_| ())
+    }
+
+    /// As [`Self::run`], and each line is shown to `see` as it comes, also those of a command that fails later.
+    pub(crate) fn run_counted(&self, mut command: Command, see: impl FnMut(&str)) -> Result<String> {
+        let log_path = workspace::log_file(&self.name)?;
+        let (reader, writer) = std::io::pipe()?;
+        command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+        let name = command.get_program().to_string_lossy().into_owned();
+        let mut child = daemon::spawn(command).with_context(|| format!("start {name}"))?;
+        let group = Pid::from_child(&child);
+        let lines = lines_of(reader, File::create(&log_path)?);
+        let output = self.follow(&mut child, &lines, see).inspect_err(|_| {
+            let _ = kill_process_group(group, Signal::TERM);
+        });
+        let ended = daemon::poll(Duration::from_secs(20), || Ok(child.try_wait()?))?;
+        let Some(status) = ended else {
+            let _ = kill_process_group(group, Signal::KILL);
+            child.wait()?;
+            bail!("{name} had to be killed");
+        };
+        let output = output?;
+        if !status.success() {
+            let tail = daemon::tail(&output, TAIL_LINES);
+            bail!("{tail}\n  {status}; all of its output: {}", workspace::shown(&log_path));
+        }
+        Ok(output)
+    }
+
+    /// Reads lines until the command closes its output, or has ended and left it to a straggler that says nothing.
+    fn follow(
+        &self,
+        child: &mut Child,
+        lines: &Receiver<String>,
+        mut see: impl FnMut(&str),
+    ) -> Result<String> {
+        let deadline = Instant::now() + STEP_LIMIT;
+        let mut output = String::new();
+        loop {
+            match lines.recv_timeout(Duration::from_millis(100)) {
+                Ok(line) => {
+                    self.say(line.trim());
+                    see(&line);
+                    output += &line;
+                    output.push('\n');
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok(output),
+                Err(RecvTimeoutError::Timeout) if child.try_wait()?.is_some() => return Ok(output),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            signals::check()?;
+            if Instant::now() >= deadline {
+                bail!("no end after {} min", STEP_LIMIT.as_secs() / 60);
+            }
+        }
+    }
+}
+
+/// The output's lines, while they are also written to a file.
+fn lines_of(reader: PipeReader, mut log: File) -> Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line).into_owned();
+            // A full disk must not end the step: its output still goes to whoever follows.
+            let _ = writeln!(log, "{line}");
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}

@@ -1,0 +1,168 @@
+//! `cargo xtask test`: everything that a change has to pass, on servers that it starts by itself.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Result, bail};
+use tests::servers::programs;
+use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch, install, places};
+
+use crate::steps::{Progress, Tally};
+use crate::workspace::{cargo, in_ci, offline_cargo};
+use crate::{prepare, signals, workspace};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Arguments for `cargo test`; with any, only the tests run, without the other checks
+    #[arg(last = true)]
+    cargo_test: Vec<String>,
+}
+
+/// Private ones, gone at the end.
+struct Servers {
+    postgres: Postgres,
+    redis: Redis,
+    // Dropped last: the servers' directories are in it.
+    _scratch: Scratch,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    signals::listen()?;
+    let mut tally = Tally::default();
+    if args.cargo_test.is_empty() {
+        all(&mut tally)?;
+    } else {
+        let servers = tally.check("Postgres and Redis", "", start_servers);
+        build_and_test(&mut tally, servers.as_ref(), &args.cargo_test)?;
+    }
+    Ok(tally.close())
+}
+
+/// Every check. A failed one does not keep the later ones from running.
+pub(crate) fn all(tally: &mut Tally) -> Result<()> {
+    tally.check("formatting", "cargo fmt --all", |progress| {
+        progress.run(cargo(&["fmt", "--all", "--check"])).map(drop)
+    });
+    let servers = tally.check("Postgres and Redis", "", start_servers);
+    lint(tally, servers.as_ref());
+    tally.check("rustdoc", "cargo doc --workspace --no-deps names the lines", |progress| {
+        let mut doc = offline_cargo(&["doc", "--workspace", "--no-deps"]);
+        doc.env("RUSTDOCFLAGS", "-D warnings");
+        progress.run(doc).map(drop)
+    });
+    check_dependencies(tally);
+    build_and_test(tally, servers.as_ref(), &[])
+}
+
+fn start_servers(progress: &Progress) -> Result<Servers> {
+    install::ensure_programs(|line| progress.note(line))?;
+    let scratch = Scratch::new("servers")?;
+    let postgres = Postgres::start(&scratch.path().join("postgres"), PostgresOptions::fast())?;
+    let redis = Redis::start(&scratch.path().join("redis"), RedisOptions::default())?;
+    Ok(Servers { postgres, redis, _scratch: scratch })
+}
+
+/// Clippy compiles the query macros against a live database, which checks the committed answers on the way.
+fn lint(tally: &mut Tally, servers: Option<&Servers>) {
+    const CLIPPY: [&str; 6] = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    let fix = "cargo clippy --workspace --all-targets --fix, or by hand";
+    let Some(Servers { postgres, .. }) = servers else {
+        tally.check("clippy", fix, |progress| progress.run(offline_cargo(&CLIPPY)));
+        return;
+    };
+    let migrated = tally.check("migrations", "", |_| prepare::migrate(postgres, prepare::DATABASE));
+    if migrated.is_none() {
+        return;
+    }
+    let linted =
+        tally.check("clippy", fix, |progress| progress.run(prepare::asking_cargo(postgres, &CLIPPY)?));
+    // After a compile error, not all queries have been asked.
+    if linted.is_some() {
+        tally.check("offline SQL data", "cargo xtask prepare", prepare::compare);
+    }
+}
+
+fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String]) -> Result<()> {
+    let built =
+        tally.check("build", "", |progress| progress.run(offline_cargo(&["build", "-p", "chat-service"])));
+    let (Some(servers), Some(_)) = (servers, built) else {
+        println!("  the tests cannot run without the servers and the service");
+        tally.failed += 1;
+        return Ok(());
+    };
+    let mut command = offline_cargo(&["test", "--workspace", "--no-fail-fast"]);
+    command.args(args);
+    command.env("TEST_DATABASE_URL", servers.postgres.url("postgres"));
+    command.env("TEST_REDIS_URL", servers.redis.url(0));
+    command.env("CHAT_SERVICE_BIN", places::target_dir()?.join("debug/chat-service"));
+    // The failures' own output is what a reader needs; a backtrace of each buries it.
+    command.env("RUST_BACKTRACE", "0");
+    count_tests(tally, command);
+    Ok(())
+}
+
+/// A test run counts as its tests, and as one failure more when it fails for another reason, such as a build.
+fn count_tests(tally: &mut Tally, command: Command) {
+    let mut counts = (0, 0);
+    let ran = tally.check("tests", "cargo xtask test -- NAME runs one alone", |progress| {
+        let outcome = progress.run_counted(command, |line| {
+            if let Some((passed, failed)) = test_result(line) {
+                counts.0 += passed;
+                counts.1 += failed;
+            }
+        });
+        if outcome.is_ok() && counts.0 == 0 {
+            bail!("no test ran");
+        }
+        outcome
+    });
+    // The check counted itself as one.
+    match ran {
+        Some(_) => tally.passed -= 1,
+        None if counts.1 > 0 => tally.failed -= 1,
+        None => {}
+    }
+    tally.passed += counts.0;
+    tally.failed += counts.1;
+}
+
+/// The counts of libtest's `test result: ok. 7 passed; 0 failed; ...`.
+fn test_result(line: &str) -> Option<(u64, u64)> {
+    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let mut numbers = counts.split("; ").map(|count| count.split(' ').next()?.parse::<u64>().ok());
+    Some((numbers.next()??, numbers.next()??))
+}
+
+/// Licences, banned crates and sources. Advisories are left out: they need a network that not every machine has.
+fn check_dependencies(tally: &mut Tally) {
+    let Some(cargo_deny) = cargo_deny(tally) else { return };
+    tally.check("dependencies", "mend Cargo.toml, or argue the exception in deny.toml", |progress| {
+        let mut command = Command::new(cargo_deny);
+        command.args(["--offline", "--log-level", "error", "check", "--hide-inclusion-graph"]);
+        command.args(["bans", "licenses", "sources"]).current_dir(workspace::root());
+        progress.run(command)
+    });
+}
+
+/// CI builds it where there is none: two to four minutes, less than it would cost to keep a check of our own right.
+fn cargo_deny(tally: &mut Tally) -> Option<PathBuf> {
+    const VERSION: &str = "0.20.2";
+    if let Some(installed) = programs::in_path("cargo-deny") {
+        return Some(installed);
+    }
+    let root = places::target_dir().ok()?.join("tools");
+    let built = root.join("bin/cargo-deny");
+    if built.is_file() {
+        return Some(built);
+    }
+    if !in_ci() {
+        println!("  {:24}skipped: needs cargo-deny (cargo install --locked cargo-deny)", "dependencies");
+        return None;
+    }
+    tally.check("build cargo-deny", "", |progress| {
+        let mut install = cargo(&["install", "--locked", "--version", VERSION, "cargo-deny", "--root"]);
+        install.arg(&root).env_remove("CARGO_TARGET_DIR");
+        progress.run(install)
+    })?;
+    Some(built)
+}

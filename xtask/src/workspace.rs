@@ -1,0 +1,48 @@
+//! Where things are in the clone, and cargo as a command.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use tests::places;
+
+/// The clone's top: cargo says where this package is, one level below.
+pub(crate) fn root() -> PathBuf {
+    let package = env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    package.parent().map_or_else(|| package.clone(), Path::to_owned)
+}
+
+/// A cargo command in the clone's top.
+pub(crate) fn cargo(args: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args).current_dir(root());
+    command
+}
+
+/// Cargo without a database: SQL is checked against the committed data, whatever `.env` names.
+pub(crate) fn offline_cargo(args: &[&str]) -> Command {
+    let mut command = cargo(args);
+    command.env("SQLX_OFFLINE", "true");
+    command
+}
+
+/// Where a step keeps its output.
+pub(crate) fn log_file(step: &str) -> Result<PathBuf> {
+    let dir = places::target_dir()?.join("xtask");
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let name: String = step.chars().map(|c| if c.is_alphanumeric() { c } else { '-' }).collect();
+    Ok(dir.join(format!("{name}.log")))
+}
+
+/// A path as a reader at the clone's top would type it.
+pub(crate) fn shown(path: &Path) -> String {
+    path.strip_prefix(root()).unwrap_or(path).display().to_string()
+}
+
+/// CI installs what it lacks and skips nothing.
+pub(crate) fn in_ci() -> bool {
+    env::var("CI").is_ok_and(|value| !["", "0", "false"].contains(&value.as_str()))
+}
