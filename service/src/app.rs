@@ -1,0 +1,84 @@
+//! The application: everything that a handler may touch.
+
+use std::sync::Arc;
+
+use sqlx::PgPool;
+use sqlx::postgres::PgConnectOptions;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::auth::{Passwords, Tokens};
+use crate::config::Config;
+use crate::health::Health;
+use crate::limits::Limits;
+use crate::metrics::Metrics;
+use crate::outbox::Outbox;
+use crate::recent::Recent;
+use crate::redis::Redis;
+use crate::{db, sweep};
+
+#[derive(Debug)]
+pub struct App {
+    /// As it was at the start; nothing reads the environment later.
+    pub config: Config,
+    /// For migrations, which need a connection without the pool's limits.
+    pub connect_options: PgConnectOptions,
+    /// Postgres, the only source of truth.
+    pub pool: PgPool,
+    /// Redis, for what may be lost.
+    pub redis: Arc<Redis>,
+    /// The way of every message into Postgres.
+    pub outbox: Outbox,
+    /// The newest messages, ready to be sent.
+    pub recent: Arc<Recent>,
+    /// Who may do how much.
+    pub limits: Limits,
+    pub tokens: Tokens,
+    /// Hashing, on threads of its own.
+    pub passwords: Passwords,
+    pub health: Arc<Health>,
+    pub metrics: Arc<Metrics>,
+}
+
+/// The tasks behind an application.
+#[derive(Debug)]
+pub struct Tasks {
+    /// They end when told to stop, having written what was queued. One that ends earlier has failed.
+    pub writers: JoinSet<()>,
+    /// They are ended with the process: what they do, the next process does again.
+    pub supervisors: JoinSet<()>,
+}
+
+impl App {
+    /// Builds the application and starts its tasks. Neither Postgres nor Redis needs to be there.
+    pub fn start(config: Config, stop: &watch::Receiver<bool>) -> anyhow::Result<(Arc<Self>, Tasks)> {
+        let connect_options = db::connect_options(&config).map_err(anyhow::Error::msg)?;
+        let pool = db::pool(&config, connect_options.clone());
+        let metrics = Metrics::new()?;
+        let redis = Redis::new(&config, Recent::scripts())?;
+        let recent = Recent::new(&config, Arc::clone(&redis), pool.clone());
+        let health = Health::new();
+        let (outbox, writers) = Outbox::start(&config, &pool, &recent, &metrics, stop);
+
+        let mut supervisors = JoinSet::new();
+        supervisors.spawn(Arc::clone(&redis).supervise());
+        supervisors.spawn(Arc::clone(&recent).supervise());
+        supervisors.spawn(Arc::clone(&health).supervise(pool.clone()));
+        supervisors.spawn(sweep::expired_idempotency_keys(pool.clone()));
+
+        let app = Arc::new(Self {
+            limits: Limits::new(&config, Arc::clone(&redis), Arc::clone(&metrics)),
+            tokens: Tokens::new(&config),
+            passwords: Passwords::start(Arc::clone(&metrics))?,
+            connect_options,
+            pool,
+            redis,
+            outbox,
+            recent,
+            health,
+            metrics,
+            config,
+        });
+        Ok((app, Tasks { writers, supervisors }))
+    }
+}

@@ -1,0 +1,306 @@
+//! Who is calling: access tokens, the extractor that demands one, and the hashing of passwords.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use argon2::password_hash::phc::PasswordHash;
+use argon2::{Algorithm, Argon2, Params, PasswordHasher as _, PasswordVerifier as _, Version};
+use jsonwebtoken::{DecodingKey, EncodingKey, Header, Validation};
+use salvo::extract::{Extractible, Metadata};
+use salvo::http::StatusCode;
+use salvo::http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
+use salvo::{Depot, Request};
+use salvo_oapi::{Components, EndpointArgRegister, Operation, SecurityRequirement};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use crate::config::Config;
+use crate::error::{self, Error};
+use crate::input::app;
+use crate::metrics::Metrics;
+
+/// The name of the bearer scheme in the OpenAPI document.
+pub const SECURITY_SCHEME: &str = "bearer";
+
+/// The user that a valid token names. An endpoint that takes it refuses everyone else with 401.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    pub id: Uuid,
+}
+
+/// Signs and verifies access tokens. The keys are prepared once.
+pub struct Tokens {
+    signing: EncodingKey,
+    /// The current key, then the one before a rotation.
+    verifying: Vec<DecodingKey>,
+    validation: Validation,
+    lifetime_seconds: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Claims {
+    sub: Uuid,
+    iat: u64,
+    exp: u64,
+}
+
+impl Tokens {
+    pub fn new(config: &Config) -> Self {
+        let key = |secret: &SecretString| DecodingKey::from_secret(secret.expose_secret().as_bytes());
+        let mut validation = Validation::new(jsonwebtoken::Algorithm::HS256);
+        validation.leeway = 0;
+        validation.set_required_spec_claims(&["exp", "sub"]);
+        Self {
+            signing: EncodingKey::from_secret(config.secret_key.expose_secret().as_bytes()),
+            verifying: [Some(&config.secret_key), config.secret_key_previous.as_ref()]
+                .into_iter()
+                .flatten()
+                .map(key)
+                .collect(),
+            validation,
+            lifetime_seconds: u64::from(config.access_token_exp_minutes) * 60,
+        }
+    }
+
+    /// A token for the user, and its life in seconds.
+    pub fn issue(&self, user: Uuid) -> Result<(String, u64), Error> {
+        let iat = SystemTime::now().duration_since(UNIX_EPOCH).map_err(Error::internal)?.as_secs();
+        let claims = Claims { sub: user, iat, exp: iat + self.lifetime_seconds };
+        let token =
+            jsonwebtoken::encode(&Header::default(), &claims, &self.signing).map_err(Error::internal)?;
+        Ok((token, self.lifetime_seconds))
+    }
+
+    /// The user that a token was issued for.
+    pub fn verify(&self, token: &str) -> Option<Uuid> {
+        self.verifying
+            .iter()
+            .find_map(|key| jsonwebtoken::decode::<Claims>(token, key, &self.validation).ok())
+            .map(|token| token.claims.sub)
+    }
+}
+
+impl Caller {
+    /// The caller that this request has shown itself to be.
+    pub fn of(depot: &Depot) -> Option<Self> {
+        depot.get_typed::<Self>().ok().copied()
+    }
+}
+
+impl<'ex> Extractible<'ex> for Caller {
+    fn metadata() -> &'static Metadata {
+        static METADATA: Metadata = Metadata::new("Caller");
+        &METADATA
+    }
+
+    #[expect(refining_impl_trait, reason = "callers outside the endpoint macro want the concrete error")]
+    async fn extract(req: &'ex mut Request, depot: &'ex mut Depot) -> Result<Self, Error> {
+        let Some(header) = req.headers().get(AUTHORIZATION) else {
+            return Err(Error::Unauthorized(
+                "a token is needed: send Authorization: Bearer <token from POST /login>",
+            ));
+        };
+        let token = header.to_str().ok().and_then(|header| header.split_once(' '));
+        let id = match token {
+            Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
+                app(depot)?.tokens.verify(token.trim_start_matches(' '))
+            }
+            _ => return Err(Error::Unauthorized("the header must be: Authorization: Bearer <token>")),
+        };
+        let caller =
+            Self { id: id.ok_or(Error::Unauthorized("the token is invalid or expired: log in again"))? };
+        depot.insert_typed(caller);
+        Ok(caller)
+    }
+}
+
+impl EndpointArgRegister for Caller {
+    fn register(components: &mut Components, operation: &mut Operation, _arg: &str) {
+        let requirement = SecurityRequirement::new(SECURITY_SCHEME, Vec::<String>::new());
+        operation.securities.get_or_insert_default().push(requirement);
+        document_unauthorized(components, operation, "No token, or a bad, expired or foreign one");
+    }
+}
+
+pub fn document_unauthorized(components: &mut Components, operation: &mut Operation, description: &str) {
+    error::document(components, operation, StatusCode::UNAUTHORIZED, description, &[WWW_AUTHENTICATE]);
+}
+
+/// OWASP's parameters for argon2id: 19 MiB, two passes, one lane; about 15 ms of a core.
+const ARGON2_PARAMS: (u32, u32, u32) = (19_456, 2, 1);
+
+/// What a login of an unknown user is checked against, so that it costs the same and answers the same. It has
+/// the parameters above and fits no password.
+const NOBODY: &str =
+    "$argon2id$v=19$m=19456,t=2,p=1$bm9ib2R5bm9ib2R5bm9ib2R5$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+
+/// Waiting jobs per thread. At 15 ms each the last one waits a second, after which a client has lost patience.
+const QUEUE_PER_THREAD: usize = 64;
+
+/// Hashes passwords on threads of its own, one per core and of low priority, so that a storm of logins takes
+/// what the other requests leave, and no more.
+pub struct Passwords {
+    queue: SyncSender<Job>,
+    metrics: Arc<Metrics>,
+}
+
+type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
+
+impl Passwords {
+    pub fn start(metrics: Arc<Metrics>) -> Result<Self, std::io::Error> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let (queue, jobs) = sync_channel(QUEUE_PER_THREAD * threads);
+        let jobs = Arc::new(Mutex::new(jobs));
+        for number in 0..threads {
+            let jobs = Arc::clone(&jobs);
+            std::thread::Builder::new().name(format!("argon2-{number}")).spawn(move || work(&jobs))?;
+        }
+        Ok(Self { queue, metrics })
+    }
+
+    /// The password's hash in PHC form.
+    pub async fn hash(&self, password: String) -> Result<String, Error> {
+        let hash =
+            self.run(move |argon2| argon2.hash_password(password.as_bytes()).map(|hash| hash.to_string()));
+        hash.await?.map_err(Error::internal)
+    }
+
+    /// True when the password is the one that was hashed. Without a hash it takes as long, and is false.
+    pub async fn verify(&self, password: String, hash: Option<String>) -> Result<bool, Error> {
+        self.run(move |argon2| {
+            let known = hash.is_some();
+            let hash = hash.as_deref().unwrap_or(NOBODY);
+            let hash = PasswordHash::new(hash).map_err(|error| Error::internal(error.to_string()))?;
+            Ok(argon2.verify_password(password.as_bytes(), &hash).is_ok() && known)
+        })
+        .await?
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&Argon2<'static>) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let (answer, answered) = oneshot::channel();
+        let waiting = self.metrics.hashing_started();
+        let job: Job = Box::new(move |argon2| {
+            let _waiting = waiting;
+            // Whoever gave up waiting needs no hash.
+            if !answer.is_closed() {
+                answer.send(job(argon2)).ok();
+            }
+        });
+        self.queue.try_send(job).map_err(|error| match error {
+            TrySendError::Full(_) => {
+                Error::Unavailable("too many logins and registrations at once: try again")
+            }
+            TrySendError::Disconnected(_) => Error::Unavailable("the service is stopping"),
+        })?;
+        answered.await.map_err(|_| Error::internal("hashing panicked"))
+    }
+}
+
+/// A thread's life: one job after another until the queue is gone.
+fn work(jobs: &Mutex<Receiver<Job>>) {
+    lower_priority();
+    let (memory_kib, passes, lanes) = ARGON2_PARAMS;
+    let params = Params::new(memory_kib, passes, lanes, None).unwrap_or_default();
+    let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
+    loop {
+        let job = jobs.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).recv();
+        let Ok(job) = job else { return };
+        // A panic must cost one request, not the thread.
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&argon2))).is_err() {
+            tracing::error!("hashing a password panicked");
+        }
+    }
+}
+
+/// On Linux a thread has a priority of its own. Elsewhere, or where it is refused, hashing competes as an equal.
+fn lower_priority() {
+    #[cfg(target_os = "linux")]
+    rustix::process::setpriority_process(Some(rustix::thread::gettid()), 10).ok();
+}
+
+impl std::fmt::Debug for Tokens {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Tokens").field("keys", &self.verifying.len()).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Passwords {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Passwords").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn tokens(pairs: &[(&str, &str)]) -> Tokens {
+        jsonwebtoken_provider();
+        let variables: BTreeMap<_, _> =
+            pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        Tokens::new(&Config::from_variables(&variables).expect("valid"))
+    }
+
+    fn jsonwebtoken_provider() {
+        rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
+    }
+
+    fn forge(claims: &serde_json::Value, algorithm: jsonwebtoken::Algorithm, key: &str) -> String {
+        let key = EncodingKey::from_secret(key.as_bytes());
+        jsonwebtoken::encode(&Header::new(algorithm), claims, &key).expect("encodes")
+    }
+
+    fn now() -> u64 {
+        SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
+    }
+
+    #[test]
+    fn a_token_names_its_user_under_the_key_it_was_signed_with() {
+        let user = Uuid::now_v7();
+        let (token, lifetime) = tokens(&[("SECRET_KEY", "one")]).issue(user).expect("issued");
+        assert_eq!(lifetime, 3600);
+        assert_eq!(tokens(&[("SECRET_KEY", "one")]).verify(&token), Some(user));
+        assert_eq!(tokens(&[("SECRET_KEY", "two")]).verify(&token), None);
+        assert_eq!(
+            tokens(&[("SECRET_KEY", "two"), ("SECRET_KEY_PREVIOUS", "one")]).verify(&token),
+            Some(user)
+        );
+    }
+
+    #[test]
+    fn expired_unsigned_and_otherwise_signed_tokens_are_refused() {
+        let tokens = tokens(&[("SECRET_KEY", "one")]);
+        let claims = |exp| serde_json::json!({"sub": Uuid::now_v7(), "iat": 0, "exp": exp});
+        let hs256 = jsonwebtoken::Algorithm::HS256;
+        assert!(tokens.verify(&forge(&claims(now() + 60), hs256, "one")).is_some());
+        assert!(tokens.verify(&forge(&claims(now() - 2), hs256, "one")).is_none(), "expired");
+        let hs384 = jsonwebtoken::Algorithm::HS384;
+        assert!(tokens.verify(&forge(&claims(now() + 60), hs384, "one")).is_none(), "another algorithm");
+        let endless = serde_json::json!({"sub": Uuid::now_v7(), "iat": 0});
+        assert!(tokens.verify(&forge(&endless, hs256, "one")).is_none(), "no exp");
+        let nobody = serde_json::json!({"sub": "admin", "iat": 0, "exp": now() + 60});
+        assert!(tokens.verify(&forge(&nobody, hs256, "one")).is_none(), "no user id");
+        // {"alg":"none"} and a valid body, without a signature.
+        let (token, _) = tokens.issue(Uuid::now_v7()).expect("issued");
+        let body = token.split('.').nth(1).expect("three parts");
+        assert!(tokens.verify(&format!("eyJhbGciOiJub25lIn0.{body}.")).is_none(), "unsigned");
+    }
+
+    #[test]
+    fn the_hash_of_nobody_parses_with_the_same_parameters() {
+        let nobody = PasswordHash::new(NOBODY).expect("a valid PHC string");
+        let params = Params::try_from(&nobody).expect("argon2 parameters");
+        let expected = Params::new(ARGON2_PARAMS.0, ARGON2_PARAMS.1, ARGON2_PARAMS.2, None).expect("valid");
+        assert_eq!((params.m_cost(), params.t_cost(), params.p_cost()), (expected.m_cost(), 2, 1));
+        assert_eq!(nobody.hash.map(|hash| hash.len()), Some(32));
+    }
+}

@@ -1,0 +1,136 @@
+//! Postgres: how to reach it, the pool, the migrations and the schema's version.
+
+use std::str::FromStr as _;
+use std::time::Duration;
+
+use secrecy::ExposeSecret as _;
+use sqlx::migrate::{Migrate as _, MigrateError, Migrator};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{Connection as _, PgConnection, PgPool};
+
+use crate::config::Config;
+
+/// The migrations that this binary was built with.
+static MIGRATIONS: Migrator = sqlx::migrate!("./migrations");
+
+/// How long a request may wait for a connection. Under it lies the time of a reconnect, above it a client's
+/// patience: a request has 10 s by default, and the answer to waiting longer is 503.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long a migration may take, waiting for other replicas' included. No statement time-out applies to it:
+/// a migration that is cut off half-way would only start again.
+const MIGRATE_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How long a connection outside the pool may take to open.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How the schema stands against what this binary needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Schema {
+    /// Migrations are missing: the service waits for them, unready.
+    Behind { version: i64 },
+    /// Everything that this binary needs is there. A newer schema is fine for a process that already runs: a
+    /// migration only adds until the last old process is gone.
+    Current { version: i64 },
+}
+
+#[derive(thiserror::Error, Debug)]
+pub enum MigrationError {
+    #[error(
+        "the database's schema is at version {applied}, newer than this binary, which knows {known}: run the \
+         newer release, or restore the backup made before its migration"
+    )]
+    DatabaseIsNewer { applied: i64, known: i64 },
+    #[error("migration {0} was changed after it was applied: a migration is never edited, add a new one")]
+    Edited(i64),
+    #[error("no migration within {} s: another process may hold the lock", MIGRATE_TIMEOUT.as_secs())]
+    TimedOut,
+    #[error("Postgres cannot be reached: {0}")]
+    Unreachable(#[source] sqlx::Error),
+    #[error("the migration failed: {0}")]
+    Failed(#[source] MigrateError),
+}
+
+/// The options that DATABASE_URL, or else DB_*, describe. The error names the fault without the password.
+pub fn connect_options(config: &Config) -> Result<PgConnectOptions, String> {
+    let options = match &config.database_url {
+        Some(url) => {
+            let url = url.expose_secret();
+            if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+                return Err("it does not begin with postgres://".to_owned());
+            }
+            PgConnectOptions::from_str(url).map_err(|error| error.to_string())?
+        }
+        None => PgConnectOptions::new_without_pgpass()
+            .host(&config.db_host)
+            .port(config.db_port)
+            .username(&config.db_user)
+            .password(config.db_password.expose_secret())
+            .database(&config.db_name),
+    };
+    Ok(options.application_name("chat-service"))
+}
+
+/// A pool that connects when it is first needed, so that the process starts, and stays alive, without Postgres.
+pub fn pool(config: &Config, options: PgConnectOptions) -> PgPool {
+    let timeout = config.db_statement_timeout_ms.to_string();
+    PgPoolOptions::new()
+        .max_connections(config.db_pool_max)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .idle_timeout(Duration::from_secs(600))
+        .connect_lazy_with(options.options([("statement_timeout", timeout)]))
+}
+
+/// The version of the newest migration that this binary knows.
+pub fn known_version() -> i64 {
+    MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0)
+}
+
+/// Brings the schema up to date on a connection of its own. Any number of processes may do so at once: an
+/// advisory lock lets one through at a time, and the rest find nothing to do.
+pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> {
+    let work = async {
+        let mut connection = connect(options).await.map_err(MigrationError::Unreachable)?;
+        let outcome = MIGRATIONS.run_direct(None, &mut connection, false).await;
+        if let Err(error) = outcome {
+            return Err(explain(&mut connection, error).await);
+        }
+        connection.close().await.ok();
+        Ok(known_version())
+    };
+    tokio::time::timeout(MIGRATE_TIMEOUT, work).await.unwrap_or(Err(MigrationError::TimedOut))
+}
+
+/// Opens one connection, outside any pool, within a limit.
+pub async fn connect(options: &PgConnectOptions) -> Result<PgConnection, sqlx::Error> {
+    tokio::time::timeout(CONNECT_TIMEOUT, PgConnection::connect_with(options))
+        .await
+        .unwrap_or(Err(sqlx::Error::PoolTimedOut))
+}
+
+/// Asks Postgres for the schema's version; this is what readiness stands on.
+pub async fn schema(pool: &PgPool) -> Result<Schema, sqlx::Error> {
+    let version: Result<Option<i64>, _> =
+        sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success").fetch_one(pool).await;
+    let version = match version {
+        Ok(version) => version.unwrap_or(0),
+        Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01") => 0, // undefined_table
+        Err(error) => return Err(error),
+    };
+    Ok(if version < known_version() { Schema::Behind { version } } else { Schema::Current { version } })
+}
+
+async fn explain(connection: &mut PgConnection, error: MigrateError) -> MigrationError {
+    match error {
+        MigrateError::VersionMissing(_) => {
+            let applied = connection.list_applied_migrations("_sqlx_migrations").await.unwrap_or_default();
+            let applied = applied.iter().map(|migration| migration.version).max().unwrap_or(0);
+            MigrationError::DatabaseIsNewer { applied, known: known_version() }
+        }
+        MigrateError::VersionMismatch(version) => MigrationError::Edited(version),
+        MigrateError::Execute(error @ (sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut)) => {
+            MigrationError::Unreachable(error)
+        }
+        error => MigrationError::Failed(error),
+    }
+}

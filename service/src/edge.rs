@@ -1,0 +1,140 @@
+//! What surrounds every request: its id, its span, its limit of time, its line in the log, its metrics, and the
+//! form of errors that the framework makes itself.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::FutureExt as _;
+use salvo::http::{Method, ResBody, StatusCode};
+use salvo::{Depot, FlowCtrl, Handler, Request, Response, async_trait};
+use tracing::Instrument as _;
+
+use crate::app::App;
+use crate::error::{Error, render_bare_status};
+use crate::metrics::InFlight;
+use crate::request_id::{RequestId, X_REQUEST_ID};
+use crate::telemetry::RequestSpans;
+
+/// The label of every path that is none of ours, so that nobody can make up labels.
+const UNMATCHED: &str = "unmatched";
+
+/// Stands before everything else, on 404 and 405 too.
+#[derive(Debug)]
+pub struct Edge {
+    app: Arc<App>,
+    /// False on the operations port: probes and scrapes are neither logged nor counted.
+    recorded: bool,
+}
+
+impl Edge {
+    pub fn new(app: Arc<App>) -> Self {
+        Self { app, recorded: true }
+    }
+
+    pub fn quiet(app: Arc<App>) -> Self {
+        Self { app, recorded: false }
+    }
+
+    /// Runs the rest of the chain. A panic and a time-out become answers like any other.
+    async fn answer(&self, req: &mut Request, depot: &mut Depot, res: &mut Response, ctrl: &mut FlowCtrl) {
+        let limit = self.app.config.request_timeout();
+        let outcome =
+            tokio::time::timeout(limit, AssertUnwindSafe(ctrl.call_next(req, depot, res)).catch_unwind())
+                .await;
+        let error = match outcome {
+            Ok(Ok(_)) => return,
+            Ok(Err(_)) => Error::internal("a handler panicked"),
+            Err(_) => Error::Unavailable("the request took too long: try again"),
+        };
+        ctrl.skip_rest();
+        res.headers_mut().clear();
+        error.render(RequestId::of(req), res);
+    }
+}
+
+#[async_trait]
+impl Handler for Edge {
+    async fn handle(&self, req: &mut Request, depot: &mut Depot, res: &mut Response, ctrl: &mut FlowCtrl) {
+        let id = RequestId::assign(req);
+        depot.insert_typed(Arc::clone(&self.app));
+        let mut record = self.recorded.then(|| Record::open(&self.app, req, id.as_str()));
+        match &record {
+            None => self.answer(req, depot, res, ctrl).await,
+            Some(Record { spans, .. }) => {
+                let (log, trace) = (spans.log.clone(), spans.trace.clone());
+                self.answer(req, depot, res, ctrl).instrument(log).instrument(trace).await;
+            }
+        }
+        let status = *res.status_code.get_or_insert(StatusCode::OK);
+        if (status.is_client_error() || status.is_server_error()) && !has_body(res) {
+            render_bare_status(status, id.as_str(), res);
+        }
+        res.headers_mut().insert(X_REQUEST_ID, id.header());
+        if let Some(record) = &mut record {
+            record.status = Some(status);
+        }
+    }
+}
+
+/// Logs and counts the request when it ends, also when the client went away and the handler was dropped.
+struct Record<'a> {
+    app: &'a App,
+    method: &'static str,
+    route: String,
+    started: Instant,
+    spans: RequestSpans,
+    status: Option<StatusCode>,
+    _in_flight: InFlight,
+}
+
+impl<'a> Record<'a> {
+    fn open(app: &'a App, req: &Request, id: &str) -> Self {
+        let method = method_label(req.method());
+        let route = route_label(req.matched_path());
+        let spans = RequestSpans::open(req, id, method, &route);
+        let _in_flight = app.metrics.request_started();
+        Self { app, method, route, started: Instant::now(), spans, status: None, _in_flight }
+    }
+}
+
+impl Drop for Record<'_> {
+    fn drop(&mut self) {
+        let duration = self.started.elapsed();
+        // nginx's number for a client that did not wait for the answer.
+        let status = self.status.or_else(|| StatusCode::from_u16(499).ok()).unwrap_or_default();
+        self.spans.close(status);
+        self.app.metrics.request_finished(self.method, &self.route, status, duration);
+        let _entered = self.spans.log.enter();
+        tracing::info!(
+            method = self.method,
+            route = self.route,
+            status = status.as_u16(),
+            duration_ms = duration.as_micros() as f64 / 1000.0,
+            "request"
+        );
+    }
+}
+
+fn has_body(res: &Response) -> bool {
+    !matches!(res.body, ResBody::None | ResBody::Error(_))
+}
+
+/// A method of the standard, or one label for everything that a client may invent.
+fn method_label(method: &Method) -> &'static str {
+    match method.as_str() {
+        "GET" => "GET",
+        "POST" => "POST",
+        "PUT" => "PUT",
+        "DELETE" => "DELETE",
+        "HEAD" => "HEAD",
+        "OPTIONS" => "OPTIONS",
+        "PATCH" => "PATCH",
+        _ => "_OTHER",
+    }
+}
+
+/// The route's template.
+fn route_label(matched: &str) -> String {
+    if matched.is_empty() { UNMATCHED.to_owned() } else { format!("/{matched}") }
+}

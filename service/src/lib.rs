@@ -1,0 +1,25 @@
+//! A 1:1 chat back end. `README.md` has the bird's eye view; the modules stand in reading order.
+
+pub mod app;
+pub mod auth;
+pub mod config;
+pub mod db;
+pub mod doctor;
+pub mod edge;
+pub mod error;
+pub mod health;
+pub mod input;
+pub mod limits;
+pub mod messages;
+pub mod metrics;
+pub mod openapi;
+pub mod outbox;
+pub mod recent;
+pub mod redis;
+pub mod reply;
+pub mod request_id;
+pub mod routes;
+pub mod serve;
+pub mod sweep;
+pub mod telemetry;
+pub mod users;

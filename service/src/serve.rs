@@ -1,0 +1,249 @@
+//! `chat-service serve`: two listeners, and an end in good order.
+//!
+//! On the first signal the process turns unready and goes on serving for a moment, until those who route to it
+//! have noticed; then it takes no more requests, finishes those it has, commits what is queued, and exits. A
+//! second signal ends it at once.
+
+use std::io;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use salvo::conn::tcp::TcpAcceptor;
+use salvo::server::ServerHandle;
+use salvo::{Server, Service};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::app::{App, Tasks};
+use crate::config::{Config, EXIT_CONFIG};
+use crate::db::{self, MigrationError};
+use crate::routes;
+
+/// How long an unready process still takes requests: a probe's period and a little. A grace that is shorter
+/// than ten times this leaves more of itself to the requests in flight.
+const LAME_DUCK: Duration = Duration::from_secs(1);
+
+/// How long the start waits for the first answers of Postgres and Redis, so that a healthy process is ready as
+/// soon as it listens. One that is away is waited for no longer.
+const FIRST_ANSWER: Duration = Duration::from_millis(250);
+
+/// Between two attempts to migrate a database that is away.
+const MIGRATE_RETRY: Duration = Duration::from_secs(1);
+
+/// A running service; `main` waits for it, tests hold it.
+#[derive(Debug)]
+pub struct Running {
+    pub app: Arc<App>,
+    pub public: SocketAddr,
+    pub operations: SocketAddr,
+    tasks: Tasks,
+    servers: JoinSet<io::Result<()>>,
+    handles: [ServerHandle; 2],
+    stop: watch::Sender<bool>,
+    migration: JoinSet<MigrationError>,
+}
+
+/// Why a service ended.
+#[derive(Debug)]
+enum End {
+    Signal,
+    Fault(String),
+}
+
+/// Runs until a signal, or until something that it cannot run without has failed.
+pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
+    // Before anything else, so that no signal is missed.
+    let mut signals = Signals::new()?;
+    let running = match start(config).await {
+        Ok(running) => running,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            return Ok(ExitCode::from(if error.is::<AddressInUse>() { EXIT_CONFIG } else { 1 }));
+        }
+    };
+    running.run(&mut signals).await
+}
+
+/// A port that cannot be listened on.
+#[derive(thiserror::Error, Debug)]
+#[error(
+    "{variable}: cannot listen on {address}: {source}; for example choose a free port with {variable}=8080"
+)]
+pub struct AddressInUse {
+    variable: &'static str,
+    address: SocketAddr,
+    source: io::Error,
+}
+
+/// Binds both ports and starts serving.
+pub async fn start(config: Config) -> anyhow::Result<Running> {
+    let public = bind("PORT", SocketAddr::new(config.host, config.port)).await?;
+    let operations = bind("OPS_PORT", SocketAddr::new(config.host, config.ops_port)).await?;
+    if config.secret_key_is_weak() {
+        tracing::warn!("SECRET_KEY is the default or short: anyone can sign tokens; production refuses it");
+    }
+    let (stop, stopping) = watch::channel(false);
+    let (app, tasks) = App::start(config, &stopping)?;
+    let migration = first_answers(&app).await?;
+
+    let (public_address, operations_address) = (public.local_addr()?, operations.local_addr()?);
+    let mut servers = JoinSet::new();
+    let handles = [
+        serve(&mut servers, public, routes::public(&app))?,
+        serve(&mut servers, operations, routes::operations(&app))?,
+    ];
+    tracing::info!(public = %public_address, operations = %operations_address, version = env!("CARGO_PKG_VERSION"), "listening");
+    Ok(Running {
+        app,
+        public: public_address,
+        operations: operations_address,
+        tasks,
+        servers,
+        handles,
+        stop,
+        migration,
+    })
+}
+
+impl Running {
+    async fn run(mut self, signals: &mut Signals) -> anyhow::Result<ExitCode> {
+        let end = tokio::select! {
+            () = signals.next() => End::Signal,
+            fault = self.fault() => End::Fault(fault),
+        };
+        let grace = self.app.config.shutdown_grace();
+        let code = match &end {
+            End::Signal => {
+                tracing::info!(grace_seconds = grace.as_secs(), "stopping: no longer ready");
+                ExitCode::SUCCESS
+            }
+            End::Fault(fault) => {
+                tracing::error!("stopping: {fault}");
+                ExitCode::FAILURE
+            }
+        };
+        tokio::select! {
+            () = self.stop(matches!(end, End::Signal)) => {
+                tracing::info!("stopped");
+                Ok(code)
+            }
+            () = signals.next() => {
+                tracing::warn!("a second signal: ending at once");
+                Ok(ExitCode::FAILURE)
+            }
+        }
+    }
+
+    /// Ends in good order within the grace. Whatever is unfinished by then was not acknowledged.
+    pub async fn stop(mut self, lame_duck: bool) {
+        let grace = self.app.config.shutdown_grace();
+        let deadline = Instant::now() + grace;
+        self.app.health.drain();
+        if lame_duck {
+            tokio::time::sleep(LAME_DUCK.min(grace / 10)).await;
+        }
+        let drain = async {
+            let [public, operations] = &self.handles;
+            public.stop_graceful(deadline.saturating_duration_since(Instant::now()));
+            // The operations port goes on answering until the requests and the writers are done.
+            self.servers.join_next().await;
+            self.stop.send_replace(true);
+            while self.tasks.writers.join_next().await.is_some() {}
+            operations.stop_forceful();
+            self.servers.join_next().await;
+        };
+        if tokio::time::timeout_at(deadline, drain).await.is_err() {
+            tracing::warn!("the grace is over: ending with requests in flight");
+        }
+        self.tasks.supervisors.shutdown().await;
+        tokio::time::timeout(Duration::from_secs(1), self.app.pool.close()).await.ok();
+    }
+
+    /// Returns when something has failed that this process cannot mend.
+    async fn fault(&mut self) -> String {
+        tokio::select! {
+            Some(ended) = self.tasks.writers.join_next() => format!("a writer ended: {ended:?}"),
+            Some(ended) = self.tasks.supervisors.join_next() => format!("a supervisor ended: {ended:?}"),
+            Some(ended) = self.servers.join_next() => format!("a listener ended: {ended:?}"),
+            Some(Ok(error)) = self.migration.join_next() => error.to_string(),
+        }
+    }
+}
+
+async fn bind(variable: &'static str, address: SocketAddr) -> Result<TcpListener, AddressInUse> {
+    TcpListener::bind(address).await.map_err(|source| AddressInUse { variable, address, source })
+}
+
+fn serve(
+    servers: &mut JoinSet<io::Result<()>>,
+    listener: TcpListener,
+    service: Service,
+) -> anyhow::Result<ServerHandle> {
+    let server = Server::new(TcpAcceptor::try_from(listener)?);
+    let handle = server.handle();
+    servers.spawn(server.try_serve(service));
+    Ok(handle)
+}
+
+/// Migrates, if that is asked for, and lets Postgres and Redis answer once. A database that is away is migrated
+/// when it comes back; the task that waits for it ends only with a fault that waiting cannot mend.
+async fn first_answers(app: &Arc<App>) -> anyhow::Result<JoinSet<MigrationError>> {
+    let mut later = JoinSet::new();
+    let postgres = async {
+        if app.config.migrate_on_start {
+            match db::migrate(&app.connect_options).await {
+                Ok(_) => {}
+                Err(MigrationError::Unreachable(_)) => {
+                    later.spawn(migrate_when_reachable(Arc::clone(app)));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        app.health.ask(&app.pool).await;
+        Ok(())
+    };
+    let redis = async {
+        while app.redis.live().is_none() && !*app.redis.watch_away().borrow() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let (migrated, _) = tokio::join!(postgres, tokio::time::timeout(FIRST_ANSWER, redis));
+    migrated?;
+    Ok(later)
+}
+
+async fn migrate_when_reachable(app: Arc<App>) -> MigrationError {
+    loop {
+        tokio::time::sleep(MIGRATE_RETRY).await;
+        match db::migrate(&app.connect_options).await {
+            // The task stays, because its end would mean a fault.
+            Ok(_) => std::future::pending::<()>().await,
+            Err(MigrationError::Unreachable(_) | MigrationError::TimedOut) => {}
+            Err(error) => return error,
+        }
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

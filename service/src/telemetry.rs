@@ -1,0 +1,131 @@
+//! Logs and traces. Logs go to stdout, one line an event; traces go to an OTLP collector where the standard
+//! `OTEL_*` variables name one, and nowhere else.
+
+use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
+use opentelemetry::trace::{TraceContextExt as _, TracerProvider as _};
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use salvo::Request;
+use salvo::http::{HeaderMap, StatusCode};
+use tracing::Span;
+use tracing::field::Empty;
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
+use tracing_subscriber::filter::{FilterExt as _, filter_fn};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _};
+
+use crate::config::{Config, LogFormat};
+
+/// Any of them switches the exporter on, as the OpenTelemetry specification says.
+const ENDPOINT_VARIABLES: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
+
+/// The target of spans that are for the exporter alone.
+pub const TRACE_TARGET: &str = "chat_service::trace";
+
+/// Flushes what is still queued when the process ends.
+#[derive(Debug, Default)]
+pub struct Telemetry {
+    traces: Option<SdkTracerProvider>,
+}
+
+impl Telemetry {
+    pub fn start(config: &Config) -> anyhow::Result<Self> {
+        let filter = EnvFilter::try_new(&config.rust_log)?;
+        let format = tracing_subscriber::fmt::layer().with_target(false);
+        let logs = match config.log_format {
+            LogFormat::Text => format.with_ansi(false).boxed(),
+            LogFormat::Json => {
+                format.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed()
+            }
+        };
+        let traces = tracer_provider()?;
+        let spans = traces.as_ref().map(|provider| {
+            tracing_opentelemetry::layer()
+                .with_tracer(provider.tracer("chat-service"))
+                .with_filter(filter_fn(|metadata| metadata.target() == TRACE_TARGET))
+        });
+        tracing_subscriber::registry()
+            .with(spans)
+            .with(logs.with_filter(filter.and(filter_fn(|metadata| metadata.target() != TRACE_TARGET))))
+            .try_init()?;
+        Ok(Self { traces })
+    }
+
+    /// Sends what is queued. A collector that does not answer holds this up for its own time-out at most.
+    pub async fn shutdown(self) {
+        let Some(traces) = self.traces else { return };
+        // Blocking: the exporter has a thread of its own.
+        tokio::task::spawn_blocking(move || traces.shutdown()).await.ok();
+    }
+}
+
+/// The two spans of a request. Exporter and log each see their own, so that neither shows the other's fields:
+/// a trace has semantic-convention attributes, a log line just the ids.
+#[derive(Debug)]
+pub struct RequestSpans {
+    pub trace: Span,
+    pub log: Span,
+}
+
+impl RequestSpans {
+    /// Opens the spans; the trace continues the caller's.
+    pub fn open(req: &Request, request_id: &str, method: &'static str, route: &str) -> Self {
+        let trace = tracing::info_span!(
+            target: TRACE_TARGET,
+            "request",
+            otel.name = format!("{method} {route}"),
+            otel.kind = "server",
+            otel.status_code = Empty,
+            http.request.method = method,
+            http.route = route,
+            http.response.status_code = Empty,
+        );
+        // Of the highest level, so that no filter takes the request id off a warning.
+        let log = tracing::error_span!("request", request_id, trace_id = Empty);
+        if !trace.is_disabled() {
+            trace.set_parent(TraceContextPropagator::new().extract(&Headers(req.headers()))).ok();
+            let id = trace.context().span().span_context().trace_id();
+            log.record("trace_id", tracing::field::display(id));
+        }
+        Self { trace, log }
+    }
+
+    pub fn close(&self, status: StatusCode) {
+        self.trace.record("http.response.status_code", status.as_u16());
+        if status.is_server_error() {
+            self.trace.record("otel.status_code", "ERROR");
+        }
+    }
+}
+
+fn tracer_provider() -> anyhow::Result<Option<SdkTracerProvider>> {
+    let wanted =
+        ENDPOINT_VARIABLES.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
+    let disabled = std::env::var("OTEL_SDK_DISABLED").is_ok_and(|value| value.eq_ignore_ascii_case("true"));
+    if !wanted || disabled {
+        return Ok(None);
+    }
+    let exporter = opentelemetry_otlp::SpanExporter::builder().with_http().build()?;
+    let resource = opentelemetry_sdk::Resource::builder()
+        .with_attribute(opentelemetry::KeyValue::new("service.version", env!("CARGO_PKG_VERSION")));
+    let resource = match std::env::var_os("OTEL_SERVICE_NAME") {
+        Some(_) => resource,
+        None => resource.with_service_name("chat-service"),
+    };
+    Ok(Some(
+        SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource.build()).build(),
+    ))
+}
+
+struct Headers<'a>(&'a HeaderMap);
+
+impl Extractor for Headers<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key)?.to_str().ok()
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.0.keys().map(|name| name.as_str()).collect()
+    }
+}
