@@ -33,6 +33,14 @@ fn profile_dir() -> Result<PathBuf> {
     Ok(if dir.ends_with("deps") { dir.parent().unwrap_or(dir) } else { dir }.to_owned())
 }
 
+/// FNV-1a: stable over releases of Rust, unlike the standard hasher, since what a path's hash names is to be found again
+/// after an upgrade.
+pub fn stable_hash(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
 /// A directory below `target/test` that is gone afterwards, and the next time when this process is killed.
 #[derive(Debug)]
 pub struct Scratch {

@@ -1,6 +1,7 @@
 //! `cargo xtask`: what developers and CI run. One file per command.
 
 mod ci;
+mod dev;
 
 mod prepare;
 mod signals;
@@ -29,6 +30,8 @@ const EXAMPLES: &str = "Examples:
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run the service with all that it needs, until Ctrl-C
+    Dev(dev::Args),
     /// Check formatting, lints, documentation, dependencies and SQL, and run the tests on private servers
     Test(test::Args),
     /// Renew .sqlx, the data by which SQL is checked without a database
@@ -39,6 +42,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
+        Command::Dev(args) => dev::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Prepare => prepare::run(),
         Command::Ci => ci::run(),

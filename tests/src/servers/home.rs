@@ -8,6 +8,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::places::stable_hash;
+
 /// What a server runs as when we are root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Owner {
@@ -114,7 +116,7 @@ fn reachable(dir: &Path, owner: Owner) -> bool {
 fn stand_in_path(dir: &Path) -> PathBuf {
     let leaf = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
     Path::new("/var/tmp")
-        .join(format!("chat-service-{:016x}-{leaf}", fnv1a(dir.as_os_str().as_encoded_bytes())))
+        .join(format!("chat-service-{:016x}-{leaf}", stable_hash(dir.as_os_str().as_encoded_bytes())))
 }
 
 fn stand_in(dir: &Path, owner: Owner) -> Result<PathBuf> {
@@ -132,11 +134,4 @@ fn stand_in(dir: &Path, owner: Owner) -> Result<PathBuf> {
     }
     eprintln!("note: the server's user cannot reach {}, its files are in {}", dir.display(), path.display());
     Ok(path)
-}
-
-/// Stable over releases of Rust, unlike the standard hasher: data must be found again after an upgrade.
-fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }

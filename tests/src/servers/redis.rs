@@ -167,8 +167,9 @@ fn says_ready(log: &Path) -> bool {
     fs::read_to_string(log).is_ok_and(|text| text.contains("Ready to accept connections"))
 }
 
-/// Loading data, it says so instead of PONG; with a password set, refusing is answer enough.
-fn answers(port: u16) -> bool {
+/// Whether a Redis on this loopback port is ready. Loading data, it says so instead of PONG; with a password set,
+/// refusing is answer enough.
+pub fn answers(port: u16) -> bool {
     let limit = Duration::from_millis(500);
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let ask = || -> std::io::Result<[u8; 5]> {

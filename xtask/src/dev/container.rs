@@ -1,0 +1,170 @@
+//! Postgres and Redis as containers, where their programs are not installed and an engine really answers.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use tests::places::stable_hash;
+use tests::servers::sql::{self, Login};
+use tests::servers::{daemon, ports, programs, redis};
+
+use super::backends::{DATABASE, POSTGRES_PORT, REDIS_PORT};
+use crate::steps::Progress;
+use crate::{signals, workspace};
+
+const POSTGRES_IMAGE: &str = "docker.io/library/postgres:17-alpine";
+const REDIS_IMAGE: &str = "docker.io/library/redis:7-alpine";
+/// A client whose engine is away may hang instead of failing.
+const PROBE_LIMIT: Duration = Duration::from_secs(10);
+const READY_LIMIT: Duration = Duration::from_secs(120);
+const END_LIMIT: Duration = Duration::from_secs(60);
+/// Inside the container a superuser reaches nothing but this database.
+const PASSWORD: &str = "postgres";
+
+/// A container engine that answers.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    program: PathBuf,
+}
+
+/// A running container, removed when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Container {
+    program: PathBuf,
+    name: String,
+    port: u16,
+    url: String,
+}
+
+impl Engine {
+    pub(crate) fn find(progress: &Progress) -> Option<Self> {
+        let answers = |program: &PathBuf| {
+            progress.say(&program.display().to_string());
+            let mut info = Command::new(program);
+            info.arg("info");
+            daemon::run_ok(info, PROBE_LIMIT).is_ok()
+        };
+        let program = ["docker", "podman"].into_iter().filter_map(programs::in_path).find(answers)?;
+        Some(Self { program })
+    }
+
+    pub(crate) fn postgres(&self, progress: &Progress) -> Result<Container> {
+        let port = port(POSTGRES_PORT)?;
+        let volume = format!("{}:/var/lib/postgresql/data", name("postgres"));
+        // Asked for a plain password, the harness's small client can look into it.
+        let options = [
+            "-p",
+            &format!("127.0.0.1:{port}:5432"),
+            "-v",
+            &volume,
+            "-e",
+            &format!("POSTGRES_PASSWORD={PASSWORD}"),
+            "-e",
+            &format!("POSTGRES_DB={DATABASE}"),
+            "-e",
+            "POSTGRES_HOST_AUTH_METHOD=password",
+            POSTGRES_IMAGE,
+        ];
+        let url = format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}/{DATABASE}");
+        let login =
+            Login { host: "127.0.0.1", port, user: "postgres", password: PASSWORD, database: DATABASE };
+        self.start("postgres", &options, (port, url), progress, || sql::query(login, "SELECT 1").is_ok())
+    }
+
+    pub(crate) fn redis(&self, progress: &Progress) -> Result<Container> {
+        let port = port(REDIS_PORT)?;
+        let publish = format!("127.0.0.1:{port}:6379");
+        let options = ["-p", &publish, REDIS_IMAGE, "redis-server", "--save", ""];
+        let url = format!("redis://127.0.0.1:{port}/0");
+        self.start("redis", &options, (port, url), progress, || redis::answers(port))
+    }
+
+    fn start(
+        &self,
+        what: &str,
+        options: &[&str],
+        (port, url): (u16, String),
+        progress: &Progress,
+        ready: impl Fn() -> bool,
+    ) -> Result<Container> {
+        let name = name(what);
+        // A run that was killed leaves its container.
+        let _ = remove(&self.program, &name);
+        let mut command = Command::new(&self.program);
+        command.args(["run", "--detach", "--rm", "--name", &name]).args(options);
+        progress.run(command)?;
+        let container = Container { program: self.program.clone(), name, port, url };
+        let answered = daemon::poll(READY_LIMIT, || {
+            signals::check()?;
+            Ok(ready().then_some(()))
+        })?;
+        if answered.is_none() {
+            let mut logs = Command::new(&self.program);
+            logs.args(["logs", "--tail", "20", &container.name]);
+            let words = daemon::run(logs, PROBE_LIMIT).map(|output| [output.stdout, output.stderr].concat());
+            let words = String::from_utf8_lossy(&words.unwrap_or_default()).into_owned();
+            bail!("{} is not ready after {} s:\n{words}", container.name, READY_LIMIT.as_secs());
+        }
+        Ok(container)
+    }
+}
+
+impl Container {
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub(crate) fn password(&self) -> &'static str {
+        PASSWORD
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    pub(crate) fn stop(self) -> Result<()> {
+        // In order, so that Postgres need not recover; --rm removes it, and so does the drop.
+        let mut stop = Command::new(&self.program);
+        stop.args(["stop", &self.name]);
+        daemon::run_ok(stop, END_LIMIT).map(drop)
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        let _ = remove(&self.program, &self.name);
+    }
+}
+
+/// Removes this clone's container and volume from every engine that is there.
+pub(crate) fn reset() -> Result<()> {
+    for program in ["docker", "podman"].into_iter().filter_map(programs::in_path) {
+        let mut info = Command::new(&program);
+        info.arg("info");
+        if daemon::run_ok(info, PROBE_LIMIT).is_err() {
+            continue;
+        }
+        remove(&program, &name("postgres"))?;
+        let mut volume = Command::new(&program);
+        volume.args(["volume", "rm", "--force", &name("postgres")]);
+        daemon::run_ok(volume, END_LIMIT).context("remove the container's data")?;
+    }
+    Ok(())
+}
+
+fn remove(program: &PathBuf, name: &str) -> Result<()> {
+    let mut command = Command::new(program);
+    command.args(["rm", "--force", name]);
+    daemon::run_ok(command, END_LIMIT).map(drop)
+}
+
+/// One per clone, for two clones can be worked in at once.
+fn name(what: &str) -> String {
+    let clone = stable_hash(workspace::root().as_os_str().as_encoded_bytes());
+    format!("chat-service-dev-{what}-{:08x}", clone >> 32)
+}
+
+fn port(wanted: u16) -> Result<u16> {
+    if ports::is_free(wanted) { Ok(wanted) } else { ports::free() }
+}

@@ -1,0 +1,86 @@
+//! What a newcomer needs to know of the running service: the addresses, and a conversation to paste.
+
+use std::time::SystemTime;
+
+use tests::servers::sql::{self, Login};
+
+use super::backends::{Backend, Backends, DATABASE};
+use super::service::Addresses;
+
+pub(crate) fn text(addresses: &Addresses, backends: &Backends) -> String {
+    let Addresses { host, port, ops_port } = addresses;
+    let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
+    let api = format!("http://{host}:{port}");
+    format!(
+        "
+  API       {api}
+  docs      {api}/docs
+  metrics   http://{host}:{ops_port}/metrics
+  Postgres  {postgres}
+  Redis     {redis}
+
+  A conversation, to paste into another shell:
+
+{conversation}
+  Ctrl-C ends it all; the data is kept (--reset empties it).
+
+",
+        postgres = backends.postgres.shown(),
+        redis = backends.redis.shown(),
+        conversation = conversation(&api, &suffix(&backends.postgres)),
+    )
+}
+
+/// No comments and no `jq`: it has to work as pasted in any shell of a bare machine.
+fn conversation(api: &str, suffix: &str) -> String {
+    let (ana, ben) = (format!("ana{suffix}"), format!("ben{suffix}"));
+    let user = |name: &str| {
+        format!(r#"{{"username":"{name}","email":"{name}@example.com","password":"correct horse"}}"#)
+    };
+    let login = |name: &str| format!(r#"{{"username":"{name}","password":"correct horse"}}"#);
+    let token = r#"sed 's/.*"access_token":"\([^"]*\)".*/\1/'"#;
+    let id = r#"sed 's/.*"id":"\([^"]*\)".*/\1/'"#;
+    format!(
+        r#"api={api} json='Content-Type: application/json'
+curl -sS $api/register -H "$json" -d '{user_ana}'; echo
+curl -sS $api/register -H "$json" -d '{user_ben}'; echo
+ana=$(curl -sS $api/login -H "$json" -d '{login_ana}' | {token})
+ben=$(curl -sS $api/login -H "$json" -d '{login_ben}' | {token})
+ana_id=$(curl -sS $api/users/{ana} -H "Authorization: Bearer $ben" | {id})
+ben_id=$(curl -sS $api/users/{ben} -H "Authorization: Bearer $ana" | {id})
+curl -sS $api/send -H "$json" -H "Authorization: Bearer $ana" -d '{{"recipient_id":"'$ben_id'","content":"Hello Ben"}}'; echo
+curl -sS $api/send -H "$json" -H "Authorization: Bearer $ben" -d '{{"recipient_id":"'$ana_id'","content":"Hello Ana, here I am 👋"}}'; echo
+curl -sS "$api/messages?peer_id=$ben_id" -H "Authorization: Bearer $ana"; echo
+"#,
+        user_ana = user(&ana),
+        user_ben = user(&ben),
+        login_ana = login(&ana),
+        login_ben = login(&ben),
+    )
+}
+
+/// What makes the two names new: nothing in an empty database, else the first number that nobody has.
+fn suffix(postgres: &Backend) -> String {
+    let (port, password) = match postgres {
+        Backend::Postgres(postgres) => (postgres.port(), postgres.password()),
+        Backend::Container(container) => (container.port(), container.password()),
+        _ => return clock(),
+    };
+    let login = Login { host: "127.0.0.1", port, user: "postgres", password, database: DATABASE };
+    let Ok(rows) =
+        sql::query(login, "SELECT lower(username) FROM users WHERE username ~* '^(ana|ben)[0-9]*$'")
+    else {
+        return clock();
+    };
+    let taken: Vec<String> = rows.into_iter().flatten().flatten().collect();
+    let is_free =
+        |suffix: &String| ["ana", "ben"].iter().all(|name| !taken.contains(&format!("{name}{suffix}")));
+    let numbers = (2..).map(|number: u32| number.to_string());
+    [String::new()].into_iter().chain(numbers).find(is_free).unwrap_or_default()
+}
+
+/// In a database that we cannot look into, the time is new.
+fn clock() -> String {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    now.as_secs().to_string()
+}

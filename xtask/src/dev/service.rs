@@ -1,0 +1,163 @@
+//! The service as a child: its variables, its start, its end.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use tests::servers::{daemon, ports};
+
+use super::backends::Backends;
+use super::settings::Settings;
+use crate::steps::Progress;
+use crate::{signals, workspace};
+
+const READY_LIMIT: Duration = Duration::from_secs(60);
+/// On top of the service's own grace.
+const END_MARGIN: Duration = Duration::from_secs(10);
+const REQUEST_LIMIT: Duration = Duration::from_secs(2);
+
+pub(crate) struct Service {
+    binary: PathBuf,
+    /// What the user has not set.
+    variables: Vec<(&'static str, String)>,
+    addresses: Addresses,
+    grace: Duration,
+    child: Option<Child>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Addresses {
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    pub(crate) ops_port: u16,
+}
+
+impl Service {
+    pub(crate) fn new(binary: PathBuf, dir: &Path, settings: &Settings, backends: &Backends) -> Result<Self> {
+        let host = match settings.get("HOST") {
+            None | Some("0.0.0.0" | "::") => "127.0.0.1",
+            Some(host) => host,
+        };
+        let mut variables = Vec::new();
+        variables.extend(backends.postgres.url().map(|url| ("DATABASE_URL", url)));
+        variables.extend(backends.redis.url().map(|url| ("REDIS_URL", url)));
+        let mut port_of = |name: &'static str, default| -> Result<u16> {
+            if let Some(given) = settings.get(name) {
+                return given.parse().with_context(|| format!("{name}={given} is not a port"));
+            }
+            let port = if ports::is_free_everywhere(default) { default } else { ports::free()? };
+            if port != default {
+                println!("  port {default} is taken, {name} is {port}");
+            }
+            variables.push((name, port.to_string()));
+            Ok(port)
+        };
+        let addresses = Addresses {
+            host: host.to_owned(),
+            port: port_of("PORT", 8000)?,
+            ops_port: port_of("OPS_PORT", 9000)?,
+        };
+        if settings.get("SECRET_KEY").is_none() {
+            variables.push(("SECRET_KEY", secret_key(&dir.join("secret_key"))?));
+        }
+        let grace = settings.get("SHUTDOWN_GRACE_SECONDS").and_then(|text| text.parse().ok()).unwrap_or(20);
+        Ok(Self { binary, variables, addresses, grace: Duration::from_secs(grace), child: None })
+    }
+
+    pub(crate) fn addresses(&self) -> Addresses {
+        self.addresses.clone()
+    }
+
+    pub(crate) fn migrate(&self, progress: &Progress) -> Result<()> {
+        let mut migrate = Command::new(&self.binary);
+        self.prepare(&mut migrate).arg("migrate");
+        progress.run(migrate).map(drop)
+    }
+
+    /// Starts it and waits until it is ready.
+    pub(crate) fn start(&mut self) -> Result<()> {
+        let mut serve = daemon::dies_with_us(&self.binary, "TERM");
+        self.prepare(&mut serve).arg("serve").stdin(Stdio::null());
+        let child = self.child.insert(daemon::spawn(serve).context("start the service")?);
+        let Addresses { host, port, ops_port } = &self.addresses;
+        let ready = daemon::poll(READY_LIMIT, || {
+            signals::check()?;
+            if let Some(status) = child.try_wait()? {
+                bail!("the service ended at once ({status})");
+            }
+            let ok = |port, path| status_of(host, port, path) == Some(200);
+            Ok((ok(*ops_port, "/livez") && ok(*port, "/healthz")).then_some(()))
+        })?;
+        ready.ok_or_else(|| anyhow!("/healthz was not 200 within {} s", READY_LIMIT.as_secs()))
+    }
+
+    /// `Some` when it ended by itself.
+    pub(crate) fn wait_for_its_end_or_a_signal(&mut self) -> Result<Option<ExitStatus>> {
+        let child = self.child.as_mut().context("the service is not started")?;
+        loop {
+            if let Some(status) = daemon::poll(Duration::from_millis(100), || Ok(child.try_wait()?))? {
+                return Ok(Some(status));
+            }
+            if signals::asked_to_end() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Lets it end in order, and ends it when it does not.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        let Some(mut child) = self.child.take() else { return Ok(()) };
+        let pid = Pid::from_child(&child);
+        if child.try_wait()?.is_none() {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        let limit = self.grace + END_MARGIN;
+        if daemon::poll(limit, || Ok(child.try_wait()?))?.is_none() {
+            println!("  the service did not end within {} s and is killed", limit.as_secs());
+            child.kill()?;
+            child.wait()?;
+        }
+        Ok(())
+    }
+
+    fn prepare<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+        // The service reads .env in its working directory.
+        command.current_dir(workspace::root()).envs(self.variables.iter().map(|(name, value)| (name, value)))
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.stop();
+    }
+}
+
+/// Kept, so that a token outlives a restart.
+fn secret_key(file: &Path) -> Result<String> {
+    if let Ok(key) = fs::read_to_string(file) {
+        return Ok(key);
+    }
+    let mut bytes = [0_u8; 32];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    let key: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600).open(file)?.write_all(key.as_bytes())?;
+    Ok(key)
+}
+
+/// The status that a GET is answered with, if it is.
+fn status_of(host: &str, port: u16, path: &str) -> Option<u16> {
+    let address = (host, port).to_socket_addrs().ok()?.next()?;
+    let mut stream = TcpStream::connect_timeout(&address, REQUEST_LIMIT).ok()?;
+    stream.set_read_timeout(Some(REQUEST_LIMIT)).ok()?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n").ok()?;
+    let mut start = [0_u8; 12];
+    stream.read_exact(&mut start).ok()?;
+    std::str::from_utf8(&start).ok()?.strip_prefix("HTTP/1.1 ")?.parse().ok()
+}
