@@ -63,8 +63,6 @@ impl App {
         let mut supervisors = JoinSet::new();
         supervisors.spawn(Arc::clone(&redis).supervise());
         supervisors.spawn(Arc::clone(&recent).supervise());
-        supervisors.spawn(Arc::clone(&health).supervise(pool.clone()));
-        supervisors.spawn(sweep::expired_idempotency_keys(pool.clone()));
 
         let app = Arc::new(Self {
             limits: Limits::new(&config, Arc::clone(&redis), Arc::clone(&metrics)),
@@ -80,5 +78,11 @@ impl App {
             config,
         });
         Ok((app, Tasks { writers, supervisors }))
+    }
+
+    /// Starts the tasks that make sense once Postgres was migrated, or found away.
+    pub fn watch_postgres(&self, tasks: &mut Tasks) {
+        tasks.supervisors.spawn(Arc::clone(&self.health).supervise(self.pool.clone()));
+        tasks.supervisors.spawn(sweep::expired_idempotency_keys(self.pool.clone()));
     }
 }

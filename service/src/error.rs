@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
-use salvo::http::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
+use salvo::http::header::{CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use salvo::http::{ResBody, StatusCode};
 use salvo::{Depot, Request, Response, Writer, async_trait};
 use salvo_oapi::{Components, EndpointOutRegister, Operation, ToSchema};
@@ -163,8 +163,7 @@ pub fn render_bare_status(status: StatusCode, request_id: &str, res: &mut Respon
     let detail = match status {
         StatusCode::NOT_FOUND => "there is nothing at this path; GET /docs lists what there is".to_owned(),
         StatusCode::METHOD_NOT_ALLOWED => {
-            let allowed = res.headers().get(ALLOW).and_then(|value| value.to_str().ok()).unwrap_or("another");
-            format!("this path does not take the method: use {allowed}")
+            "this path does not take the method: the Allow header names those it takes".to_owned()
         }
         StatusCode::INTERNAL_SERVER_ERROR => {
             "an unexpected fault; the log has it under this request id".to_owned()

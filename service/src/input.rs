@@ -118,20 +118,25 @@ fn is_json(req: &Request) -> bool {
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
-    serde_json::from_slice(bytes).map_err(|error| {
-        if error.is_data() {
-            // A field twice, or no object at all; serde's words name the field and never quote a value that
-            // could be a password, because the fields take any value.
-            let message = match error.to_string() {
-                text if text.starts_with("duplicate field") => text,
-                _ => "must be a JSON object".to_owned(),
-            };
-            Error::Invalid(vec![FieldError { field: "body".into(), message: message.into() }])
-        } else {
+    let body =
+        |message: Cow<'static, str>| Error::Invalid(vec![FieldError { field: "body".into(), message }]);
+    let value = serde_json::from_slice(bytes).map_err(|error| {
+        if !error.is_data() {
             let (line, column) = (error.line(), error.column());
-            Error::BadRequest(format!("the body is not JSON: line {line}, column {column}").into())
+            return Error::BadRequest(format!("the body is not JSON: line {line}, column {column}").into());
         }
-    })
+        // A field twice, or no object at all; serde's words name the field and never quote a value that could
+        // be a password, because the fields take any value.
+        match error.to_string() {
+            text if text.starts_with("duplicate field") => body(text.into()),
+            _ => body("must be a JSON object".into()),
+        }
+    })?;
+    // serde takes an array for a struct, its elements for the fields in their order.
+    match bytes.iter().find(|byte| !byte.is_ascii_whitespace()) {
+        Some(b'{') => Ok(value),
+        _ => Err(body("must be a JSON object".into())),
+    }
 }
 
 impl<'de> Deserialize<'de> for Text {

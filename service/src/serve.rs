@@ -88,8 +88,9 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         tracing::warn!("SECRET_KEY is the default or short: anyone can sign tokens; production refuses it");
     }
     let (stop, stopping) = watch::channel(false);
-    let (app, tasks) = App::start(config, &stopping)?;
+    let (app, mut tasks) = App::start(config, &stopping)?;
     let migration = first_answers(&app).await?;
+    app.watch_postgres(&mut tasks);
 
     let (public_address, operations_address) = (public.local_addr()?, operations.local_addr()?);
     let mut servers = JoinSet::new();

@@ -1,14 +1,16 @@
 //! Logs and traces. Logs go to stdout, one line an event; traces go to an OTLP collector where the standard
 //! `OTEL_*` variables name one, and nowhere else.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
 use opentelemetry::trace::{TraceContextExt as _, TracerProvider as _};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use salvo::Request;
 use salvo::http::{HeaderMap, StatusCode};
-use tracing::Span;
 use tracing::field::Empty;
+use tracing::{Level, Metadata, Span};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::filter::{FilterExt as _, filter_fn};
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -22,6 +24,9 @@ const ENDPOINT_VARIABLES: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPO
 
 /// The target of spans that are for the exporter alone.
 pub const TRACE_TARGET: &str = "chat_service::trace";
+
+/// Whether there is an exporter. Without one no request pays for a span that nobody reads.
+static EXPORTING: AtomicBool = AtomicBool::new(false);
 
 /// Flushes what is still queued when the process ends.
 #[derive(Debug, Default)]
@@ -45,9 +50,10 @@ impl Telemetry {
                 .with_tracer(provider.tracer("chat-service"))
                 .with_filter(filter_fn(|metadata| metadata.target() == TRACE_TARGET))
         });
+        EXPORTING.store(traces.is_some(), Ordering::Relaxed);
         tracing_subscriber::registry()
             .with(spans)
-            .with(logs.with_filter(filter.and(filter_fn(|metadata| metadata.target() != TRACE_TARGET))))
+            .with(logs.with_filter(filter.and(filter_fn(is_for_the_log))))
             .try_init()?;
         Ok(Self { traces })
     }
@@ -71,19 +77,23 @@ pub struct RequestSpans {
 impl RequestSpans {
     /// Opens the spans; the trace continues the caller's.
     pub fn open(req: &Request, request_id: &str, method: &'static str, route: &str) -> Self {
-        let trace = tracing::info_span!(
-            target: TRACE_TARGET,
-            "request",
-            otel.name = format!("{method} {route}"),
-            otel.kind = "server",
-            otel.status_code = Empty,
-            http.request.method = method,
-            http.route = route,
-            http.response.status_code = Empty,
-        );
+        let trace = if EXPORTING.load(Ordering::Relaxed) {
+            tracing::info_span!(
+                target: TRACE_TARGET,
+                "request",
+                otel.name = format!("{method} {route}"),
+                otel.kind = "server",
+                otel.status_code = Empty,
+                http.request.method = method,
+                http.route = route,
+                http.response.status_code = Empty,
+            )
+        } else {
+            Span::none()
+        };
         // Of the highest level, so that no filter takes the request id off a warning.
         let log = tracing::error_span!("request", request_id, trace_id = Empty);
-        if !trace.is_disabled() {
+        if !trace.is_none() {
             trace.set_parent(TraceContextPropagator::new().extract(&Headers(req.headers()))).ok();
             let id = trace.context().span().span_context().trace_id();
             log.record("trace_id", tracing::field::display(id));
@@ -97,6 +107,12 @@ impl RequestSpans {
             self.trace.record("otel.status_code", "ERROR");
         }
     }
+}
+
+/// Not the exporter's spans, and not the framework's word on listening and draining: `serve` says it better.
+fn is_for_the_log(metadata: &Metadata<'_>) -> bool {
+    let framework = metadata.target() == "salvo_core::server" && *metadata.level() >= Level::INFO;
+    metadata.target() != TRACE_TARGET && !framework
 }
 
 fn tracer_provider() -> anyhow::Result<Option<SdkTracerProvider>> {
