@@ -8,6 +8,7 @@ mod service;
 mod settings;
 
 use std::fs::{self, File, TryLockError};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -60,7 +61,9 @@ fn serve(args: &Args) -> Result<ExitCode> {
     if let Some(status) = service.wait_for_its_end_or_a_signal()? {
         println!("\n  the service ended by itself ({status})");
         stop(backends)?;
-        return Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1)));
+        // As shells do it, a signal counts from 128.
+        let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
+        return Ok(ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)));
     }
     // Asked to end, a step would refuse to begin: plain lines.
     println!("\n  stopping the service");

@@ -132,6 +132,5 @@ fn stand_in(dir: &Path, owner: Owner) -> Result<PathBuf> {
         }
         Err(error) => return Err(error).with_context(|| format!("create {}", path.display())),
     }
-    eprintln!("note: the server's user cannot reach {}, its files are in {}", dir.display(), path.display());
     Ok(path)
 }

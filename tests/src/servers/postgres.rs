@@ -122,6 +122,11 @@ impl Postgres {
         format!("postgres://{USER}:{}@127.0.0.1:{}/{database}", self.password, self.port)
     }
 
+    /// Where its files really are: elsewhere, when the user that it runs as cannot reach the wanted directory.
+    pub fn home(&self) -> &Path {
+        self.home.path()
+    }
+
     /// The server's log, for those who look for the cause of a failure.
     pub fn log(&self) -> PathBuf {
         self.home.path().join("postgres.log")

@@ -118,7 +118,12 @@ fn start_postgres(dir: &Path, engine: Option<&Engine>, progress: &Progress) -> R
         };
         options.bin_dir = Some(bin_dir);
     }
-    let postgres = Postgres::start(&dir.join(POSTGRES_DIR), options)?;
+    let wanted = dir.join(POSTGRES_DIR);
+    let postgres = Postgres::start(&wanted, options)?;
+    if wanted.canonicalize()? != postgres.home() {
+        progress
+            .note(&format!("its user cannot reach target/, the data is in {}", postgres.home().display()));
+    }
     postgres.create_database(DATABASE)?;
     Ok(Backend::Postgres(postgres))
 }
