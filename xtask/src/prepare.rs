@@ -23,7 +23,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         Postgres::start(&scratch.path().join("postgres"), PostgresOptions::fast())
     })?;
     step("migrations", |_| migrate(&postgres, DATABASE))?;
-    step("ask Postgres of each query", |progress| {
+    step("ask of each query", |progress| {
         progress.run(asking_cargo(&postgres, &["check", "--workspace", "--all-targets"])?)
     })?;
     let fresh = read(&fresh_dir()?)?;
