@@ -1,5 +1,6 @@
 //! `cargo xtask`: what developers and CI run. One file per command.
 
+mod bench;
 mod ci;
 mod dev;
 
@@ -36,6 +37,8 @@ enum Command {
     Test(test::Args),
     /// Renew .sqlx, the data by which SQL is checked without a database
     Prepare,
+    /// Measure the service against what the machine can do, in ratios
+    Bench(bench::Args),
     /// What .ci/run runs
     Ci,
 }
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Command::Dev(args) => dev::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Prepare => prepare::run(),
+        Command::Bench(args) => bench::run(&args),
         Command::Ci => ci::run(),
     };
     outcome.unwrap_or_else(|error| {

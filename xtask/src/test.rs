@@ -139,7 +139,7 @@ fn check_dependencies(tally: &mut Tally) {
     let Some(cargo_deny) = cargo_deny(tally) else { return };
     tally.check("dependencies", "mend Cargo.toml, or argue the exception in deny.toml", |progress| {
         let mut command = Command::new(cargo_deny);
-        command.args(["--offline", "--log-level", "error", "check", "--hide-inclusion-graph"]);
+        command.args(["--log-level", "error", "check", "--hide-inclusion-graph"]);
         command.args(["bans", "licenses", "sources"]).current_dir(workspace::root());
         progress.run(command)
     });
