@@ -2,6 +2,7 @@
 //! Blocking std code on purpose: it depends on neither the service nor a runtime, so that xtask builds quickly.
 
 pub mod install;
+pub mod load;
 pub mod places;
 pub mod servers;
 

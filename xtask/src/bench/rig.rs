@@ -47,7 +47,8 @@ pub(crate) const PASSWORD: &str = "correct horse battery";
 impl Rig {
     /// Starts everything below `dir`, with one replica and `users` users.
     pub(crate) fn start(dir: &Path, binary: &Path, users: usize) -> Result<Self> {
-        let postgres = Postgres::start(&dir.join("postgres"), PostgresOptions::durable().max_connections(200))?;
+        let postgres =
+            Postgres::start(&dir.join("postgres"), PostgresOptions::durable().max_connections(200))?;
         postgres.query("postgres", &format!("DROP DATABASE IF EXISTS {DATABASE}"))?;
         postgres.create_database(DATABASE)?;
         let redis = Redis::start(&dir.join("redis"), RedisOptions::default())?;
@@ -81,7 +82,10 @@ impl Rig {
                 ("PORT", port.to_string()),
                 ("OPS_PORT", ops_port.to_string()),
             ])
-            .envs(["LOGIN", "SEND", "REGISTER"].map(|limit| (format!("{limit}_RATE_LIMIT_PER_MINUTE"), NO_LIMIT)))
+            .envs(
+                ["LOGIN", "SEND", "REGISTER"]
+                    .map(|limit| (format!("{limit}_RATE_LIMIT_PER_MINUTE"), NO_LIMIT)),
+            )
             .current_dir(dir)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -139,8 +143,7 @@ impl Rig {
     fn register(&self, number: usize) -> Result<User> {
         let name = format!("user{number}");
         let address = self.address(0);
-        let body =
-            format!(r#"{{"username":"{name}","email":"{name}@example.com","password":"{PASSWORD}"}}"#);
+        let body = format!(r#"{{"username":"{name}","email":"{name}@example.com","password":"{PASSWORD}"}}"#);
         let (status, answer) = request(address, "POST", "/register", None, &body)?;
         if status != 201 {
             bail!("register answered {status}: {answer}");

@@ -1,0 +1,174 @@
+//! A load generator that costs little: prepared requests over kept-alive HTTP/1.1 connections, one thread, and
+//! no parsing beyond the status and the length of an answer.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// No answer of a service that lives takes longer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What one connection sends, over and over.
+#[derive(Clone, Debug)]
+pub struct Script {
+    pub address: SocketAddr,
+    pub requests: Vec<Vec<u8>>,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    pub elapsed: Duration,
+    /// Answers by status; 0 counts connections that broke.
+    pub statuses: BTreeMap<u16, u64>,
+    /// Sorted.
+    pub latencies: Vec<Duration>,
+}
+
+impl Script {
+    /// `GET path`, as the bearer of a token.
+    pub fn get(address: SocketAddr, path: &str, token: &str) -> Self {
+        let head = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nauthorization: Bearer {token}\r\n\r\n");
+        Self { address, requests: vec![head.into_bytes()] }
+    }
+
+    /// `POST path` with JSON bodies in turn.
+    pub fn post(address: SocketAddr, path: &str, token: Option<&str>, bodies: &[String]) -> Self {
+        let authorization =
+            token.map(|token| format!("authorization: Bearer {token}\r\n")).unwrap_or_default();
+        let request = |body: &String| {
+            format!(
+                "POST {path} HTTP/1.1\r\nhost: {address}\r\n{authorization}content-type: application/json\r\n\
+                 content-length: {}\r\n\r\n{body}",
+                body.len()
+            )
+            .into_bytes()
+        };
+        Self { address, requests: bodies.iter().map(request).collect() }
+    }
+}
+
+impl Report {
+    pub fn rate(&self) -> f64 {
+        self.latencies.len() as f64 / self.elapsed.as_secs_f64()
+    }
+
+    pub fn count(&self, status: u16) -> u64 {
+        self.statuses.get(&status).copied().unwrap_or(0)
+    }
+
+    /// The latency that `share` of the answers did not exceed.
+    pub fn quantile(&self, share: f64) -> Duration {
+        let last = self.latencies.len().saturating_sub(1);
+        let index = (last as f64 * share).round() as usize;
+        self.latencies.get(index).copied().unwrap_or_default()
+    }
+
+    /// The report, if every answer had this status.
+    pub fn all(self, status: u16) -> Result<Self> {
+        let others: Vec<_> = self.statuses.iter().filter(|(seen, _)| **seen != status).collect();
+        if !others.is_empty() {
+            bail!("not all answers were {status}: {:?}", self.statuses);
+        }
+        Ok(self)
+    }
+}
+
+/// Runs every script on a connection of its own, for `duration`, on one thread.
+pub fn run(scripts: Vec<Script>, duration: Duration) -> Result<Report> {
+    let stop = Arc::new(AtomicBool::new(false));
+    run_until(scripts, duration, &stop)
+}
+
+/// As `run`, but ends early when `stop` is set.
+pub fn run_until(scripts: Vec<Script>, duration: Duration, stop: &Arc<AtomicBool>) -> Result<Report> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut connections = Vec::with_capacity(scripts.len());
+        for script in scripts {
+            let stream = TcpStream::connect(script.address).await.context("connect to the service")?;
+            stream.set_nodelay(true)?;
+            connections.push((script, stream));
+        }
+        let started = Instant::now();
+        let deadline = started + duration;
+        let tasks: Vec<_> = connections
+            .into_iter()
+            .map(|(script, stream)| tokio::spawn(drive(script, stream, deadline, Arc::clone(stop))))
+            .collect();
+        let mut report = Report::default();
+        for task in tasks {
+            let (statuses, latencies) = task.await?;
+            for (status, count) in statuses {
+                *report.statuses.entry(status).or_default() += count;
+            }
+            report.latencies.extend(latencies);
+        }
+        report.elapsed = started.elapsed();
+        report.latencies.sort_unstable();
+        Ok(report)
+    })
+}
+
+async fn drive(
+    script: Script,
+    mut stream: TcpStream,
+    deadline: Instant,
+    stop: Arc<AtomicBool>,
+) -> (BTreeMap<u16, u64>, Vec<Duration>) {
+    let mut statuses = BTreeMap::new();
+    let mut latencies = Vec::new();
+    let mut buffer = Vec::with_capacity(64 * 1024);
+    for request in script.requests.iter().cycle() {
+        let started = Instant::now();
+        if started >= deadline || stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let answer = timeout(ANSWER_TIMEOUT, exchange(&mut stream, request, &mut buffer)).await;
+        let Ok(Ok(status)) = answer else {
+            *statuses.entry(0).or_default() += 1;
+            break;
+        };
+        *statuses.entry(status).or_default() += 1;
+        latencies.push(started.elapsed());
+    }
+    (statuses, latencies)
+}
+
+/// Sends a request and reads its answer; returns the status.
+async fn exchange(stream: &mut TcpStream, request: &[u8], buffer: &mut Vec<u8>) -> Result<u16> {
+    stream.write_all(request).await?;
+    buffer.clear();
+    loop {
+        if stream.read_buf(buffer).await? == 0 {
+            bail!("the connection was closed");
+        }
+        let Some(head) = find(buffer, b"\r\n\r\n") else { continue };
+        let status = std::str::from_utf8(buffer.get(9..12).unwrap_or_default())?.parse()?;
+        let length = content_length(&buffer[..head]).context("an answer without content-length")?;
+        while buffer.len() < head + 4 + length {
+            if stream.read_buf(buffer).await? == 0 {
+                bail!("the connection was closed");
+            }
+        }
+        return Ok(status);
+    }
+}
+
+fn content_length(head: &[u8]) -> Option<usize> {
+    const NAME: &[u8] = b"\r\ncontent-length: ";
+    let start = find(head, NAME)? + NAME.len();
+    let digits = head[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+    std::str::from_utf8(&head[start..start + digits]).ok()?.parse().ok()
+}
+
+fn find(text: &[u8], pattern: &[u8]) -> Option<usize> {
+    text.windows(pattern.len()).position(|window| window == pattern)
+}

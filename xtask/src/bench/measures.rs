@@ -1,0 +1,159 @@
+//! The figures that have a goal.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use tests::load::{self, Script};
+
+use super::rig::{PASSWORD, Rig};
+use super::{Bench, Goal, Row, figures, median, reference};
+
+const CONNECTIONS: usize = 64;
+
+/// A connection more would only wait longer: two hashes run at a time on two cores.
+const LOGIN_CONNECTIONS: usize = 8;
+
+/// Messages of a conversation that is read: more than a page.
+const HISTORY: u64 = 10;
+
+pub(crate) fn send(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+    let (mut ours, mut theirs, mut ratios, mut client) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..bench.rounds {
+        let pgbench = reference::pgbench_insert(bench, rig)?;
+        let report = load::run(rig.send_scripts(CONNECTIONS, false), bench.duration)?.all(201)?;
+        ratios.push(report.rate() / pgbench);
+        ours.push(report.rate());
+        theirs.push(pgbench);
+        client.push(client_share(rig, bench)?);
+    }
+    let what = "POST /send, limits on, durable, to pgbench's single-row INSERT, both 64 clients";
+    let detail = format!(
+        "{}; the same client gets {:.0} answers/s from GET /me's 401",
+        figures(("send", &ours), ("pgbench", &theirs)),
+        median(&client)
+    );
+    let goal = Some(Goal::AtLeast { floor: 1.0, aim: 2.0 });
+    Ok(vec![Row { name: "send", what: what.to_owned(), values: ratios, unit: "x", goal, detail }])
+}
+
+pub(crate) fn messages(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+    fill_conversations(rig)?;
+    let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..bench.rounds {
+        let redis = reference::redis_get(bench, rig)?;
+        let report = load::run(rig.read_scripts(CONNECTIONS, ""), bench.duration)?.all(200)?;
+        ratios.push(report.rate() / redis);
+        ours.push(report.rate());
+        theirs.push(redis);
+    }
+    let what = "GET /messages from the window, to redis-benchmark GET, both 64 connections, unpipelined";
+    let detail = figures(("messages", &ours), ("redis-benchmark", &theirs));
+    let goal = Some(Goal::AtLeast { floor: 0.5, aim: 0.9 });
+    Ok(vec![Row { name: "messages", what: what.to_owned(), values: ratios, unit: "x", goal, detail }])
+}
+
+pub(crate) fn login(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+    let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..bench.rounds {
+        let argon2 = reference::argon2_rate(bench.duration)?;
+        let report = load::run(login_scripts(rig), bench.duration)?.all(200)?;
+        ratios.push(report.rate() / argon2);
+        ours.push(report.rate());
+        theirs.push(argon2);
+    }
+    let what = "POST /login to the raw argon2id rate of all cores";
+    let detail = figures(("login", &ours), ("argon2id", &theirs));
+    let goal = Some(Goal::AtLeast { floor: 0.9, aim: 0.98 });
+    Ok(vec![Row { name: "login", what: what.to_owned(), values: ratios, unit: "x", goal, detail }])
+}
+
+/// The 99th percentile of reads at a moderate rate, with and without everybody logging in at once.
+pub(crate) fn storm(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+    fill_conversations(rig)?;
+    let (mut calm, mut stormy, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..bench.rounds {
+        let without = load::run(rig.read_scripts(4, ""), bench.duration)?.all(200)?.quantile(0.99);
+        let stop = Arc::new(AtomicBool::new(false));
+        let storm = {
+            let (scripts, stop) = (login_scripts(rig), Arc::clone(&stop));
+            std::thread::spawn(move || load::run_until(scripts, Duration::from_secs(600), &stop))
+        };
+        std::thread::sleep(Duration::from_millis(200));
+        let during = load::run(rig.read_scripts(4, ""), bench.duration)?.all(200)?.quantile(0.99);
+        stop.store(true, Ordering::Relaxed);
+        storm.join().ok().context("the storm panicked")??.all(200)?;
+        ratios.push(during.as_secs_f64() / without.as_secs_f64());
+        calm.push(without.as_secs_f64() * 1e3);
+        stormy.push(during.as_secs_f64() * 1e3);
+    }
+    let what = "p99 of GET /messages during a login storm, to without";
+    let detail = format!("without {:.2} ms, during {:.2} ms", median(&calm), median(&stormy));
+    let goal = Some(Goal::AtMost { floor: 3.0, aim: 1.5 });
+    Ok(vec![Row { name: "storm", what: what.to_owned(), values: ratios, unit: "x", goal, detail }])
+}
+
+pub(crate) fn startup(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+    let mut values = Vec::new();
+    for _ in 0..bench.rounds.max(5) {
+        values.push(rig.start_replica(&bench.dir, &bench.binary)?.startup.as_secs_f64() * 1e3);
+    }
+    let what = "exec to the first 200 on /healthz, migrated database".to_owned();
+    let goal = Some(Goal::AtMost { floor: 300.0, aim: 50.0 });
+    Ok(vec![Row { name: "startup", what, values, unit: "ms", goal, detail: String::new() }])
+}
+
+pub(crate) fn memory(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+    let replica = rig.start_replica(&bench.dir, &bench.binary)?;
+    std::thread::sleep(Duration::from_secs(2));
+    let idle = replica.resident_kib()? as f64 / 1024.0;
+    // Reads, sends and logins by turns on this one replica.
+    let others = std::mem::replace(&mut rig.replicas, vec![replica]);
+    let mut peak: f64 = 0.0;
+    for scripts in
+        [rig.send_scripts(CONNECTIONS, false), rig.read_scripts(CONNECTIONS, ""), login_scripts(rig)]
+    {
+        load::run(scripts, bench.duration)?;
+        peak = peak.max(rig.replicas[0].resident_kib()? as f64 / 1024.0);
+    }
+    rig.replicas = others;
+    let row = |what: &str, value, floor, aim| Row {
+        name: "memory",
+        what: what.to_owned(),
+        values: vec![value],
+        unit: "MiB",
+        goal: Some(Goal::AtMost { floor, aim }),
+        detail: String::new(),
+    };
+    Ok(vec![
+        row("resident, idle", idle, 40.0, 15.0),
+        row("resident, after sends, reads and logins under load", peak, 120.0, 50.0),
+    ])
+}
+
+/// What the load generator can do at all: answers that cost the service next to nothing.
+fn client_share(rig: &Rig, bench: &Bench) -> Result<f64> {
+    let scripts = (0..CONNECTIONS).map(|i| Script::get(rig.address(i), "/me", "none")).collect();
+    Ok(load::run(scripts, bench.duration.min(Duration::from_secs(2)))?.all(401)?.rate())
+}
+
+fn login_scripts(rig: &Rig) -> Vec<Script> {
+    (0..LOGIN_CONNECTIONS)
+        .map(|connection| {
+            let (user, _) = rig.pair(connection);
+            let body = format!(r#"{{"username":"{}","password":"{PASSWORD}"}}"#, user.name);
+            Script::post(rig.address(connection), "/login", None, &[body])
+        })
+        .collect()
+}
+
+/// Gives every conversation that is read its messages.
+fn fill_conversations(rig: &Rig) -> Result<()> {
+    let scripts = rig.send_scripts(CONNECTIONS, false);
+    let mut sent = 0;
+    while sent < HISTORY * CONNECTIONS as u64 {
+        sent += load::run(scripts.clone(), Duration::from_millis(200))?.all(201)?.count(201);
+    }
+    Ok(())
+}
