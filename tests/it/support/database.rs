@@ -1,0 +1,125 @@
+//! A database for one test: a copy of a template that is migrated once per run.
+
+use std::str::FromStr as _;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use chat_service::db;
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+use tokio::sync::OnceCell;
+
+use super::{given, now_seconds};
+
+/// What a run that was killed left behind is dropped by a later one, this long after.
+const LEFTOVER_SECONDS: u64 = 3600;
+
+static TEMPLATE: OnceCell<String> = OnceCell::const_new();
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+#[derive(Debug)]
+pub(crate) struct Database {
+    name: String,
+    url: String,
+}
+
+impl Database {
+    /// A database with the current schema.
+    pub(crate) async fn migrated() -> Self {
+        let template = TEMPLATE.get_or_init(template).await;
+        Self::create(&format!("TEMPLATE {template}")).await
+    }
+
+    /// A database without any schema.
+    pub(crate) async fn empty() -> Self {
+        Self::create("").await
+    }
+
+    async fn create(clause: &str) -> Self {
+        let name = next_name();
+        execute(&mut admin().await, format!("CREATE DATABASE {name} {clause}")).await;
+        Self { url: url_of(&name), name }
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    pub(crate) fn options(&self) -> PgConnectOptions {
+        PgConnectOptions::from_str(&self.url).expect("a URL of Postgres")
+    }
+
+    /// A connection of the test's own.
+    pub(crate) async fn connect(&self) -> PgConnection {
+        PgConnection::connect_with(&self.options()).await.expect("the test's database answers")
+    }
+
+    pub(crate) async fn execute(&self, sql: &str) {
+        execute(&mut self.connect().await, sql.to_owned()).await;
+    }
+}
+
+impl Drop for Database {
+    /// On a thread of its own, because the test's runtime is busy with the test's end.
+    fn drop(&mut self) {
+        let name = std::mem::take(&mut self.name);
+        let dropped = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.expect("a runtime").block_on(async { drop_database(&mut admin().await, &name).await });
+        });
+        dropped.join().ok();
+    }
+}
+
+async fn template() -> String {
+    let mut admin = admin().await;
+    drop_leftovers(&mut admin).await;
+    let name = next_name();
+    execute(&mut admin, format!("CREATE DATABASE {name}")).await;
+    let options = PgConnectOptions::from_str(&url_of(&name)).expect("a URL of Postgres");
+    db::migrate(&options).await.expect("an empty database can be migrated");
+    name
+}
+
+/// The time is in the name, so that a later run knows what is left over.
+fn next_name() -> String {
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("it_{}_{}_{number}", now_seconds(), std::process::id())
+}
+
+async fn drop_leftovers(admin: &mut PgConnection) {
+    let names: Vec<String> =
+        sqlx::query_scalar("SELECT datname::text FROM pg_database WHERE datname ~ '^it_[0-9]+_'")
+            .fetch_all(&mut *admin)
+            .await
+            .expect("Postgres lists its databases");
+    for name in names {
+        let created = name.split('_').nth(1).and_then(|seconds| seconds.parse::<u64>().ok());
+        if created.is_some_and(|created| created + LEFTOVER_SECONDS < now_seconds()) {
+            drop_database(admin, &name).await;
+        }
+    }
+}
+
+async fn drop_database(admin: &mut PgConnection, name: &str) {
+    let sql = format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)");
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(admin).await.ok();
+}
+
+async fn admin() -> PgConnection {
+    let url = given("TEST_DATABASE_URL");
+    PgConnection::connect(&url).await.unwrap_or_else(|error| panic!("Postgres at TEST_DATABASE_URL: {error}"))
+}
+
+async fn execute(connection: &mut PgConnection, sql: String) {
+    let done = sqlx::raw_sql(AssertSqlSafe(sql.clone())).execute(connection).await;
+    done.unwrap_or_else(|error| panic!("{sql}: {error}"));
+}
+
+/// The admin's URL with another database in it.
+fn url_of(name: &str) -> String {
+    let url = given("TEST_DATABASE_URL");
+    let (url, query) =
+        url.split_once('?').map_or((url.as_str(), String::new()), |(url, query)| (url, format!("?{query}")));
+    let server = url.rsplit_once('/').map(|(server, _)| server).expect("a URL with a database");
+    format!("{server}/{name}{query}")
+}

@@ -1,0 +1,78 @@
+//! Holds every answer that a test sees against the OpenAPI document: what the service answers must be declared
+//! there, and look as it is declared.
+
+use std::sync::LazyLock;
+
+use reqwest::Method;
+use serde_json::{Map, Value};
+
+use super::Answer;
+
+static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
+    let text = chat_service::openapi::json().expect("a document");
+    serde_json::from_str(&text).expect("the document is JSON")
+});
+
+/// Fails unless the document declares this answer of the operation. Paths and methods that the document does
+/// not have are none of its business.
+pub(super) fn check(method: &Method, path: &str, answer: &Answer) {
+    let paths = DOCUMENT["paths"].as_object().expect("paths");
+    let Some((template, item)) = paths.iter().find(|(template, _)| matches(template, path)) else { return };
+    let Some(operation) = item.get(method.as_str().to_lowercase()) else { return };
+    let place = format!("{method} {template} {}", answer.status);
+    let response = operation["responses"].get(answer.status.to_string());
+    let response = response.unwrap_or_else(|| panic!("{place} is not in the OpenAPI document: {answer:?}"));
+    let content_type = answer.header("content-type").unwrap_or_default();
+    let content = response["content"].get(content_type);
+    let content = content.unwrap_or_else(|| panic!("{place} is not documented as {content_type}"));
+    let body: Value = serde_json::from_slice(&answer.body).expect("a JSON body");
+    check_schema(&body, &content["schema"], &place);
+    for name in ["link", "warning", "idempotency-replayed", "www-authenticate", "retry-after"] {
+        if answer.headers.contains_key(name) {
+            assert!(response["headers"].get(name).is_some(), "{place}: the header {name} is not documented");
+        }
+    }
+}
+
+fn matches(template: &str, path: &str) -> bool {
+    let (template, path): (Vec<_>, Vec<_>) = (template.split('/').collect(), path.split('/').collect());
+    template.len() == path.len()
+        && template.iter().zip(path).all(|(part, given)| part.starts_with('{') || *part == given)
+}
+
+/// As much of JSON Schema as the document uses. An object may have no member that its schema does not name.
+fn check_schema(value: &Value, schema: &Value, place: &str) {
+    let schema = resolve(schema);
+    let fits = match schema["type"].as_str() {
+        Some("object") => value.is_object(),
+        Some("array") => value.is_array(),
+        Some("string") => value.is_string(),
+        Some("integer") => value.is_i64() || value.is_u64(),
+        other => panic!("{place}: a schema of type {other:?}: {schema}"),
+    };
+    assert!(fits, "{place}: {value} is not of {schema}");
+    if let Some(items) = value.as_array() {
+        items.iter().for_each(|item| check_schema(item, &schema["items"], place));
+    }
+    let Some(members) = value.as_object() else { return };
+    let empty = Map::new();
+    let properties = schema["properties"].as_object().unwrap_or(&empty);
+    for required in schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        assert!(members.contains_key(required), "{place}: {required} is missing in {value}");
+    }
+    for (name, member) in members {
+        let property = properties.get(name);
+        let property = property.unwrap_or_else(|| panic!("{place}: the document does not know {name}"));
+        check_schema(member, property, &format!("{place} {name}"));
+    }
+}
+
+fn resolve(schema: &Value) -> &Value {
+    match schema["$ref"].as_str() {
+        Some(reference) => {
+            let pointer = reference.strip_prefix('#').unwrap_or_default();
+            DOCUMENT.pointer(pointer).unwrap_or_else(|| panic!("{reference} points nowhere"))
+        }
+        None => schema,
+    }
+}

@@ -1,0 +1,236 @@
+//! A running service for one test: the real router on real ports, a database and a Redis index of its own.
+
+mod client;
+mod database;
+mod document;
+mod redis;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use chat_service::config::Config;
+use chat_service::serve::{self, Running};
+use reqwest::Method;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+pub(crate) use client::{Answer, Call};
+pub(crate) use database::Database;
+pub(crate) use redis::RedisIndex;
+
+/// Long enough, and the same for everyone, because no test guesses it.
+pub(crate) const PASSWORD: &str = "correct horse battery";
+
+/// The key that the tests' services sign with.
+pub(crate) const SECRET_KEY: &str = "a key for tests that is long enough";
+
+/// One replica of the service. It ends, and its database is dropped, with the last of its replicas.
+pub(crate) struct TestApp {
+    pub(crate) running: Running,
+    pub(crate) database: Arc<Database>,
+    pub(crate) redis: Arc<RedisIndex>,
+    variables: BTreeMap<String, String>,
+    client: reqwest::Client,
+}
+
+/// A registered user, and a token that the service accepts.
+#[derive(Clone, Debug)]
+pub(crate) struct User {
+    pub(crate) id: String,
+    pub(crate) username: String,
+    pub(crate) token: String,
+}
+
+impl TestApp {
+    /// A service without rate limits: most tests are not about them.
+    pub(crate) async fn start() -> Self {
+        Self::with(&[]).await
+    }
+
+    /// A service with these variables besides those that every test needs.
+    pub(crate) async fn with(variables: &[(&str, &str)]) -> Self {
+        Self::on(Database::migrated().await, variables).await
+    }
+
+    pub(crate) async fn on(database: Database, variables: &[(&str, &str)]) -> Self {
+        let redis = RedisIndex::claim().await;
+        let mut all = BTreeMap::from(
+            [
+                ("APP_ENV", "development"),
+                ("DATABASE_URL", database.url()),
+                ("REDIS_URL", redis.url()),
+                ("SECRET_KEY", SECRET_KEY),
+                ("HOST", "127.0.0.1"),
+                ("PORT", "0"),
+                ("OPS_PORT", "0"),
+                // Many services share one Postgres.
+                ("DB_POOL_MAX", "6"),
+                ("LOGIN_RATE_LIMIT_PER_MINUTE", "0"),
+                ("SEND_RATE_LIMIT_PER_MINUTE", "0"),
+                ("REGISTER_RATE_LIMIT_PER_MINUTE", "0"),
+            ]
+            .map(|(name, value)| (name.to_owned(), value.to_owned())),
+        );
+        all.extend(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        Self::launch(all, Arc::new(database), Arc::new(redis)).await
+    }
+
+    /// Another replica: the same database, the same Redis, and these variables changed.
+    pub(crate) async fn replica(&self, variables: &[(&str, &str)]) -> Self {
+        let mut all = self.variables.clone();
+        all.extend(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        Self::launch(all, Arc::clone(&self.database), Arc::clone(&self.redis)).await
+    }
+
+    async fn launch(
+        variables: BTreeMap<String, String>,
+        database: Arc<Database>,
+        redis: Arc<RedisIndex>,
+    ) -> Self {
+        // As `main` does; every test but the first finds it done.
+        rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
+        let config = Config::from_variables(&variables).expect("a valid configuration");
+        let running = serve::start(config).await.expect("the service starts");
+        // Nothing between a test and its own service.
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .expect("a client");
+        Self { running, database, redis, variables, client }
+    }
+
+    /// A request to the public port. Its answer is held against the OpenAPI document.
+    pub(crate) fn request(&self, method: Method, path: &str) -> Call {
+        let url = format!("http://{}{path}", self.running.public);
+        Call::new(self.client.request(method.clone(), url), method, path)
+    }
+
+    pub(crate) fn get(&self, path: &str) -> Call {
+        self.request(Method::GET, path)
+    }
+
+    pub(crate) fn post(&self, path: &str) -> Call {
+        self.request(Method::POST, path)
+    }
+
+    /// A request to the operations port, which no document describes.
+    pub(crate) fn get_operations(&self, path: &str) -> Call {
+        Call::undocumented(self.client.get(format!("http://{}{path}", self.running.operations)))
+    }
+
+    /// Bytes as a client that is not well-behaved may send them. The connection must be closed by the request.
+    pub(crate) async fn raw(&self, request: &[u8]) -> Answer {
+        client::raw(self.running.public, request).await
+    }
+
+    /// Registers `name` and gives it a token, without the time that a log-in takes.
+    pub(crate) async fn user(&self, name: &str) -> User {
+        let answer = self.register(name, &format!("{name}@example.com"), PASSWORD).await;
+        let user = answer.json(201);
+        let id = text(&user, "id");
+        let token = self.token(&id);
+        User { id, username: name.to_owned(), token }
+    }
+
+    /// Two users, whose names say nothing.
+    pub(crate) async fn pair(&self) -> (User, User) {
+        let tag = &Uuid::new_v4().simple().to_string()[..12];
+        (self.user(&format!("ana.{tag}")).await, self.user(&format!("ben.{tag}")).await)
+    }
+
+    pub(crate) fn token(&self, id: &str) -> String {
+        let id = Uuid::parse_str(id).expect("an id");
+        self.running.app.tokens.issue(id).expect("a token").0
+    }
+
+    pub(crate) async fn register(&self, username: &str, email: &str, password: &str) -> Answer {
+        let body = json!({"username": username, "email": email, "password": password});
+        self.post("/register").json(&body).answer().await
+    }
+
+    pub(crate) async fn login(&self, username: &str, password: &str) -> Answer {
+        self.post("/login").json(&json!({"username": username, "password": password})).answer().await
+    }
+
+    /// A message to be sent, with a header or not.
+    pub(crate) fn send(&self, from: &User, to: &User, content: &str) -> Call {
+        self.post("/send").by(from).json(&json!({"recipient_id": to.id, "content": content}))
+    }
+
+    /// Sends a message that must be accepted.
+    pub(crate) async fn sent(&self, from: &User, to: &User, content: &str) -> Value {
+        self.send(from, to, content).answer().await.json(201)
+    }
+
+    /// `n` messages of one direction, with their numbers as content.
+    pub(crate) async fn sent_many(&self, from: &User, to: &User, n: usize) {
+        for number in 1..=n {
+            self.sent(from, to, &number.to_string()).await;
+        }
+    }
+
+    /// A page of the conversation; `query` is what follows the peer.
+    pub(crate) async fn messages(&self, reader: &User, peer: &User, query: &str) -> Answer {
+        let query = if query.is_empty() { String::new() } else { format!("&{query}") };
+        self.get(&format!("/messages?peer_id={}{query}", peer.id)).by(reader).answer().await
+    }
+
+    /// The `seq`s of a page.
+    pub(crate) async fn seqs(&self, reader: &User, peer: &User, query: &str) -> Vec<i64> {
+        self.messages(reader, peer, query).await.seqs()
+    }
+
+    /// A page that the window answered, as the metrics say: the first reads only fill it.
+    pub(crate) async fn hit(&self, reader: &User, peer: &User, query: &str) -> Answer {
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        loop {
+            let before = self.metric("chat_cache_lookups_total{outcome=\"hit\"}").await;
+            let answer = self.messages(reader, peer, query).await;
+            if self.metric("chat_cache_lookups_total{outcome=\"hit\"}").await > before {
+                return answer;
+            }
+            assert!(std::time::Instant::now() < deadline, "the window never answers");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// A number from the operations port, by its name and labels.
+    pub(crate) async fn metric(&self, name: &str) -> f64 {
+        let text = self.get_operations("/metrics").answer().await.text(200);
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no metric {name} in\n{text}"))
+    }
+}
+
+/// A string member of an object.
+pub(crate) fn text(value: &Value, name: &str) -> String {
+    value[name].as_str().unwrap_or_else(|| panic!("{name} is no string in {value}")).to_owned()
+}
+
+/// The names of an object's members.
+pub(crate) fn members(value: &Value) -> Vec<&str> {
+    let mut names: Vec<&str> = value
+        .as_object()
+        .unwrap_or_else(|| panic!("no object: {value}"))
+        .keys()
+        .map(String::as_str)
+        .collect();
+    names.sort_unstable();
+    names
+}
+
+/// Runs all of them at once; their outcomes come in the order that they were given in.
+pub(crate) async fn together<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
+    futures_util::future::join_all(futures).await
+}
+
+pub(crate) fn now_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
+}
+
+/// The value of a variable that `cargo xtask test` sets.
+fn given(variable: &str) -> String {
+    std::env::var(variable).unwrap_or_else(|_| panic!("{variable} is not set: run cargo xtask test"))
+}
