@@ -397,11 +397,12 @@ struct Loaded {
 /// out where the last seq is `known`.
 async fn load(pool: &PgPool, caller: Uuid, page: &Page, known: Option<i64>) -> Result<Loaded, sqlx::Error> {
     let pair = Pair::new(caller, page.peer);
-    // The top of the range: given by `before` or `after`, else counted down from the last seq.
-    let (top, offset) = match page.position {
-        Position::Offset(offset) => (None, offset),
-        Position::Before(seq) => (Some(seq - 1), 0),
-        Position::After(seq) => (Some(seq.saturating_add(page.limit)), 0),
+    // The range's top is at most `top` and what `offset` leaves of the last seq; its floor is given by `after`, or
+    // lies `limit` below the top. No seq is near the largest number, so halving an offset keeps it beyond all.
+    let (top, offset, floor) = match page.position {
+        Position::Offset(offset) => (None, offset.min(i64::MAX / 2), None),
+        Position::Before(seq) => (Some(seq - 1), 0, None),
+        Position::After(seq) => (Some(seq.saturating_add(page.limit)), 0, Some(seq)),
     };
     let rows = sqlx::query!(
         r#"SELECT EXISTS (SELECT FROM users WHERE id = $1) AS "caller_exists!",
@@ -416,9 +417,9 @@ async fn load(pool: &PgPool, caller: Uuid, page: &Page, known: Option<i64>) -> R
                SELECT id, seq, sender_id, content, created_at
                FROM messages
                WHERE conversation_id = c.id
-                 AND c.last_seq IS DISTINCT FROM $8
-                 AND seq <= least(coalesce($5, c.last_seq - $6), c.last_seq)
-                 AND seq > coalesce($5, c.last_seq - $6) - $7
+                 AND c.last_seq IS DISTINCT FROM $9
+                 AND seq <= least($5, c.last_seq - $6)
+                 AND seq > coalesce($7, least($5, c.last_seq - $6) - $8)
                ORDER BY seq DESC
            ) m ON true
            ORDER BY m.seq DESC"#,
@@ -428,6 +429,7 @@ async fn load(pool: &PgPool, caller: Uuid, page: &Page, known: Option<i64>) -> R
         pair.high,
         top,
         offset,
+        floor,
         page.limit,
         known,
     )
