@@ -2,6 +2,9 @@
 
 mod authentication;
 mod harness;
+mod idempotency;
 mod login;
+mod messages;
+mod send;
 mod support;
 mod users;
