@@ -5,6 +5,8 @@ mod harness;
 mod idempotency;
 mod login;
 mod messages;
+mod process;
+mod probe;
 mod send;
 mod support;
 mod users;

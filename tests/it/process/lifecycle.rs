@@ -1,0 +1,242 @@
+//! How the process ends: in good order on a signal, at once on a second one, and without loss when it is killed.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::Signal;
+
+use super::support::{Database, LIMIT, Service, Start, eventually, within};
+
+/// A service whose conversation of two users has one message, and limits that no test waits for.
+fn patient(database: &Database) -> Start {
+    Start::on(database).env("REQUEST_TIMEOUT_MS", "50000").env("DB_STATEMENT_TIMEOUT_MS", "50000")
+}
+
+/// The signal arrives while a send waits for a lock in Postgres.
+fn finishes_what_it_has_begun(signal: Signal) -> Result<()> {
+    let database = Database::create()?;
+    let mut service = patient(&database).env("SHUTDOWN_GRACE_SECONDS", "40").ready()?;
+    let (ana, ben) = service.two_users()?;
+    service.send(&ana, &ben, "first")?.expect(201)?;
+    let held = database.hold_conversations()?;
+    thread::scope(|scope| -> Result<()> {
+        let sending = scope.spawn(|| service.send(&ana, &ben, "in flight"));
+        database.blocks(1)?;
+        service.process.signal(signal)?;
+        service.becomes("unavailable")?;
+        let health = service.operations("/healthz")?.expect(503)?.json()?;
+        ensure!(health["checks"]["process"] == "draining", "{health}");
+        // Past the moment in which it still takes requests, those that it has go on.
+        thread::sleep(Duration::from_millis(1500));
+        ensure!(service.health()?.0 == 503, "ready again");
+        service.operations("/livez")?.expect(200)?;
+        if sending.is_finished() {
+            bail!("the request did not outlive the signal: {:?}", sending.join());
+        }
+        held.release();
+        let message = sending.join().expect("no panic")?.expect(201)?.json()?;
+        ensure!(message["seq"] == 2 && message["content"] == "in flight", "{message}");
+        Ok(())
+    })?;
+    ensure!(service.process.exit(LIMIT)? == 0, "{}", service.process.said());
+    ensure!(database.contents()? == ["first", "in flight"]);
+    ensure!(service.process.lines_with(&["the grace is over"]).is_empty());
+    Ok(())
+}
+
+#[test]
+fn sigterm_makes_it_unready_and_lets_a_request_in_flight_complete() -> Result<()> {
+    finishes_what_it_has_begun(Signal::TERM)
+}
+
+#[test]
+fn sigint_does_the_same() -> Result<()> {
+    finishes_what_it_has_begun(Signal::INT)
+}
+
+#[test]
+fn an_idle_process_ends_with_zero_and_says_so() -> Result<()> {
+    let database = Database::create()?;
+    let said = Start::on(&database).ready()?.stop()?;
+    assert!(said.contains("stopping: no longer ready") && said.contains("stopped"), "{said}");
+    assert!(!said.contains("ERROR"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn an_open_connection_without_a_request_does_not_hold_up_the_end() -> Result<()> {
+    let database = Database::create()?;
+    let mut service = Start::on(&database).env("SHUTDOWN_GRACE_SECONDS", "50").ready()?;
+    let mut used = std::net::TcpStream::connect(service.public)?;
+    std::io::Write::write_all(&mut used, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    used.set_read_timeout(Some(LIMIT))?;
+    ensure!(std::io::Read::read(&mut used, &mut [0; 4096])? > 0);
+    service.process.signal(Signal::TERM)?;
+    let code = within(Duration::from_secs(30), "the end", || service.process.exit(LIMIT))?;
+    ensure!(code == 0, "{}", service.process.said());
+    Ok(())
+}
+
+#[test]
+fn what_is_queued_is_committed_before_the_end() -> Result<()> {
+    const SENDERS: usize = 12;
+    let database = Database::create()?;
+    let mut service = patient(&database).env("SHUTDOWN_GRACE_SECONDS", "40").ready()?;
+    let (ana, ben) = service.two_users()?;
+    service.send(&ana, &ben, "first")?.expect(201)?;
+    let held = database.hold_conversations()?;
+    let acknowledged = thread::scope(|scope| -> Result<HashSet<String>> {
+        // The first holds up the writer, the rest wait in its queue.
+        let first = scope.spawn(|| service.send(&ana, &ben, "second"));
+        database.blocks(1)?;
+        let (service, ana, ben) = (&service, &ana, &ben);
+        let queued: Vec<_> = (0..SENDERS)
+            .map(|number| scope.spawn(move || service.send(ben, ana, &format!("queued {number}"))))
+            .collect();
+        eventually("the queue to fill", || {
+            service.metric("http_server_active_requests").ok().filter(|active| *active > SENDERS as f64)
+        })?;
+        service.process.signal(Signal::TERM)?;
+        service.becomes("unavailable")?;
+        held.release();
+        let mut acknowledged = HashSet::new();
+        for sending in queued.into_iter().chain([first]) {
+            let message = sending.join().expect("no panic")?.expect(201)?.json()?;
+            acknowledged.insert(message["content"].as_str().context("content")?.to_owned());
+        }
+        Ok(acknowledged)
+    })?;
+    ensure!(service.process.exit(LIMIT)? == 0, "{}", service.process.said());
+    ensure!(acknowledged.len() == SENDERS + 1, "{acknowledged:?}");
+    let stored: HashSet<String> = database.contents()?.into_iter().collect();
+    ensure!(stored.is_superset(&acknowledged), "{stored:?}");
+    database.has_no_gaps()
+}
+
+#[test]
+fn after_the_grace_it_ends_whatever_is_still_in_flight() -> Result<()> {
+    let database = Database::create()?;
+    let mut service = patient(&database).env("SHUTDOWN_GRACE_SECONDS", "2").ready()?;
+    let (ana, ben) = service.two_users()?;
+    service.send(&ana, &ben, "first")?.expect(201)?;
+    let _held = database.hold_conversations()?;
+    thread::scope(|scope| -> Result<()> {
+        let sending = scope.spawn(|| service.send(&ana, &ben, "never"));
+        database.blocks(1)?;
+        service.process.signal(Signal::TERM)?;
+        // The request itself would wait for 50 s.
+        eventually("the end of the grace", || {
+            Some(service.process.lines_with(&["the grace is over"])).filter(|lines| !lines.is_empty())
+        })?;
+        let unanswered = sending.join().expect("no panic");
+        ensure!(unanswered.as_ref().is_ok_and(|answer| answer.status == 503) || unanswered.is_err());
+        Ok(())
+    })?;
+    within(Duration::from_secs(30), "the end", || service.process.exit(LIMIT))?;
+    Ok(())
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() -> Result<()> {
+    let database = Database::create()?;
+    let mut service = patient(&database).env("SHUTDOWN_GRACE_SECONDS", "600").ready()?;
+    let (ana, ben) = service.two_users()?;
+    service.send(&ana, &ben, "first")?.expect(201)?;
+    let _held = database.hold_conversations()?;
+    thread::scope(|scope| -> Result<()> {
+        let sending = scope.spawn(|| service.send(&ana, &ben, "never"));
+        database.blocks(1)?;
+        service.process.signal(Signal::TERM)?;
+        service.becomes("unavailable")?;
+        service.process.signal(Signal::INT)?;
+        ensure!(sending.join().expect("no panic").is_err(), "it was answered");
+        Ok(())
+    })?;
+    let code = within(Duration::from_secs(30), "the end", || service.process.exit(LIMIT))?;
+    ensure!(code == 1, "exit code {code}");
+    ensure!(service.process.lines_with(&["a second signal"]).len() == 1, "{}", service.process.said());
+    Ok(())
+}
+
+#[test]
+fn a_signal_ends_a_process_that_still_waits_for_postgres() -> Result<()> {
+    let port = super::support::closed_port()?;
+    let url = format!("postgres://nobody@127.0.0.1:{port}/nothing");
+    let mut service = Start::bare().env("DATABASE_URL", &url).env("SHUTDOWN_GRACE_SECONDS", "40").listen()?;
+    service.becomes("unavailable")?;
+    service.process.signal(Signal::TERM)?;
+    ensure!(within(Duration::from_secs(30), "the end", || service.process.exit(LIMIT))? == 0);
+    Ok(())
+}
+
+/// Sends from several threads until told to stop; returns what was acknowledged.
+pub(super) fn send_until(
+    service: &Service,
+    people: &(super::support::User, super::support::User),
+    stop: &AtomicBool,
+) -> Result<Vec<String>> {
+    const SENDERS: usize = 4;
+    let (ana, ben) = people;
+    thread::scope(|scope| {
+        let senders: Vec<_> = (0..SENDERS)
+            .map(|sender| {
+                scope.spawn(move || {
+                    let mut acknowledged = Vec::new();
+                    for number in 0.. {
+                        if stop.load(Ordering::Relaxed) {
+                            break;
+                        }
+                        let content = format!("{sender}:{number}");
+                        let (from, to) = if sender % 2 == 0 { (ana, ben) } else { (ben, ana) };
+                        match service.send(from, to, &content) {
+                            Ok(answer) if answer.status == 201 => acknowledged.push(content),
+                            // Whatever else came back, nothing was promised.
+                            Ok(_) => thread::sleep(Duration::from_millis(20)),
+                            Err(_) => thread::sleep(Duration::from_millis(20)),
+                        }
+                    }
+                    acknowledged
+                })
+            })
+            .collect();
+        Ok(senders.into_iter().flat_map(|sender| sender.join().expect("no panic")).collect())
+    })
+}
+
+#[test]
+fn a_kill_under_load_loses_no_acknowledged_message() -> Result<()> {
+    let database = Database::create()?;
+    let mut service = Start::on(&database).ready()?;
+    let people = service.two_users()?;
+    let stop = AtomicBool::new(false);
+    let acknowledged = thread::scope(|scope| -> Result<Vec<String>> {
+        let sending = scope.spawn(|| send_until(&service, &people, &stop));
+        eventually("some messages", || database.contents().ok().filter(|stored| stored.len() > 50))?;
+        service.process.signal(Signal::KILL)?;
+        stop.store(true, Ordering::Relaxed);
+        sending.join().expect("no panic")
+    })?;
+    ensure!(service.process.exit(LIMIT)? == 128 + 9, "{}", service.process.said());
+    ensure!(acknowledged.len() > 10, "too few were acknowledged: {}", acknowledged.len());
+    // A statement of the killed process may still be running.
+    eventually("its sessions to end", || {
+        let sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+                        AND application_name = 'chat-service'";
+        database.value(sessions).ok().filter(|count| count == "0")
+    })?;
+    let stored: HashSet<String> = database.contents()?.into_iter().collect();
+    let lost: Vec<_> = acknowledged.iter().filter(|content| !stored.contains(*content)).collect();
+    ensure!(lost.is_empty(), "acknowledged and lost: {lost:?}");
+    database.has_no_gaps()?;
+
+    // The next process carries on with the same conversation.
+    let next = Start::on(&database).ready()?;
+    let (ana, ben) = &people;
+    let message = next.send(ana, ben, "afterwards")?.expect(201)?.json()?;
+    ensure!(message["seq"] == stored.len() + 1, "{message}");
+    ensure!(next.contents(ben, ana, 1)? == ["afterwards"]);
+    Ok(())
+}
