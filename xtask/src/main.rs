@@ -3,7 +3,6 @@
 mod bench;
 mod ci;
 mod dev;
-
 mod prepare;
 mod signals;
 mod steps;
