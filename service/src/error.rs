@@ -73,6 +73,29 @@ pub struct Problem {
     pub errors: Vec<FieldError>,
 }
 
+impl Problem {
+    /// What such an error looks like, for the OpenAPI document.
+    pub fn example(status: &str, description: &str) -> serde_json::Value {
+        let status = status.parse().unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let fault = FieldError { field: "content".into(), message: "is missing: send a string".into() };
+        let errors = if status == StatusCode::UNPROCESSABLE_ENTITY { vec![fault] } else { Vec::new() };
+        let detail = if errors.is_empty() { description.to_owned() } else { summary(&errors) };
+        let problem = Self::new(status, detail, errors, "01920b1e9f6a7c7e8f4e0f6c1f4f2a11");
+        serde_json::to_value(problem).unwrap_or_default()
+    }
+
+    fn new(status: StatusCode, detail: String, errors: Vec<FieldError>, request_id: &str) -> Self {
+        Self {
+            kind: "about:blank",
+            title: status.canonical_reason().unwrap_or("Error"),
+            status: status.as_u16(),
+            detail,
+            request_id: request_id.to_owned(),
+            errors,
+        }
+    }
+}
+
 impl Error {
     pub fn internal(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self::Internal(error.into())
@@ -180,14 +203,7 @@ fn render_problem(
     request_id: &str,
     res: &mut Response,
 ) {
-    let problem = Problem {
-        kind: "about:blank",
-        title: status.canonical_reason().unwrap_or("Error"),
-        status: status.as_u16(),
-        detail,
-        request_id: request_id.to_owned(),
-        errors,
-    };
+    let problem = Problem::new(status, detail, errors, request_id);
     if status == StatusCode::UNAUTHORIZED {
         res.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
@@ -227,9 +243,8 @@ pub fn document(
     headers: &[HeaderName],
 ) {
     let schema = Problem::to_schema(components);
-    let mut response = salvo_oapi::Response::new(description)
-        .add_content(PROBLEM_JSON, salvo_oapi::Content::new(schema))
-        .add_header("x-request-id", header("The request's id, as in the log"));
+    let mut response =
+        salvo_oapi::Response::new(description).add_content(PROBLEM_JSON, salvo_oapi::Content::new(schema));
     for name in headers {
         response = response.add_header(name.as_str(), header(header_meaning(name)));
     }

@@ -2,9 +2,11 @@
 
 use salvo::Router;
 use salvo_oapi::security::{Http, HttpAuthScheme};
-use salvo_oapi::{Info, License, OpenApi, SecurityScheme, Tag};
+use salvo_oapi::{Info, License, OpenApi, RefOr, Response, SecurityScheme, Tag};
 
 use crate::auth::SECURITY_SCHEME;
+use crate::error::{self, PROBLEM_JSON, Problem};
+use crate::request_id::X_REQUEST_ID;
 
 const DESCRIPTION: &str = "\
 A 1:1 chat back end. Register two users, log in, find the other's id, send a message, read the conversation.
@@ -19,7 +21,7 @@ pub fn document(router: &Router) -> OpenApi {
     let bearer = Http::new(HttpAuthScheme::Bearer)
         .bearer_format("JWT")
         .description("`access_token` from `POST /login`");
-    OpenApi::with_info(
+    let mut document = OpenApi::with_info(
         Info::new("chat-service", env!("CARGO_PKG_VERSION"))
             .description(DESCRIPTION)
             .license(License::new("Apache-2.0")),
@@ -30,7 +32,22 @@ pub fn document(router: &Router) -> OpenApi {
         Tag::new("messages").description("What they say"),
         Tag::new("operations").description("How the service is"),
     ])
-    .merge_router(router)
+    .merge_router(router);
+    let operations = document.paths.values_mut().flat_map(|path| path.operations.values_mut());
+    for (status, response) in operations.flat_map(|operation| operation.responses.iter_mut()) {
+        if let RefOr::Type(response) = response {
+            complete(status, response);
+        }
+    }
+    document
+}
+
+/// What is true of every response is said once, here: it has an id, and an error has an example of its own.
+fn complete(status: &str, response: &mut Response) {
+    response.headers.insert(X_REQUEST_ID.to_string(), error::header("The request's id, as in the log"));
+    if let Some(content) = response.contents.get_mut(PROBLEM_JSON) {
+        content.example = Some(Problem::example(status, &response.description));
+    }
 }
 
 /// The document as text; what `chat-service openapi` prints.

@@ -16,9 +16,10 @@ use crate::{health, messages, openapi, users};
 /// The public port.
 pub fn public(app: &Arc<App>) -> Service {
     let document = openapi::document(&api());
+    let docs = SwaggerUi::new("/openapi.json").title("chat-service");
     let router = api()
-        .push(document.into_router("/openapi.json"))
-        .push(SwaggerUi::new("/openapi.json").title("chat-service").into_router("/docs").hoop(docs_headers));
+        .push(Router::with_path("/openapi.json").get(document))
+        .push(Router::with_path("/docs/{**}").hoop(docs_headers).get(docs));
     Service::new(router).hoop(Edge::new(Arc::clone(app)))
 }
 

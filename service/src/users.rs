@@ -73,6 +73,7 @@ pub struct PublicUser {
 #[salvo(schema(name = "Token"))]
 pub struct Token {
     /// Send it as `Authorization: Bearer <access_token>`.
+    #[salvo(schema(example = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIwMTkyMGIxZSJ9.c2lnbmF0dXJl"))]
     pub access_token: String,
     #[salvo(schema(example = "bearer"))]
     pub token_type: &'static str,
