@@ -1,12 +1,16 @@
 //! The integration tests: one binary, a module per topic.
 
 mod authentication;
+mod docs;
+mod errors;
 mod harness;
+mod health;
 mod idempotency;
+mod limits;
 mod login;
 mod messages;
+mod migrations;
 mod process;
-mod probe;
 mod send;
 mod support;
 mod users;

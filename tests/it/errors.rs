@@ -1,0 +1,267 @@
+//! Errors that no endpoint makes by itself, and what surrounds every request.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use serde_json::json;
+use sqlx::Connection as _;
+
+use crate::support::{PASSWORD, TestApp, User, text};
+
+/// Every path of the public port, with the method that it takes.
+const PATHS: [(&str, &str); 9] = [
+    ("/register", "POST"),
+    ("/login", "POST"),
+    ("/send", "POST"),
+    ("/me", "GET"),
+    ("/users/ana", "GET"),
+    ("/messages", "GET"),
+    ("/healthz", "GET"),
+    ("/docs/", "GET"),
+    ("/openapi.json", "GET"),
+];
+
+fn method(name: &str) -> Method {
+    Method::from_bytes(name.as_bytes()).expect("a method")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_path_is_404_whatever_the_method_on_both_ports() {
+    let app = TestApp::start().await;
+    for path in [
+        "/",
+        "/nothing",
+        "/users",
+        "/users/",
+        "/users/a/b",
+        "/send/x",
+        "/docs/nothing.js",
+        "/metrics",
+        "/livez",
+    ] {
+        for name in ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW"] {
+            if path.starts_with("/docs/") && name != "GET" {
+                continue;
+            }
+            app.request(method(name), path).answer().await.problem(404);
+        }
+    }
+    for path in ["/", "/nothing", "/me", "/docs/", "/openapi.json"] {
+        app.get_operations(path).answer().await.problem(404);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_method_than_the_paths_own_is_405_and_the_right_one_is_named() {
+    let app = TestApp::start().await;
+    for (path, own) in PATHS {
+        for name in ["GET", "POST", "PUT", "DELETE", "PATCH", "BREW"] {
+            if name == own {
+                continue;
+            }
+            let answer = app.request(method(name), path).answer().await;
+            assert_eq!(answer.status, 405, "{name} {path}");
+            answer.problem(405);
+            assert_eq!(answer.header("allow"), Some(own), "{name} {path}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_over_the_limit_is_413_and_one_of_just_the_limit_is_read() {
+    for (variables, limit) in [(&[][..], 65_536), (&[("MAX_BODY_BYTES", "1024")][..], 1024)] {
+        let app = TestApp::with(variables).await;
+        let ana = app.user("ana").await;
+        for path in ["/register", "/login", "/send"] {
+            let body = |length: usize| format!("{{\"x\":\"{}\"}}", "x".repeat(length - 8));
+            let post = |body: String| {
+                app.post(path).by(&ana).header("content-type", "application/json").body(body).answer()
+            };
+            post(body(limit)).await.problem(422);
+            let problem = post(body(limit + 1)).await.problem(413);
+            assert!(text(&problem, "detail").contains(&limit.to_string()), "{problem}");
+            post("x".repeat(limit * 3)).await.problem(413);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chunked_body_is_counted_as_it_comes() {
+    let app = TestApp::with(&[("MAX_BODY_BYTES", "2048")]).await;
+    let ana = app.user("ana").await;
+    for path in ["/register", "/login", "/send"] {
+        for (length, status) in [(2048, 422), (2049, 413), (100_000, 413)] {
+            let body = format!("{{\"x\":\"{}\"}}", "x".repeat(length - 8));
+            let mut request = format!(
+                "POST {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\nauthorization: Bearer {}\r\n\
+                 content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n",
+                ana.token
+            );
+            for chunk in body.as_bytes().chunks(500) {
+                let chunk = std::str::from_utf8(chunk).expect("ASCII");
+                request.push_str(&format!("{:x}\r\n{chunk}\r\n", chunk.len()));
+            }
+            request.push_str("0\r\n\r\n");
+            let answer = app.raw(request.as_bytes()).await;
+            assert_eq!(answer.status, status, "{length} bytes to {path}");
+            answer.problem(status);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_does_not_say_json_is_415() {
+    let app = TestApp::start().await;
+    let ana = app.user("ana").await;
+    for path in ["/register", "/login", "/send"] {
+        let post = |kind: Option<&str>| {
+            let call = app.post(path).by(&ana).body("{}");
+            kind.into_iter().fold(call, |call, kind| call.header("content-type", kind)).answer()
+        };
+        for kind in [
+            None,
+            Some(""),
+            Some("text/plain"),
+            Some("application/x-www-form-urlencoded"),
+            Some("multipart/form-data; boundary=x"),
+            Some("application/jsonp"),
+            Some("application/problem+json"),
+            Some("text/json; application/json"),
+        ] {
+            let answer = post(kind).await;
+            assert_eq!(answer.status, 415, "{kind:?} to {path}");
+            answer.problem(415);
+        }
+        for kind in ["application/json", "application/json; charset=utf-8", "APPLICATION/JSON;charset=UTF-8"]
+        {
+            post(Some(kind)).await.problem(422);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sane_request_id_is_taken_over_on_every_status() {
+    let app = TestApp::with(&[("LOGIN_RATE_LIMIT_PER_MINUTE", "1000000")]).await;
+    let ana = app.user("ana").await;
+    for id in ["a", "A.b_c-9", "0123456789", &"x".repeat(64)] {
+        for (name, path, status) in [
+            ("GET", "/me", 200),
+            ("GET", "/users/nobody", 404),
+            ("GET", "/nothing", 404),
+            ("PUT", "/me", 405),
+            ("POST", "/send", 415),
+            ("GET", "/messages", 422),
+            ("GET", "/messages?limit=x", 400),
+            ("GET", "/healthz", 200),
+            ("GET", "/openapi.json", 200),
+            ("GET", "/docs/", 200),
+            ("GET", "/docs", 302),
+        ] {
+            let answer = app.request(method(name), path).by(&ana).header("x-request-id", id).answer().await;
+            assert_eq!((answer.status, answer.header("x-request-id")), (status, Some(id)), "{name} {path}");
+            if status >= 400 {
+                assert_eq!(answer.problem(status)["request_id"], id);
+            }
+        }
+        let answer = app.get("/me").header("x-request-id", id).answer().await;
+        assert_eq!(answer.problem(401)["request_id"], id);
+        let answer = app.get_operations("/livez").header("x-request-id", id).answer().await;
+        assert_eq!(answer.header("x-request-id"), Some(id));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_other_request_id_is_replaced_and_no_two_are_the_same() {
+    let app = TestApp::start().await;
+    let mut seen = BTreeSet::new();
+    let long = "x".repeat(65);
+    let odd: [&[u8]; 8] = [b"", b"a b", b"a\"b", b"a/b", b"\xc3\xa4", b"a\tb", b"{}", long.as_bytes()];
+    for id in odd {
+        for line in ["GET /healthz", "GET /nothing", "PUT /me"] {
+            let mut request =
+                format!("{line} HTTP/1.1\r\nhost: test\r\nconnection: close\r\nx-request-id: ").into_bytes();
+            request.extend_from_slice(id);
+            request.extend_from_slice(b"\r\n\r\n");
+            let answer = app.raw(&request).await;
+            let new = answer.header("x-request-id").expect("an id").to_owned();
+            assert_ne!(new.as_bytes(), id);
+            if answer.status >= 400 {
+                answer.problem(answer.status);
+            }
+            assert!(seen.insert(new), "the same id twice");
+        }
+    }
+    for _ in 0..10 {
+        let id = app.get("/nothing").answer().await.header("x-request-id").map(str::to_owned);
+        assert!(seen.insert(id.expect("an id")), "the same id twice");
+    }
+}
+
+/// One request of each endpoint that needs Postgres.
+async fn ask_everything(app: &TestApp, ana: &User, ben: &User, status: u16) {
+    app.register("carl", "carl@example.com", PASSWORD).await.problem(status);
+    app.login("ana", PASSWORD).await.problem(status);
+    app.get("/me").by(ana).answer().await.problem(status);
+    app.get("/users/ben").by(ana).answer().await.problem(status);
+    app.send(ana, ben, "hello").answer().await.problem(status);
+    for query in ["", "offset=70", "before=5", "after=5"] {
+        app.messages(ana, ben, query).await.problem(status);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_postgres_everything_that_needs_it_is_503() {
+    let well = TestApp::start().await;
+    let (ana, ben) = well.pair().await;
+    let app = well.replica(&[("DATABASE_URL", "postgres://postgres@127.0.0.1:1/nowhere")]).await;
+    ask_everything(&app, &ana, &ben, 503).await;
+    assert_eq!(app.get("/healthz").answer().await.status, 503);
+    app.get_operations("/livez").answer().await.json(200);
+    // What can be judged without it still is.
+    app.get("/me").answer().await.problem(401);
+    app.post("/login").json(&json!({})).answer().await.problem(422);
+    app.get("/nothing").answer().await.problem(404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn before_the_schema_is_there_everything_that_needs_it_is_503() {
+    let well = TestApp::start().await;
+    let (ana, ben) = well.pair().await;
+    let empty = crate::support::Database::empty().await;
+    let app = well.replica(&[("DATABASE_URL", empty.url()), ("MIGRATE_ON_START", "false")]).await;
+    ask_everything(&app, &ana, &ben, 503).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_takes_too_long_is_503() {
+    // The limit of the request, and the one of the statement: whichever is over first.
+    for variables in [[("REQUEST_TIMEOUT_MS", "300")], [("DB_STATEMENT_TIMEOUT_MS", "300")]] {
+        let app = TestApp::with(&variables).await;
+        let ana = app.user("ana").await;
+        let mut holder = app.database.connect().await;
+        let mut lock = holder.begin().await.expect("a transaction");
+        sqlx::raw_sql("LOCK TABLE users").execute(&mut *lock).await.expect("a lock");
+        let started = Instant::now();
+        app.get("/me").by(&ana).answer().await.problem(503);
+        let taken = started.elapsed();
+        assert!((Duration::from_millis(300)..Duration::from_secs(4)).contains(&taken), "{taken:?}");
+        lock.rollback().await.expect("the lock is released");
+        app.get("/me").by(&ana).answer().await.json(200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_of_unknown_fate_may_be_repeated_under_its_key() {
+    let app = TestApp::with(&[("REQUEST_TIMEOUT_MS", "300")]).await;
+    let (ana, ben) = app.pair().await;
+    let mut holder = app.database.connect().await;
+    let mut lock = holder.begin().await.expect("a transaction");
+    sqlx::raw_sql("LOCK TABLE conversations").execute(&mut *lock).await.expect("a lock");
+    let send = || app.send(&ana, &ben, "once").header("idempotency-key", "key").answer();
+    send().await.problem(503);
+    send().await.problem(503);
+    lock.rollback().await.expect("the lock is released");
+    assert_eq!(send().await.json(201)["seq"], 1);
+    assert_eq!(app.seqs(&ben, &ana, "").await, [1]);
+}

@@ -1,0 +1,204 @@
+//! Rate limits: fixed windows of a minute, per user or per client address.
+
+use std::time::Duration;
+
+use deadpool_redis::redis;
+use serde_json::json;
+
+use crate::support::{Answer, PASSWORD, TestApp, now_seconds, text};
+
+const MINUTE: u64 = 60;
+
+/// Waits for the next window where this one is almost over, so that a test counts in one window alone.
+async fn in_one_window() {
+    let left = MINUTE - now_seconds() % MINUTE;
+    if left < 20 {
+        tokio::time::sleep(Duration::from_secs(left)).await;
+    }
+}
+
+/// An attempt that is counted, although it does nothing.
+async fn attempt(app: &TestApp, path: &str, forwarded: &[&str]) -> Answer {
+    let call = app.post(path).json(&json!({}));
+    forwarded.iter().fold(call, |call, value| call.header("x-forwarded-for", value)).answer().await
+}
+
+/// How many attempts of this client are let through, until the first that is not.
+async fn allowed(app: &TestApp, path: &str, forwarded: &[&str]) -> u32 {
+    for count in 0..100 {
+        let answer = attempt(app, path, forwarded).await;
+        if answer.status == 429 {
+            answer.problem(429);
+            return count;
+        }
+        answer.problem(422);
+    }
+    100
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sixth_login_of_an_address_in_a_minute_is_429_until_the_window_ends() {
+    // Empty is unset: the documented default.
+    let app = TestApp::with(&[("LOGIN_RATE_LIMIT_PER_MINUTE", "")]).await;
+    app.user("ana").await;
+    in_one_window().await;
+    for password in [PASSWORD, "wrong", PASSWORD] {
+        let answer = app.login("ana", password).await;
+        assert_eq!(answer.status, if password == PASSWORD { 200 } else { 401 });
+    }
+    app.login("nobody", PASSWORD).await.problem(401);
+    attempt(&app, "/login", &[]).await.problem(422);
+    for name in ["ana", "ben", "nobody"] {
+        let before = now_seconds();
+        let answer = app.login(name, PASSWORD).await;
+        let after = now_seconds();
+        answer.problem(429);
+        let wait: u64 = answer.header("retry-after").and_then(|wait| wait.parse().ok()).expect("seconds");
+        let to_the_end = |now: u64| MINUTE - now % MINUTE;
+        assert!(
+            (to_the_end(after)..=to_the_end(before)).contains(&wait),
+            "{wait} s at second {}",
+            after % MINUTE
+        );
+    }
+    // Other limits are counted apart.
+    app.user("ben").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_may_send_30_messages_a_minute_and_each_counts_alone() {
+    let app = TestApp::with(&[("SEND_RATE_LIMIT_PER_MINUTE", "")]).await;
+    let (ana, ben) = app.pair().await;
+    in_one_window().await;
+    for number in 1..=30 {
+        assert_eq!(app.sent(&ana, &ben, "hello").await["seq"], number);
+    }
+    app.send(&ana, &ben, "hello").answer().await.problem(429);
+    app.post("/send").by(&ana).json(&json!({})).answer().await.problem(429);
+    app.sent(&ben, &ana, "hello").await;
+    assert_eq!(app.seqs(&ana, &ben, "limit=1").await, [31], "what was refused was not stored");
+    // A bad token is nobody's attempt.
+    app.post("/send").header("authorization", "Bearer x").json(&json!({})).answer().await.problem(401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_may_register_30_users_a_minute() {
+    let app = TestApp::with(&[("REGISTER_RATE_LIMIT_PER_MINUTE", "")]).await;
+    in_one_window().await;
+    app.register("ana", "ana@example.com", PASSWORD).await.json(201);
+    assert_eq!(allowed(&app, "/register", &[]).await, 29);
+    app.register("ben", "ben@example.com", PASSWORD).await.problem(429);
+    app.login("ana", PASSWORD).await.json(200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn zero_switches_a_limit_off() {
+    let app = TestApp::with(&[
+        ("LOGIN_RATE_LIMIT_PER_MINUTE", "0"),
+        ("SEND_RATE_LIMIT_PER_MINUTE", "0"),
+        ("REGISTER_RATE_LIMIT_PER_MINUTE", "0"),
+    ])
+    .await;
+    for path in ["/login", "/register"] {
+        assert_eq!(allowed(&app, path, &[]).await, 100, "{path}");
+    }
+    let (ana, ben) = app.pair().await;
+    app.sent_many(&ana, &ben, 40).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_count_together_and_a_new_minute_counts_anew() {
+    let one = TestApp::with(&[("SEND_RATE_LIMIT_PER_MINUTE", "4")]).await;
+    let other = one.replica(&[]).await;
+    let (ana, ben) = one.pair().await;
+    in_one_window().await;
+    for app in [&one, &other, &one, &other] {
+        app.sent(&ana, &ben, "hello").await;
+    }
+    for app in [&one, &other] {
+        app.send(&ana, &ben, "hello").answer().await.problem(429);
+    }
+    // What was counted belongs to this window, by its name, and goes by itself.
+    let window = (now_seconds() / MINUTE).to_string();
+    let keys: Vec<String> = one.redis.run(redis::cmd("KEYS").arg("chat:limit:*")).await;
+    assert!(!keys.is_empty(), "nothing was counted in Redis");
+    for key in keys {
+        assert!(key.split(':').any(|part| part == window), "{key} in window {window}");
+        let ttl: i64 = one.redis.run(redis::cmd("TTL").arg(&key)).await;
+        assert!((60..=120).contains(&ttl), "{key} lives for {ttl} s");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_holds_while_redis_is_away() {
+    let app =
+        TestApp::with(&[("REDIS_URL", "redis://127.0.0.1:1/0"), ("LOGIN_RATE_LIMIT_PER_MINUTE", "3")]).await;
+    in_one_window().await;
+    assert_eq!(allowed(&app, "/login", &[]).await, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn x_forwarded_for_is_ignored_from_anyone_but_a_trusted_proxy() {
+    for proxies in ["", "10.0.0.0/8,::1/128", "127.0.0.2/32"] {
+        let app = TestApp::with(&[("LOGIN_RATE_LIMIT_PER_MINUTE", "2"), ("TRUSTED_PROXIES", proxies)]).await;
+        in_one_window().await;
+        for number in 0..2 {
+            attempt(&app, "/login", &[&format!("203.0.113.{number}")]).await.problem(422);
+        }
+        for forwarded in [&["203.0.113.9"][..], &[], &["10.1.2.3"]] {
+            attempt(&app, "/login", forwarded).await.problem(429);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_trusted_proxies_each_client_counts_alone_by_the_last_untrusted_address() {
+    let variables = [
+        ("LOGIN_RATE_LIMIT_PER_MINUTE", "2"),
+        ("REGISTER_RATE_LIMIT_PER_MINUTE", "3"),
+        ("TRUSTED_PROXIES", "127.0.0.0/8, 10.0.0.0/8,2001:db8:1::/48"),
+    ];
+    let variables = variables.map(|(name, value)| (name, value.replace(' ', "")));
+    let variables: Vec<(&str, &str)> =
+        variables.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let app = TestApp::with(&variables).await;
+    in_one_window().await;
+    // Two clients, and each endpoint's own limit.
+    assert_eq!(allowed(&app, "/login", &["203.0.113.1"]).await, 2);
+    assert_eq!(allowed(&app, "/login", &["203.0.113.2"]).await, 2);
+    assert_eq!(allowed(&app, "/register", &["203.0.113.1"]).await, 3);
+    // The same client, whatever it makes up, and however many proxies of ours it came through.
+    for forwarded in [
+        &["198.51.100.7, 203.0.113.1"][..],
+        &["203.0.113.99,203.0.113.1"],
+        &["203.0.113.1, 10.0.0.5, 10.9.9.9"],
+        &["203.0.113.1", "10.0.0.5"],
+        &["198.51.100.7", "203.0.113.1, 10.0.0.5"],
+        &["garbage, 203.0.113.1, 2001:db8:1::7"],
+        &["::ffff:203.0.113.1"],
+    ] {
+        let answer = attempt(&app, "/login", forwarded).await;
+        assert_eq!(answer.status, 429, "{forwarded:?}");
+    }
+    // IPv6, in whatever way it is written.
+    assert_eq!(allowed(&app, "/login", &["2001:db8:2::1"]).await, 2);
+    attempt(&app, "/login", &["2001:0db8:2:0::1"]).await.problem(429);
+    // What is no address leaves the proxy that said it.
+    assert_eq!(allowed(&app, "/login", &[]).await, 2);
+    for forwarded in [&["garbage"][..], &[""], &["203.0.113.50, unknown"]] {
+        let answer = attempt(&app, "/login", forwarded).await;
+        assert_eq!(answer.status, 429, "{forwarded:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_over_a_limit_is_told_how_long_to_wait() {
+    let app = TestApp::with(&[("LOGIN_RATE_LIMIT_PER_MINUTE", "1")]).await;
+    in_one_window().await;
+    attempt(&app, "/login", &[]).await.problem(422);
+    let answer = attempt(&app, "/login", &[]).await;
+    let detail = text(&answer.problem(429), "detail");
+    let wait = answer.header("retry-after").expect("a Retry-After");
+    assert!(detail.contains(wait), "{detail} without {wait}");
+    assert!(app.metric("chat_rate_limited_total{limit=\"login\"}").await >= 1.0);
+}

@@ -1,0 +1,57 @@
+//! `chat_service::db::migrate`: many at once, and a database from the future.
+
+use chat_service::config::Config;
+use chat_service::db::{self, MigrationError};
+use chat_service::serve;
+
+use crate::support::{Database, together};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_at_once_on_an_empty_database_all_succeed() {
+    let database = Database::empty().await;
+    let options = database.options();
+    for round in ["empty", "migrated"] {
+        for outcome in together((0..50).map(|_| db::migrate(&options))).await {
+            assert_eq!(outcome.unwrap_or_else(|error| panic!("{round}: {error}")), db::known_version());
+        }
+    }
+    let applied: Vec<i64> =
+        sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success ORDER BY version")
+            .fetch_all(&mut database.connect().await)
+            .await
+            .expect("the migrations are recorded");
+    assert_eq!(applied, (1..=db::known_version()).collect::<Vec<_>>(), "each once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_newer_than_the_binary_is_refused_with_a_clear_line() {
+    let database = Database::migrated().await;
+    database
+        .execute(
+            "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+             VALUES (9999, 'from the future', true, 'x', 1)",
+        )
+        .await;
+    let error = db::migrate(&database.options()).await.expect_err("a newer schema");
+    assert!(matches!(error, MigrationError::DatabaseIsNewer { applied: 9999, .. }), "{error:?}");
+    let line = error.to_string();
+    for word in ["version 9999", "newer than this binary", &db::known_version().to_string()] {
+        assert!(line.contains(word), "{line}");
+    }
+    assert!(!line.contains('\n'), "{line}");
+    // Nor does a service start on it.
+    let variables =
+        [("DATABASE_URL", database.url()), ("HOST", "127.0.0.1"), ("PORT", "0"), ("OPS_PORT", "0")];
+    let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
+    let started = serve::start(Config::from_variables(&variables).expect("a valid configuration")).await;
+    assert_eq!(started.expect_err("refused").to_string(), line);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_that_was_edited_after_it_was_applied_is_refused() {
+    let database = Database::migrated().await;
+    database.execute("UPDATE _sqlx_migrations SET checksum = 'x' WHERE version = 2").await;
+    let error = db::migrate(&database.options()).await.expect_err("another checksum");
+    assert!(matches!(error, MigrationError::Edited(2)), "{error:?}");
+}
