@@ -2,6 +2,7 @@
 //! while Redis is away. They are never switched off by a fault.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -25,6 +26,10 @@ const WINDOW: Duration = Duration::from_secs(60);
 
 /// How long a counter stays: two windows, because a replica's clock may be a little behind another's.
 const KEY_TTL: Duration = Duration::from_secs(120);
+
+/// A window's counters are the fields of a few hashes: one cheap command counts, and few keys need an expiry.
+/// Several, so that a cluster shares the work, and none takes long to free.
+const SHARDS: u64 = 64;
 
 /// Subjects counted in process, over which the map starts anew: 100,000 entries are about 10 MB, and whoever
 /// can bring that many addresses is not held by a limit per address.
@@ -136,13 +141,18 @@ impl Limits {
 
     async fn count_in_redis(&self, limit: Limit, subject: &str, window: u64) -> Option<u32> {
         let live = self.redis.live()?;
-        let key = format!("chat:limit:{}:{subject}:{window}", limit.name());
-        // SET NX gives the counter its expiry before it is first counted, so that no failure between the two
-        // leaves a counter behind. The key outlives its window, so INCR never makes one without an expiry.
-        let mut pipeline = redis::Pipeline::with_capacity(2);
-        pipeline.cmd("SET").arg(&key).arg(0).arg("PX").arg(KEY_TTL.as_millis() as u64).arg("NX").ignore();
-        pipeline.cmd("INCR").arg(&key);
+        let shard = BuildHasherDefault::<DefaultHasher>::default().hash_one(subject) % SHARDS;
+        let key = format!("chat:limit:{}:{window}:{shard}", limit.name());
+        let mut pipeline = redis::Pipeline::with_capacity(1);
+        pipeline.cmd("HINCRBY").arg(&key).arg(subject).arg(1);
         let (used,): (u32,) = self.redis.run(&live, &pipeline).await.ok()?;
+        if used == 1 {
+            // Whoever counts a subject for the first time sees to it that the counters go away. Should this
+            // process die just here, the next subject's first attempt does it.
+            let mut pipeline = redis::Pipeline::with_capacity(1);
+            pipeline.cmd("PEXPIRE").arg(&key).arg(KEY_TTL.as_millis() as u64).ignore();
+            self.redis.run::<()>(&live, &pipeline).await.ok()?;
+        }
         Some(used)
     }
 

@@ -43,13 +43,14 @@ WITH input AS (
     JOIN sent s ON s.id = a.id
     WHERE a.key IS NOT NULL
 )
-SELECT (u.id IS NOT NULL) AS "sender_exists!",
+SELECT (s.id IS NOT NULL OR u.id IS NOT NULL) AS "sender_exists!",
        coalesce(s.id, p.id) AS "id?",
        coalesce(s.seq, p.seq) AS "seq?",
        coalesce(s.created_at, p.created_at) AS "created_at?",
        p.same AS "replay?"
 FROM input i
-LEFT JOIN users u ON u.id = i.sender
 LEFT JOIN sent s ON s.id = i.id
 LEFT JOIN replayed p ON p.n = i.n
+-- Why a message was not stored: only then is the sender looked for.
+LEFT JOIN users u ON s.id IS NULL AND u.id = i.sender
 ORDER BY i.n

@@ -82,12 +82,11 @@ const SUSPENSION_RENEWAL: Duration = Duration::from_secs(3);
 /// The time between asking Postgres for a suspension and trusting it must not count as covered by it.
 const SUSPENSION_MARGIN: Duration = Duration::from_secs(1);
 
-/// The head of a list, and whether it is what the script expects, in the terms that both scripts need.
+/// What both scripts begin with.
 macro_rules! script {
     ($body:literal) => {
         concat!(
-            "local lease, list, token = KEYS[1], KEYS[2], KEYS[3]\n\
-             local function newest()\n\
+            "local function newest(list)\n\
                local head = redis.call('LINDEX', list, 0)\n\
                return head and tonumber(string.match(head, '^%d+')) or 0\n\
              end\n",
@@ -96,22 +95,31 @@ macro_rules! script {
     };
 }
 
-/// The writer's step, after the commit. ARGV: the first new seq, CACHE_WINDOW, the list's life in ms, then the
-/// new elements, oldest first.
+/// The writer's step, after the commit, for any number of conversations. KEYS: three for each. ARGV:
+/// CACHE_WINDOW, the list's life in ms, then for each conversation the first new seq, the number of new
+/// elements, and these, oldest first.
 const APPEND: &str = script!(
-    "redis.call('DEL', token)
-     local first, window = tonumber(ARGV[1]), tonumber(ARGV[2])
-     local last = first + #ARGV - 4
-     local head = newest()
-     if head >= last then return end
-     local granted = redis.call('GET', lease)
-     if window > 0 and head == first - 1 and (head > 0 or granted) then
-       redis.call('LPUSH', list, unpack(ARGV, 4))
-       redis.call('LTRIM', list, 0, window - 1)
-       redis.call('PEXPIRE', list, ARGV[3])
-       if granted then redis.call('SET', lease, last, 'KEEPTTL') end
-     else
-       redis.call('DEL', lease, list)
+    "local window, ttl, at = tonumber(ARGV[1]), ARGV[2], 3
+     for key = 1, #KEYS, 3 do
+       local lease, list, token = KEYS[key], KEYS[key + 1], KEYS[key + 2]
+       local first, count = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
+       local last = first + count - 1
+       redis.call('DEL', token)
+       if redis.call('EXISTS', list, lease) > 0 then
+         local head = newest(list)
+         local granted = redis.call('GET', lease)
+         if head >= last then
+           -- A reader stored it since the commit.
+         elseif window > 0 and head == first - 1 and (head > 0 or granted) then
+           redis.call('LPUSH', list, unpack(ARGV, at + 2, at + 1 + count))
+           redis.call('LTRIM', list, 0, window - 1)
+           redis.call('PEXPIRE', list, ttl)
+           if granted then redis.call('SET', lease, last, 'KEEPTTL') end
+         else
+           redis.call('DEL', lease, list)
+         end
+       end
+       at = at + 2 + count
      end"
 );
 
@@ -119,7 +127,8 @@ const APPEND: &str = script!(
 /// it saw, what to do with the list (`fill`, `keep` or `none`), the list's life in ms, then for `fill` the
 /// elements, newest first. The lease gets what is left of the token's life.
 const SETTLE: &str = script!(
-    "local seen = tonumber(ARGV[2])
+    "local lease, list, token = KEYS[1], KEYS[2], KEYS[3]
+     local seen = tonumber(ARGV[2])
      if ARGV[1] ~= '' and redis.call('GET', token) == ARGV[1] then
        local left = redis.call('PTTL', token)
        redis.call('DEL', token)
@@ -129,14 +138,14 @@ const SETTLE: &str = script!(
            if #ARGV > 4 then redis.call('RPUSH', list, unpack(ARGV, 5)) end
            redis.call('PEXPIRE', list, ARGV[4])
          end
-         if newest() == seen then
+         if newest(list) == seen then
            redis.call('SET', lease, seen, 'PX', left)
            return
          end
        end
      end
      redis.call('DEL', token)
-     if newest() < seen then redis.call('DEL', lease, list) end"
+     if newest(list) < seen then redis.call('DEL', lease, list) end"
 );
 
 /// A message of the window: its `seq` and the JSON that clients get.
@@ -269,7 +278,7 @@ impl Recent {
             Found::Newest(elements) => ("fill", elements),
         };
         let mut pipeline = Pipeline::with_capacity(1);
-        call(&mut pipeline, &self.settle, pair);
+        call(&mut pipeline, &self.settle, std::iter::once(pair));
         pipeline.arg(miss.token.unwrap_or_default()).arg(newest).arg(what).arg(self.ttl_ms);
         for element in elements {
             pipeline.arg(element.render());
@@ -286,13 +295,17 @@ impl Recent {
         let Some(live) = self.redis.live() else {
             return self.outwait_leases(committed_at).await;
         };
-        let mut pipeline = Pipeline::with_capacity(batch.len());
-        for (pair, elements) in batch {
-            let Some(first) = elements.first() else { continue };
-            call(&mut pipeline, &self.append, *pair);
-            pipeline.arg(first.seq).arg(self.window).arg(self.ttl_ms);
-            for element in elements {
-                pipeline.arg(element.render());
+        let mut pipeline = Pipeline::with_capacity(1);
+        // A cluster runs a script where all its keys are, so there each conversation has a call of its own.
+        let together = if live.is_cluster() { 1 } else { batch.len().max(1) };
+        for conversations in batch.chunks(together) {
+            call(&mut pipeline, &self.append, conversations.iter().map(|(pair, _)| *pair));
+            pipeline.arg(self.window).arg(self.ttl_ms);
+            for (_, elements) in conversations {
+                pipeline.arg(elements.first().map_or(0, |element| element.seq)).arg(elements.len());
+                for element in elements {
+                    pipeline.arg(element.render());
+                }
             }
             pipeline.ignore();
         }
@@ -401,11 +414,13 @@ fn is_complete(elements: &[Element], newest: i64, wanted: usize) -> bool {
     head >= newest && elements.len() == wanted.min(usize::try_from(head).unwrap_or(0))
 }
 
-/// Begins a call of a script by its digest; its arguments follow.
-fn call(pipeline: &mut Pipeline, script: &Script, pair: Pair) {
-    pipeline.cmd("EVALSHA").arg(script.get_hash()).arg(3);
-    for key in keys(pair) {
-        pipeline.arg(key);
+/// Begins a call of a script by its digest, on the keys of these conversations; its arguments follow.
+fn call(pipeline: &mut Pipeline, script: &Script, pairs: impl ExactSizeIterator<Item = Pair>) {
+    pipeline.cmd("EVALSHA").arg(script.get_hash()).arg(3 * pairs.len());
+    for pair in pairs {
+        for key in keys(pair) {
+            pipeline.arg(key);
+        }
     }
 }
 

@@ -63,6 +63,13 @@ enum Connection {
     Cluster(ClusterConnection),
 }
 
+impl Live {
+    /// True where keys live on several nodes.
+    pub fn is_cluster(&self) -> bool {
+        matches!(self.connection, Connection::Cluster(_))
+    }
+}
+
 enum Source {
     Single(deadpool_redis::Pool),
     Cluster(cluster::Pool),

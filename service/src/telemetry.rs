@@ -18,6 +18,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::config::{Config, LogFormat};
+use crate::log_writer::LogWriter;
 
 /// Any of them switches the exporter on, as the OpenTelemetry specification says.
 const ENDPOINT_VARIABLES: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
@@ -29,15 +30,17 @@ pub const TRACE_TARGET: &str = "chat_service::trace";
 static EXPORTING: AtomicBool = AtomicBool::new(false);
 
 /// Flushes what is still queued when the process ends.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Telemetry {
+    logs: LogWriter,
     traces: Option<SdkTracerProvider>,
 }
 
 impl Telemetry {
     pub fn start(config: &Config) -> anyhow::Result<Self> {
         let filter = EnvFilter::try_new(&config.rust_log)?;
-        let format = tracing_subscriber::fmt::layer().with_target(false);
+        let writer = LogWriter::start()?;
+        let format = tracing_subscriber::fmt::layer().with_target(false).with_writer(writer.clone());
         let logs = match config.log_format {
             LogFormat::Text => format.with_ansi(false).boxed(),
             LogFormat::Json => {
@@ -55,14 +58,16 @@ impl Telemetry {
             .with(spans)
             .with(logs.with_filter(filter.and(filter_fn(is_for_the_log))))
             .try_init()?;
-        Ok(Self { traces })
+        Ok(Self { logs: writer, traces })
     }
 
-    /// Sends what is queued. A collector that does not answer holds this up for its own time-out at most.
+    /// Sends and writes what is queued. A collector that does not answer holds this up for its own time-out at most.
     pub async fn shutdown(self) {
-        let Some(traces) = self.traces else { return };
-        // Blocking: the exporter has a thread of its own.
-        tokio::task::spawn_blocking(move || traces.shutdown()).await.ok();
+        if let Some(traces) = self.traces {
+            // Blocking: the exporter has a thread of its own.
+            tokio::task::spawn_blocking(move || traces.shutdown()).await.ok();
+        }
+        self.logs.flush();
     }
 }
 

@@ -31,6 +31,9 @@ pub(crate) struct Args {
     /// Only these: send, messages, login, storm, startup, memory, connections, replicas, conversations, depth
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
+    /// Measure this build instead of a fresh one, to compare two
+    #[arg(long, value_name = "PATH")]
+    binary: Option<PathBuf>,
     /// Print JSON instead of the table
     #[arg(long)]
     json: bool,
@@ -96,7 +99,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let dir = tests::places::target_dir()?.join("bench");
     servers::clear(&dir)?;
     std::fs::create_dir_all(&dir)?;
-    let binary = step("build, release", |_| release_build())?;
+    let binary = match &args.binary {
+        Some(binary) => std::path::absolute(binary)?,
+        None => step("build, release", |_| release_build())?,
+    };
     let bench = Bench { dir, binary, rounds: args.rounds, duration: Duration::from_secs(args.seconds) };
     let mut rig = step("Postgres, Redis, users", |_| Rig::start(&bench.dir, &bench.binary, USERS))?;
     let mut rows = Vec::new();
