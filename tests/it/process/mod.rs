@@ -4,5 +4,7 @@ mod commands;
 mod configuration;
 mod faults;
 mod lifecycle;
+mod postgres_away;
 mod readme;
+mod redis_away;
 mod support;
