@@ -1,6 +1,7 @@
 //! The integration tests: one binary, a module per topic.
 
 mod authentication;
+mod cache;
 mod docs;
 mod errors;
 mod harness;
@@ -11,6 +12,7 @@ mod login;
 mod messages;
 mod migrations;
 mod process;
+mod properties;
 mod send;
 mod support;
 mod users;
