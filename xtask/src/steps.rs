@@ -148,7 +148,7 @@ impl Progress {
         };
         let output = output?;
         if !status.success() {
-            let tail = daemon::tail(&output, TAIL_LINES);
+            let tail = daemon::tail(&without_progress(&output), TAIL_LINES);
             bail!("{tail}\n  {status}; all of its output: {}", workspace::shown(&log_path));
         }
         Ok(output)
@@ -181,6 +181,23 @@ impl Progress {
             }
         }
     }
+}
+
+/// Without cargo's lines of what it is at, which would push the fault out of the tail.
+fn without_progress(output: &str) -> String {
+    const AT_WORK: [&str; 9] = [
+        "Blocking",
+        "Checking",
+        "Compiling",
+        "Documenting",
+        "Downloaded",
+        "Downloading",
+        "Fresh",
+        "Locking",
+        "Updating",
+    ];
+    let is_news = |line: &&str| !line.split_whitespace().next().is_some_and(|word| AT_WORK.contains(&word));
+    output.lines().filter(is_news).collect::<Vec<_>>().join("\n")
 }
 
 /// The output's lines, while they are also written to a file.

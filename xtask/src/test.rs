@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Result, bail};
-use tests::servers::programs;
+use tests::servers::{daemon, programs};
 use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch, install, places};
 
 use crate::steps::{Progress, Tally};
@@ -105,17 +105,20 @@ fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String])
 /// A test run counts as its tests, and as one failure more when it fails for another reason, such as a build.
 fn count_tests(tally: &mut Tally, command: Command) {
     let mut counts = (0, 0);
+    let mut failures = Failures::default();
     let ran = tally.check("tests", "cargo xtask test -- NAME runs one alone", |progress| {
         let outcome = progress.run_counted(command, |line| {
+            failures.see(line);
             if let Some((passed, failed)) = test_result(line) {
                 counts.0 += passed;
                 counts.1 += failed;
             }
         });
-        if outcome.is_ok() && counts.0 == 0 {
-            bail!("no test ran");
+        match outcome {
+            Ok(_) if counts.0 == 0 => bail!("no test ran"),
+            Err(_) if !failures.lines.is_empty() => bail!(failures.text()),
+            outcome => outcome,
         }
-        outcome
     });
     // The check counted itself as one.
     match ran {
@@ -125,6 +128,29 @@ fn count_tests(tally: &mut Tally, command: Command) {
     }
     tally.passed += counts.0;
     tally.failed += counts.1;
+}
+
+/// What libtest says of the failed tests, out of all that the run says.
+#[derive(Default)]
+struct Failures {
+    lines: Vec<String>,
+    open: bool,
+}
+
+impl Failures {
+    /// The most that is shown; the step's log has all of it.
+    const LINES_MAX: usize = 400;
+
+    fn see(&mut self, line: &str) {
+        self.open = line == "failures:" || (self.open && !line.starts_with("test result: "));
+        if self.open && self.lines.len() < Self::LINES_MAX {
+            self.lines.push(line.to_owned());
+        }
+    }
+
+    fn text(&self) -> String {
+        daemon::tail(&self.lines.join("\n"), Self::LINES_MAX)
+    }
 }
 
 /// The counts of libtest's `test result: ok. 7 passed; 0 failed; ...`.
