@@ -5,6 +5,7 @@
 //! each figure is paired with a reference, the two are measured in turns, and the ratio of each turn counts;
 //! what is printed is the median and the range.
 
+mod cpu;
 mod measures;
 mod reference;
 mod rig;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use tests::load::{self, Script};
 
+use super::cpu::Cpu;
 use super::rig::{PASSWORD, Rig};
 use super::{Bench, Goal, Row, figures, median, reference};
 
@@ -20,9 +21,12 @@ const HISTORY: u64 = 10;
 
 pub(crate) fn send(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
     let (mut ours, mut theirs, mut ratios, mut client) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut cpu = String::new();
     for _ in 0..bench.rounds {
         let pgbench = reference::pgbench_insert(bench, rig)?;
+        let before = Cpu::now(rig);
         let report = load::run(rig.send_scripts(CONNECTIONS, false), bench.duration)?.all(201)?;
+        cpu = before.per_answer(Cpu::now(rig), report.latencies.len());
         ratios.push(report.rate() / pgbench);
         ours.push(report.rate());
         theirs.push(pgbench);
@@ -30,7 +34,7 @@ pub(crate) fn send(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
     }
     let what = "POST /send, limits on, durable, to pgbench's single-row INSERT, both 64 clients";
     let detail = format!(
-        "{}; the same client gets {:.0} answers/s from GET /me's 401",
+        "{}; {cpu}; the same client gets {:.0} answers/s from GET /me's 401",
         figures(("send", &ours), ("pgbench", &theirs)),
         median(&client)
     );
@@ -41,15 +45,18 @@ pub(crate) fn send(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
 pub(crate) fn messages(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
     fill_conversations(rig)?;
     let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let mut cpu = String::new();
     for _ in 0..bench.rounds {
         let redis = reference::redis_get(bench, rig)?;
+        let before = Cpu::now(rig);
         let report = load::run(rig.read_scripts(CONNECTIONS, ""), bench.duration)?.all(200)?;
+        cpu = before.per_answer(Cpu::now(rig), report.latencies.len());
         ratios.push(report.rate() / redis);
         ours.push(report.rate());
         theirs.push(redis);
     }
     let what = "GET /messages from the window, to redis-benchmark GET, both 64 connections, unpipelined";
-    let detail = figures(("messages", &ours), ("redis-benchmark", &theirs));
+    let detail = format!("{}; {cpu}", figures(("messages", &ours), ("redis-benchmark", &theirs)));
     let goal = Some(Goal::AtLeast { floor: 0.5, aim: 0.9 });
     Ok(vec![Row { name: "messages", what: what.to_owned(), values: ratios, unit: "x", goal, detail }])
 }

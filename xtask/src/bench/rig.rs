@@ -158,6 +158,10 @@ impl Rig {
 pub(crate) const CONTENT: &str = "Shall we meet at the station at seven, or is that too late for you?";
 
 impl Replica {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Resident memory in KiB.
     pub(crate) fn resident_kib(&self) -> Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))
