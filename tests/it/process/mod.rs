@@ -7,4 +7,7 @@ mod lifecycle;
 mod postgres_away;
 mod readme;
 mod redis_away;
+mod redis_modes;
 mod support;
+mod telemetry;
+mod tls;

@@ -145,7 +145,7 @@ fn a_postgres_that_is_away_at_the_start_is_migrated_when_it_comes() -> Result<()
     postgres.stop()?;
     let service = start(&database, &redis).listen()?;
     service.becomes("unavailable")?;
-    let nobody = User { id: "x".to_owned(), name: "x".to_owned(), token: "x".to_owned() };
+    let nobody = User { id: "x".to_owned(), token: "x".to_owned() };
     service.operations("/livez")?.expect(200)?;
     let registration = json!({"username": "eve", "email": "eve@example.com", "password": "12345678"});
     Answer::of(service.post("/register", &registration))?.is_unavailable()?;

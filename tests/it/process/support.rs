@@ -244,7 +244,6 @@ pub(super) struct Service {
 #[derive(Clone, Debug)]
 pub(super) struct User {
     pub(super) id: String,
-    pub(super) name: String,
     pub(super) token: String,
 }
 
@@ -328,7 +327,7 @@ impl Service {
         let body = json!({"username": name, "email": email, "password": PASSWORD});
         let user = Answer::of(self.post("/register", &body))?.expect(201)?.json()?;
         let id = user["id"].as_str().context("an id")?.to_owned();
-        Ok(User { id, name: name.to_owned(), token: self.log_in(name)? })
+        Ok(User { id, token: self.log_in(name)? })
     }
 
     pub(super) fn log_in(&self, name: &str) -> Result<String> {

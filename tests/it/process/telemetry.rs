@@ -1,0 +1,289 @@
+//! Traces reach a collector where one is named, and logs say enough, once, and nothing that is not theirs to say.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
+use serde_json::json;
+
+use super::support::{Answer, Database, LIMIT, Start, closed_port, eventually, within};
+
+/// What was posted to it: the path, the head in lower case, and the body.
+#[derive(Clone, Debug)]
+struct Export {
+    path: String,
+    head: String,
+    body: Vec<u8>,
+}
+
+/// The least that an exporter takes for an OTLP collector.
+struct Collector {
+    url: String,
+    exports: Arc<Mutex<Vec<Export>>>,
+}
+
+impl Collector {
+    fn start() -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let exports = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&exports);
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                // A connection that breaks off is the exporter's to notice.
+                let _ = answer_all(stream, &kept);
+            }
+        });
+        Ok(Self { url, exports })
+    }
+
+    fn exports(&self) -> Vec<Export> {
+        self.exports.lock().expect("no panic").clone()
+    }
+
+    /// Waits for an export with all of these in it.
+    fn receives(&self, parts: &[&[u8]]) -> Result<Export> {
+        eventually("an export", || {
+            let all = |export: &Export| parts.iter().all(|part| contains(&export.body, part));
+            self.exports().into_iter().find(all)
+        })
+    }
+}
+
+fn answer_all(stream: TcpStream, exports: &Mutex<Vec<Export>>) -> Result<()> {
+    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            ensure!(reader.read_line(&mut head)? > 0, "the connection ended");
+        }
+        let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+        let head = head.to_lowercase();
+        let length = head.lines().find_map(|line| line.strip_prefix("content-length:"));
+        let mut body = vec![0; length.context("a length")?.trim().parse()?];
+        reader.read_exact(&mut body)?;
+        exports.lock().expect("no panic").push(Export { path, head, body });
+        reader.get_mut().write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")?;
+    }
+}
+
+fn contains(body: &[u8], part: &[u8]) -> bool {
+    body.windows(part.len()).any(|window| window == part)
+}
+
+const TRACE_ID: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+const PARENT_ID: &str = "00f067aa0ba902b7";
+
+fn from_hex(text: &str) -> Result<Vec<u8>> {
+    let pairs = (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16));
+    Ok(pairs.collect::<Result<_, _>>()?)
+}
+
+fn exporting(database: &Database, url: &str) -> Start {
+    Start::on(database).env("OTEL_EXPORTER_OTLP_ENDPOINT", url).env("OTEL_BSP_SCHEDULE_DELAY", "100")
+}
+
+#[test]
+fn a_request_is_exported_under_its_route_and_continues_the_callers_trace() -> Result<()> {
+    let database = Database::create()?;
+    let collector = Collector::start()?;
+    let service = exporting(&database, &collector.url).ready()?;
+    let (ana, ben) = service.two_users()?;
+    let traceparent = format!("00-{TRACE_ID}-{PARENT_ID}-01");
+    let request = service.get("/users/BEN").bearer_auth(&ana.token).header("traceparent", &traceparent);
+    Answer::of(request.header("x-request-id", "a-traced-request"))?.expect(200)?;
+
+    let export = collector.receives(&[b"GET /users/{username}", &from_hex(TRACE_ID)?])?;
+    ensure!(export.path == "/v1/traces", "{}", export.path);
+    ensure!(export.head.contains("content-type: application/x-protobuf"), "{}", export.head);
+    for part in
+        [&from_hex(PARENT_ID)?[..], b"http.route", b"http.request.method", b"http.response.status_code"]
+    {
+        ensure!(contains(&export.body, part), "{:?}", String::from_utf8_lossy(part));
+    }
+    ensure!(contains(&export.body, b"service.name") && contains(&export.body, b"chat-service"));
+    let lines = service.process.logs(&["a-traced-request"])?;
+    ensure!(lines.len() == 1 && lines[0].contains(TRACE_ID), "{lines:?}");
+
+    // Without a caller's trace each request begins one of its own.
+    service.send(&ana, &ben, "a text for two")?.expect(201)?;
+    let line = service.process.logs(&["route=\"/send\""])?.remove(0);
+    let (_, id) = line.split_once("trace_id=").with_context(|| line.clone())?;
+    let id = id.trim_start_matches('"').get(..32).context("an id")?;
+    ensure!(id != TRACE_ID && id.bytes().any(|digit| digit != b'0'), "{line}");
+    collector.receives(&[b"POST /send", &from_hex(id)?])?;
+
+    // No text, name, token or raw path leaves with a trace.
+    for export in collector.exports() {
+        for secret in ["a text for two", "/users/BEN", &ana.token, "ana@example.com", &*ben.id] {
+            ensure!(!contains(&export.body, secret.as_bytes()), "{secret} was exported");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_last_spans_are_exported_before_the_process_ends() -> Result<()> {
+    let database = Database::create()?;
+    let collector = Collector::start()?;
+    // By itself it would wait for an hour.
+    let start = exporting(&database, &collector.url).env("OTEL_BSP_SCHEDULE_DELAY", "3600000");
+    let service = start.ready()?;
+    service.me("nonsense")?.expect(401)?;
+    ensure!(collector.exports().is_empty());
+    service.stop()?;
+    collector.receives(&[b"GET /me"])?;
+    Ok(())
+}
+
+#[test]
+fn the_standard_variables_name_the_service_and_the_endpoint_for_traces() -> Result<()> {
+    let database = Database::create()?;
+    let collector = Collector::start()?;
+    let start = Start::on(&database)
+        .env("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", &format!("{}/of/mine", collector.url))
+        .env("OTEL_BSP_SCHEDULE_DELAY", "100")
+        .env("OTEL_SERVICE_NAME", "chat-of-mine")
+        .env("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=a-test")
+        .env("OTEL_EXPORTER_OTLP_HEADERS", "x-of-mine=yes");
+    let service = start.ready()?;
+    service.me("nonsense")?.expect(401)?;
+    let export =
+        collector.receives(&[b"GET /me", b"chat-of-mine", b"deployment.environment.name", b"a-test"])?;
+    ensure!(export.path == "/of/mine" && export.head.contains("x-of-mine: yes"), "{export:?}");
+    Ok(())
+}
+
+#[test]
+fn nothing_is_exported_when_the_sdk_is_disabled_or_no_endpoint_is_set() -> Result<()> {
+    let database = Database::create()?;
+    let collector = Collector::start()?;
+    let disabled = exporting(&database, &collector.url).env("OTEL_SDK_DISABLED", "true");
+    for start in [disabled, Start::on(&database)] {
+        let service = start.ready()?;
+        service.me("nonsense")?.expect(401)?;
+        let said = service.stop()?;
+        ensure!(!said.contains("trace_id"), "{said}");
+    }
+    ensure!(collector.exports().is_empty(), "{:?}", collector.exports());
+    Ok(())
+}
+
+/// The service does all it does, however the collector behaves.
+fn is_not_harmed_by(collector: &str) -> Result<()> {
+    let database = Database::create()?;
+    let start = exporting(&database, collector).env("OTEL_BSP_MAX_QUEUE_SIZE", "16");
+    let mut service = start.env("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "8").ready()?;
+    let (ana, ben) = service.two_users()?;
+    for number in 0..60 {
+        let content = number.to_string();
+        within(Duration::from_secs(20), "a send", || service.send(&ana, &ben, &content))?.expect(201)?;
+    }
+    ensure!(service.contents(&ben, &ana, 1)? == ["59"]);
+    ensure!(service.health()? == (200, "ok".to_owned()));
+    service.process.signal(Signal::TERM)?;
+    ensure!(service.process.exit(LIMIT)? == 0, "{}", service.process.said());
+    Ok(())
+}
+
+#[test]
+fn a_collector_that_is_away_harms_nothing() -> Result<()> {
+    is_not_harmed_by(&format!("http://127.0.0.1:{}", closed_port()?))
+}
+
+#[test]
+fn a_collector_that_never_answers_harms_nothing() -> Result<()> {
+    // The kernel takes the connections, and nobody reads from them.
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    is_not_harmed_by(&format!("http://{}", listener.local_addr()?))
+}
+
+#[test]
+fn every_request_is_one_line_with_its_id_method_route_status_and_duration() -> Result<()> {
+    let database = Database::create()?;
+    let service = Start::on(&database).ready()?;
+    let (ana, ben) = service.two_users()?;
+    let message = json!({"recipient_id": ben.id, "content": "a text for two"});
+    let cases = [
+        (service.post("/send", &message).bearer_auth(&ana.token), "POST", "/send", 201),
+        (service.get("/users/bEn").bearer_auth(&ana.token), "GET", "/users/{username}", 200),
+        (service.get("/users/eve-is-not-here").bearer_auth(&ana.token), "GET", "/users/{username}", 404),
+        (
+            service.get(&format!("/messages?peer_id={}", ben.id)).bearer_auth(&ana.token),
+            "GET",
+            "/messages",
+            200,
+        ),
+        (service.get("/me").bearer_auth("not-a-token"), "GET", "/me", 401),
+        (service.get("/raw/path?with=query"), "GET", "unmatched", 404),
+        (service.post("/me", &json!({})), "POST", "unmatched", 405),
+        (
+            service.post("/register", &json!({"username": "a name?", "password": "battery"})),
+            "POST",
+            "/register",
+            422,
+        ),
+    ];
+    for (number, (request, method, route, status)) in cases.into_iter().enumerate() {
+        let id = format!("request-{number}");
+        Answer::of(request.header("x-request-id", &id))?.expect(status)?;
+        let lines = service.process.logs(&[&id])?;
+        ensure!(lines.len() == 1, "{lines:#?}");
+        let line = &lines[0];
+        let words = [
+            " INFO ".to_owned(),
+            format!("request_id=\"{id}\""),
+            format!("method=\"{method}\""),
+            format!("route=\"{route}\""),
+            format!("status={status}"),
+            "duration_ms=".to_owned(),
+        ];
+        for word in words {
+            ensure!(line.contains(&word), "no {word}: {line}");
+        }
+    }
+    // Probes on the operations port are not worth a line.
+    service.operations("/healthz")?;
+    let said = service.stop()?;
+    ensure!(!said.contains("/livez"), "{said}");
+    let secrets = [
+        &*ana.token,
+        &*ben.id,
+        "not-a-token",
+        "a text for two",
+        "bEn",
+        "eve-is-not-here",
+        "raw/path",
+        "with=query",
+        "a name?",
+        "battery",
+        "ana@example.com",
+        "\"ana\"",
+        "127.0.0.1:0",
+    ];
+    for secret in secrets {
+        let line = said.lines().find(|line| line.contains(secret));
+        ensure!(line.is_none(), "{secret} is told: {line:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_request_that_its_client_gave_up_is_logged_as_such() -> Result<()> {
+    let database = Database::create()?;
+    let service = Start::on(&database).ready()?;
+    let (ana, ben) = service.two_users()?;
+    service.send(&ana, &ben, "first")?.expect(201)?;
+    let _held = database.hold_conversations()?;
+    let body = json!({"recipient_id": ben.id, "content": "given up"});
+    let request = service.post("/send", &body).bearer_auth(&ana.token).header("x-request-id", "given-up");
+    ensure!(request.timeout(Duration::from_millis(300)).send().is_err());
+    let lines = service.process.logs(&["given-up"])?;
+    ensure!(lines.len() == 1 && lines[0].contains("status=499"), "{lines:#?}");
+    Ok(())
+}
