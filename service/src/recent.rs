@@ -79,6 +79,10 @@ pub const LEASE_WAIT: Duration = Duration::from_millis(950);
 const SUSPENSION: Duration = Duration::from_secs(10);
 const SUSPENSION_RENEWAL: Duration = Duration::from_secs(3);
 
+/// How long the first connection to Redis may take before it counts as away. Until then each request outwaits
+/// the leases by itself.
+const FIRST_CONNECTION: Duration = Duration::from_secs(1);
+
 /// The time between asking Postgres for a suspension and trusting it must not count as covered by it.
 const SUSPENSION_MARGIN: Duration = Duration::from_secs(1);
 
@@ -338,6 +342,8 @@ impl Recent {
     /// Suspends the windows while Redis is away. Runs until the process ends.
     pub async fn supervise(self: Arc<Self>) {
         let mut away = self.redis.watch_away();
+        // A process begins without a connection. That alone must not suspend the windows of all others.
+        tokio::time::timeout(FIRST_CONNECTION, away.wait_for(|away| !*away)).await.ok();
         loop {
             if away.wait_for(|away| *away).await.is_err() {
                 return;
