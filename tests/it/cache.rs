@@ -178,6 +178,50 @@ async fn a_list_without_its_lease_is_not_trusted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_read_of_postgres_has_shown_no_window_hides() {
+    for query in ["before=99", "after=0&limit=100", "offset=0&limit=60"] {
+        let one = TestApp::start().await;
+        let other = one.replica(&[]).await;
+        let (ana, ben) = one.pair().await;
+        one.sent_many(&ana, &ben, 3).await;
+        one.hit(&ana, &ben, "").await;
+        let (_, lease) = window_keys(&one).await;
+        one.redis.run::<()>(redis::cmd("PERSIST").arg(&lease)).await;
+        // Committed, but its writer has not come to Redis yet, nor acknowledged it.
+        one.database
+            .execute(
+                "UPDATE conversations SET last_seq = 4;
+                 INSERT INTO messages SELECT conversation_id, 4, gen_random_uuid(), sender_id, '4', now()
+                 FROM messages WHERE seq = 3",
+            )
+            .await;
+        assert_eq!(one.hit(&ana, &ben, "").await.seqs(), [3, 2, 1], "the window may be behind by itself");
+        assert_eq!(other.seqs(&ben, &ana, query).await, [4, 3, 2, 1], "{query}");
+        for app in [&one, &other, &one] {
+            assert_eq!(app.seqs(&ana, &ben, "").await, [4, 3, 2, 1], "after {query} has shown it");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_starts_leaves_the_windows_of_the_others_alone() {
+    let one = TestApp::start().await;
+    let (ana, ben) = one.pair().await;
+    one.sent(&ana, &ben, "hello").await;
+    let other = one.replica(&[]).await;
+    let started = Instant::now();
+    for app in [&one, &other] {
+        app.hit(&ana, &ben, "").await;
+    }
+    let suspensions: i64 = sqlx::query_scalar("SELECT count(*) FROM window_suspension")
+        .fetch_one(&mut one.database.connect().await)
+        .await
+        .expect("a count");
+    assert_eq!(suspensions, 0);
+    assert!(started.elapsed() < Duration::from_secs(5), "no window for {:?}", started.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_unused_window_leaves_redis_after_its_time() {
     let app = TestApp::with(&[("CACHE_TTL_SECONDS", "2")]).await;
     let (ana, ben) = app.pair().await;
