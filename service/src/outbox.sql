@@ -43,7 +43,8 @@ WITH input AS (
     JOIN sent s ON s.id = a.id
     WHERE a.key IS NOT NULL
 )
-SELECT (s.id IS NOT NULL OR u.id IS NOT NULL) AS "sender_exists!",
+-- The sender is looked for only where a message was not stored, to tell why.
+SELECT (s.id IS NOT NULL OR EXISTS (SELECT FROM users u WHERE u.id = i.sender)) AS "sender_exists!",
        coalesce(s.id, p.id) AS "id?",
        coalesce(s.seq, p.seq) AS "seq?",
        coalesce(s.created_at, p.created_at) AS "created_at?",
@@ -51,6 +52,4 @@ SELECT (s.id IS NOT NULL OR u.id IS NOT NULL) AS "sender_exists!",
 FROM input i
 LEFT JOIN sent s ON s.id = i.id
 LEFT JOIN replayed p ON p.n = i.n
--- Why a message was not stored: only then is the sender looked for.
-LEFT JOIN users u ON s.id IS NULL AND u.id = i.sender
 ORDER BY i.n
