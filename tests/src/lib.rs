@@ -1,6 +1,7 @@
 //! The harness: private Postgres and Redis instances, and the built service, for tests and for `cargo xtask`.
 //! Blocking std code on purpose: it depends on neither the service nor a runtime, so that xtask builds quickly.
 
+pub mod history;
 pub mod install;
 pub mod load;
 pub mod places;

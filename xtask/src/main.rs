@@ -5,6 +5,7 @@ mod ci;
 mod dev;
 mod prepare;
 mod signals;
+mod soak;
 mod steps;
 mod test;
 mod workspace;
@@ -38,6 +39,8 @@ enum Command {
     Prepare,
     /// Measure the service against what the machine can do, in ratios
     Bench(bench::Args),
+    /// Let servers, lines and replicas fail for minutes, and check every answer against the contract
+    Soak(soak::Args),
     /// What .ci/run runs
     Ci,
 }
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Prepare => prepare::run(),
         Command::Bench(args) => bench::run(&args),
+        Command::Soak(args) => soak::run(&args),
         Command::Ci => ci::run(),
     };
     outcome.unwrap_or_else(|error| {
