@@ -1,27 +1,36 @@
-//! Ctrl-C and SIGTERM ask for an orderly end; the second one ends at once.
+//! Ctrl-C and SIGTERM ask for an orderly end; asked again, the end is at once.
 
+use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::flag;
+use signal_hook::iterator::Signals;
 
-static ASKED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+/// `timeout` and terminals may send one wish twice, to the process and to its group.
+const SAME_WISH: Duration = Duration::from_secs(1);
+
+static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// From here on a signal no longer ends the process by itself.
 pub(crate) fn listen() -> Result<()> {
-    let asked = ASKED.get_or_init(Arc::default);
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        // Registered first, so that it looks at the flag before the line below sets it.
-        flag::register_conditional_shutdown(signal, 130, Arc::clone(asked))?;
-        flag::register(signal, Arc::clone(asked))?;
-    }
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    thread::spawn(move || {
+        let mut first = None;
+        for _ in signals.forever() {
+            ASKED.store(true, Ordering::Relaxed);
+            if first.get_or_insert_with(Instant::now).elapsed() > SAME_WISH {
+                process::exit(130);
+            }
+        }
+    });
     Ok(())
 }
 
 pub(crate) fn asked_to_end() -> bool {
-    ASKED.get().is_some_and(|asked| asked.load(Ordering::Relaxed))
+    ASKED.load(Ordering::Relaxed)
 }
 
 /// For the space between two steps.

@@ -49,10 +49,12 @@ impl Tally {
                 self.passed += 1;
                 Some(value)
             }
+            // An interrupted command says so once, at its end.
+            Err(_) if signals::asked_to_end() => None,
             Err(error) => {
                 self.failed += 1;
                 println!("{error:#}");
-                if !fix.is_empty() && !signals::asked_to_end() {
+                if !fix.is_empty() {
                     println!("  fix: {fix}");
                 }
                 None
@@ -62,6 +64,10 @@ impl Tally {
 
     /// The closing line that CI reads.
     pub(crate) fn close(&self) -> std::process::ExitCode {
+        if signals::asked_to_end() {
+            println!("  interrupted");
+            return std::process::ExitCode::from(130);
+        }
         println!("\n{} passed, {} failed", self.passed, self.failed);
         std::process::ExitCode::from(u8::from(self.failed > 0))
     }

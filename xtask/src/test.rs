@@ -86,6 +86,9 @@ fn lint(tally: &mut Tally, servers: Option<&Servers>) {
 fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String]) -> Result<()> {
     let built =
         tally.check("build", "", |progress| progress.run(offline_cargo(&["build", "-p", "chat-service"])));
+    if signals::asked_to_end() {
+        return Ok(());
+    }
     let (Some(servers), Some(_)) = (servers, built) else {
         println!("  the tests cannot run without the servers and the service");
         tally.failed += 1;
