@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use tests::load::{self, Script};
+use load::Script;
 
 use super::cpu::Cpu;
 use super::rig::{PASSWORD, Rig};

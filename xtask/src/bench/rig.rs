@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use tests::load::Script;
+use load::Script;
 use tests::servers::{daemon, ports};
 use tests::{Postgres, PostgresOptions, Redis, RedisOptions};
 

@@ -1,7 +1,6 @@
 //! How the figures change with the load's shape. They have no goal; the curve is what counts.
 
 use anyhow::Result;
-use tests::load;
 
 use super::rig::{DATABASE, Rig};
 use super::{Bench, Row};
