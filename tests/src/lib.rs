@@ -3,7 +3,6 @@
 
 pub mod history;
 pub mod install;
-pub mod load;
 pub mod places;
 pub mod servers;
 
