@@ -163,7 +163,7 @@ fn the_limits_of_the_contract_are_in_the_document() {
     let bounds = ["minimum", "maximum", "default"].map(|bound| limit[bound].as_f64());
     assert_eq!(bounds, [Some(1.0), Some(100.0), Some(5.0)], "{limit}");
     assert_eq!(parameter("peer_id")["required"], true);
-    for name in ["offset", "before", "after"] {
+    for name in ["limit", "offset", "before", "after"] {
         assert_ne!(parameter(name)["required"], true, "{name}");
     }
     let schemas = &document["components"]["schemas"];
