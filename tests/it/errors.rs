@@ -237,8 +237,9 @@ async fn before_the_schema_is_there_everything_that_needs_it_is_503() {
 async fn a_request_that_takes_too_long_is_503() {
     // The limit of the request, and the one of the statement: whichever is over first.
     for variables in [[("REQUEST_TIMEOUT_MS", "300")], [("DB_STATEMENT_TIMEOUT_MS", "300")]] {
-        let app = TestApp::with(&variables).await;
-        let ana = app.user("ana").await;
+        let patient = TestApp::start().await;
+        let ana = patient.user("ana").await;
+        let app = patient.replica(&variables).await;
         let mut holder = app.database.connect().await;
         let mut lock = holder.begin().await.expect("a transaction");
         sqlx::raw_sql("LOCK TABLE users").execute(&mut *lock).await.expect("a lock");
@@ -247,21 +248,22 @@ async fn a_request_that_takes_too_long_is_503() {
         let taken = started.elapsed();
         assert!((Duration::from_millis(300)..Duration::from_secs(4)).contains(&taken), "{taken:?}");
         lock.rollback().await.expect("the lock is released");
-        app.get("/me").by(&ana).answer().await.json(200);
+        patient.get("/me").by(&ana).answer().await.json(200);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_of_unknown_fate_may_be_repeated_under_its_key() {
-    let app = TestApp::with(&[("REQUEST_TIMEOUT_MS", "300")]).await;
-    let (ana, ben) = app.pair().await;
+    let patient = TestApp::start().await;
+    let (ana, ben) = patient.pair().await;
+    let app = patient.replica(&[("REQUEST_TIMEOUT_MS", "300")]).await;
     let mut holder = app.database.connect().await;
     let mut lock = holder.begin().await.expect("a transaction");
     sqlx::raw_sql("LOCK TABLE conversations").execute(&mut *lock).await.expect("a lock");
-    let send = || app.send(&ana, &ben, "once").header("idempotency-key", "key").answer();
-    send().await.problem(503);
-    send().await.problem(503);
+    let send = |app: &TestApp| app.send(&ana, &ben, "once").header("idempotency-key", "key").answer();
+    send(&app).await.problem(503);
+    send(&app).await.problem(503);
     lock.rollback().await.expect("the lock is released");
-    assert_eq!(send().await.json(201)["seq"], 1);
-    assert_eq!(app.seqs(&ben, &ana, "").await, [1]);
+    assert_eq!(send(&patient).await.json(201)["seq"], 1);
+    assert_eq!(patient.seqs(&ben, &ana, "").await, [1]);
 }
