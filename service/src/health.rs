@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use salvo::Depot;
 use salvo::http::StatusCode;
+use salvo::http::header::{HeaderValue, RETRY_AFTER};
 use salvo_oapi::{ToSchema, endpoint};
 use serde::Serialize;
 use sqlx::PgPool;
@@ -161,13 +162,14 @@ impl Health {
     tags("operations"),
     responses(
         (status_code = 200, description = "Ready", body = Readiness),
-        (status_code = 503, description = "Not ready: send no requests", body = Readiness),
+        (status_code = 503, description = "Not ready: send no requests", body = Readiness, headers(("retry-after" = String, description = "Seconds to wait before the next try"))),
     )
 )]
 pub async fn readiness(depot: &mut Depot) -> Result<Reply, Error> {
     let app = app(depot)?;
     let (status, body) = app.health.readiness(app.redis.live().is_some());
-    Reply::json(status, &body)
+    let reply = Reply::json(status, &body)?;
+    Ok(if status == StatusCode::OK { reply } else { reply.header(RETRY_AFTER, HeaderValue::from_static("1")) })
 }
 
 /// Liveness

@@ -30,7 +30,9 @@ async fn a_draining_replica_is_not_ready_but_alive_and_still_serves() {
     let (ana, ben) = app.pair().await;
     app.running.app.health.drain();
     let expected = readiness("unavailable", &[("process", "draining")]);
-    assert_eq!(app.get("/healthz").answer().await.json(503), expected);
+    let answer = app.get("/healthz").answer().await;
+    assert_eq!(answer.header("retry-after"), Some("1"));
+    assert_eq!(answer.json(503), expected);
     assert_eq!(app.get_operations("/healthz").answer().await.json(503), expected);
     app.get_operations("/livez").answer().await.json(200);
     app.sent(&ana, &ben, "in flight").await;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{PASSWORD, SECRET_KEY, TestApp, members, now_seconds, text};
+use crate::support::{PASSWORD, SECRET_KEY, TestApp, members, now_seconds, text, together};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_login_answers_a_bearer_token_and_its_life_in_seconds() {
@@ -82,6 +82,26 @@ async fn a_login_names_all_its_faults_at_once() {
     }
     let answer = app.post("/login").json(&json!({"username": "ana"})).answer().await;
     assert_eq!(answer.invalid_fields(), ["password"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_a_full_queue_for_passwords_a_login_is_503_at_once() {
+    let app = TestApp::start().await;
+    app.user("ana").await;
+    // 64 wait for each core, and each core has one in hand; whoever comes on top is refused.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let logins = 66 * cores + 60;
+    let answers = together((0..logins).map(|_| app.login("ana", "wrong horse battery"))).await;
+    let mut refused = 0;
+    for answer in answers {
+        if answer.status == 503 {
+            refused += 1;
+            answer.problem(503);
+        } else {
+            answer.problem(401);
+        }
+    }
+    assert!(refused > 0, "{logins} logins at once were all judged");
 }
 
 fn claims(token: &str) -> Value {

@@ -276,3 +276,38 @@ async fn a_message_that_cannot_be_stored_does_not_take_its_batch_with_it() {
     app.send(&ana, &ben, "poison").answer().await.problem(500);
     assert_eq!(app.sent(&ana, &ben, "the writer lives").await["seq"], 6);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_a_full_queue_is_503_at_once_and_what_was_taken_is_stored() {
+    // One writer: a batch of 256 in its hands, 1024 messages behind it.
+    const TAKEN_MAX: usize = 256 + 1024;
+    let app = TestApp::with(&[("DB_POOL_MAX", "2"), ("REQUEST_TIMEOUT_MS", "60000")]).await;
+    let (ana, ben) = app.pair().await;
+    app.sent(&ana, &ben, "first").await;
+    let mut holder = app.database.connect().await;
+    let mut lock = holder.begin().await.expect("a transaction");
+    sqlx::raw_sql("LOCK TABLE conversations IN EXCLUSIVE MODE").execute(&mut *lock).await.expect("a lock");
+    let answers = together((0..TAKEN_MAX + 200).map(|number| {
+        let (app, ana, ben) = (&app, &ana, &ben);
+        async move { app.send(ana, ben, &number.to_string()).answer().await }
+    }));
+    let release = async {
+        let started = Instant::now();
+        while app.metric(r#"chat_messages_sent_total{outcome="refused"}"#).await < 1.0 {
+            assert!(started.elapsed() < Duration::from_secs(4), "nothing is refused");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        lock.rollback().await.expect("the lock is released");
+    };
+    let (answers, ()) = tokio::join!(answers, release);
+    let mut stored = 0;
+    for answer in answers {
+        match answer.status {
+            201 => stored += 1,
+            _ => drop(answer.problem(503)),
+        }
+    }
+    assert!((1024..TAKEN_MAX + 200).contains(&stored), "{stored} were stored");
+    let newest = app.sent(&ana, &ben, "last").await;
+    assert_eq!(newest["seq"], 1 + stored + 1, "what was refused left no gap, and nothing else is stored");
+}
