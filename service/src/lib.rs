@@ -20,6 +20,7 @@ pub mod redis;
 pub mod reply;
 pub mod request_id;
 pub mod routes;
+pub mod sabotage;
 pub mod serve;
 pub mod sweep;
 pub mod telemetry;
