@@ -9,7 +9,7 @@
 //! messages so stay in order, and never wait for one another's row lock. Between replicas the lock on the
 //! conversation's row decides; every statement takes its locks in the same order, so none can deadlock.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,6 +27,7 @@ use crate::error::{Error, is_unavailable};
 use crate::messages::{Message, Pair};
 use crate::metrics::{Metrics, SendOutcome};
 use crate::recent::{Element, Recent};
+use crate::sabotage::{self, Sabotage};
 use crate::users::GONE;
 
 /// More than two writers gain nothing: their statements queue for the same write-ahead log.
@@ -197,23 +198,29 @@ impl Writer {
             batch.into_iter().map(|entry| (entry.message, entry.reply)).unzip();
         self.metrics.batch_written(messages.len());
         let outcomes = self.store(&messages).await;
-        let mut windows: HashMap<Pair, Vec<Element>> = HashMap::new();
+        let mut shown = Vec::with_capacity(messages.len());
         let mut answers = Vec::with_capacity(messages.len());
         for (message, outcome) in messages.into_iter().zip(outcomes) {
             let pair = Pair::new(message.sender, message.recipient);
             answers.push(outcome.and_then(|row| judge(message, row)).map(|(element, replayed)| {
-                if !replayed {
-                    windows.entry(pair).or_default().push(element.clone());
+                // A replay, too: whoever committed it may have died before it told the window.
+                if !replayed || !sabotage::is_on(Sabotage::SkipReplay) {
+                    shown.push((pair, element.clone()));
                 }
                 Accepted { json: element.json, replayed }
             }));
         }
-        let windows: Vec<_> = windows.into_iter().collect();
-        if !windows.is_empty() {
-            self.recent.append(&windows).await;
+        if !shown.is_empty() {
+            self.recent.append(&runs(shown)).await;
         }
         for (reply, answer) in replies.into_iter().zip(answers) {
             reply.send(answer).ok();
+        }
+        if sabotage::is_on(Sabotage::AckBeforeCommit)
+            && let Some(connection) = &mut self.connection
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            sqlx::raw_sql("COMMIT").execute(&mut **connection).await.ok();
         }
     }
 
@@ -313,6 +320,25 @@ fn take_batch(pending: &mut VecDeque<Entry>) -> Vec<Entry> {
     batch
 }
 
+/// The messages by conversation, in runs of consecutive seqs: a batch that was stored one by one may have the
+/// messages of another replica between its own, and a replay may be any earlier message.
+fn runs(mut messages: Vec<(Pair, Element)>) -> Vec<(Pair, Vec<Element>)> {
+    messages.sort_unstable_by_key(|(pair, element)| (pair.low(), pair.high(), element.seq));
+    messages.dedup_by_key(|(pair, element)| (*pair, element.seq));
+    let mut runs: Vec<(Pair, Vec<Element>)> = Vec::new();
+    for (pair, element) in messages {
+        match runs.last_mut() {
+            Some((last, run))
+                if *last == pair && run.last().is_some_and(|end| end.seq + 1 == element.seq) =>
+            {
+                run.push(element);
+            }
+            _ => runs.push((pair, vec![element])),
+        }
+    }
+    runs
+}
+
 /// What a statement's row means for its message: the message and whether it is a replay, or why there is none.
 fn judge(message: Outgoing, row: Row) -> Result<(Element, bool), Error> {
     match row {
@@ -365,7 +391,12 @@ async fn insert(
     let senders: Vec<Uuid> = messages.iter().map(|message| message.sender).collect();
     let recipients: Vec<Uuid> = messages.iter().map(|message| message.recipient).collect();
     let contents: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
-    let keys: Vec<Option<&str>> = messages.iter().map(|message| message.key.as_deref()).collect();
+    let heeded = !sabotage::is_on(Sabotage::IgnoreKey);
+    let keys: Vec<Option<&str>> =
+        messages.iter().map(|message| message.key.as_deref().filter(|_| heeded)).collect();
+    if sabotage::is_on(Sabotage::AckBeforeCommit) {
+        sqlx::raw_sql("BEGIN").execute(&mut **connection).await?;
+    }
     let rows = sqlx::query_file!("src/outbox.sql", &ids, &senders, &recipients, &contents as _, &keys as _)
         .fetch_all(&mut **connection)
         .await?;
@@ -383,4 +414,24 @@ async fn insert(
             replay: row.replay,
         })
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_follow_directly_begins_a_run_of_its_own() {
+        let pairs = [Uuid::from_u128(1), Uuid::from_u128(2)].map(|user| Pair::new(user, Uuid::from_u128(3)));
+        let element = |seq| Element { seq, json: Vec::new() };
+        let batch = [(0, 8), (1, 5), (0, 3), (0, 7), (1, 5), (0, 10)];
+        let runs = runs(batch.map(|(pair, seq)| (pairs[pair], element(seq))).into());
+        let seqs: Vec<(Pair, Vec<i64>)> = runs
+            .into_iter()
+            .map(|(pair, run)| (pair, run.into_iter().map(|element| element.seq).collect()))
+            .collect();
+        let expected =
+            [(pairs[0], vec![3]), (pairs[0], vec![7, 8]), (pairs[0], vec![10]), (pairs[1], vec![5])];
+        assert_eq!(seqs, expected);
+    }
 }

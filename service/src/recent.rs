@@ -24,8 +24,10 @@
 //! Redis that granted it; a check that began later has seen M. A command that a paused Redis executes late
 //! does no harm: a lease inherits what is left of its token's life, none.
 //!
-//! *Its writer died between commit and append.* Nothing was acknowledged. The list shows M after at most one
-//! lease, because the next check sees it.
+//! *Its writer died between commit and append*, or is still at it. Nothing was acknowledged. The list shows M
+//! after at most one lease, because the next check sees it. Whoever sends M again under its idempotency key gets
+//! the stored M; and that acknowledgement, too, comes only after [`APPEND`], which for an M that the list already
+//! has does nothing.
 //!
 //! # Why reads never go back in time
 //!
@@ -297,8 +299,8 @@ impl Recent {
         }
     }
 
-    /// Brings a committed batch into the windows, or makes sure that none is left without it. The messages of a
-    /// conversation come in the order of their seq. Only after this may a batch be acknowledged.
+    /// Brings a committed batch into the windows, or makes sure that none is left without it. Each element
+    /// is a run of messages whose seqs follow one another. Only after this may a batch be acknowledged.
     pub async fn append(&self, batch: &[(Pair, Vec<Element>)]) {
         let committed_at = Instant::now();
         let Some(live) = self.redis.live() else {
