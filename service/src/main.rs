@@ -57,6 +57,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     if matches!(command, Command::Healthcheck) {
         return Ok(doctor::healthcheck(&config));
     }
+    // OpenTelemetry reads its standard variables from the environment alone. What is there already stays, and no
+    // other thread runs yet.
+    dotenvy::from_path(".env").ok();
     // One provider for TLS and for tokens.
     rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
     let telemetry = Telemetry::start(&config)?;
