@@ -160,6 +160,21 @@ fn the_standard_variables_name_the_service_and_the_endpoint_for_traces() -> Resu
 }
 
 #[test]
+fn the_standard_variables_count_in_a_dotenv_file_too_and_the_environment_wins() -> Result<()> {
+    let database = Database::create()?;
+    let collector = Collector::start()?;
+    let file = format!("OTEL_EXPORTER_OTLP_ENDPOINT={}\nOTEL_SERVICE_NAME=of-the-file\n", collector.url);
+    let start = Start::on(&database).file(".env", &file).env("OTEL_BSP_SCHEDULE_DELAY", "100");
+    let service = start.clone().ready()?;
+    service.me("nonsense")?.expect(401)?;
+    collector.receives(&[b"GET /me", b"of-the-file"])?;
+    let service = start.env("OTEL_SERVICE_NAME", "of-the-environment").ready()?;
+    service.me("nonsense")?.expect(401)?;
+    collector.receives(&[b"GET /me", b"of-the-environment"])?;
+    Ok(())
+}
+
+#[test]
 fn nothing_is_exported_when_the_sdk_is_disabled_or_no_endpoint_is_set() -> Result<()> {
     let database = Database::create()?;
     let collector = Collector::start()?;
