@@ -30,8 +30,9 @@ use crate::recent::{Element, Recent};
 use crate::sabotage::{self, Sabotage};
 use crate::users::GONE;
 
-/// More than two writers gain nothing: their statements queue for the same write-ahead log.
-const WRITERS_MAX: u32 = 2;
+/// While one writer waits for its flush, or tells the windows, others work. More than this many only make the
+/// batches smaller, and a statement of few rows costs more for each.
+const WRITERS_MAX: u32 = 4;
 
 /// Messages in one statement. Past some 250 rows the statement's own time outweighs the flush that is saved.
 const BATCH_MAX: usize = 256;
