@@ -1,6 +1,7 @@
 //! Where a request's time goes: processor time per answer, by process. Unlike rates it hardly depends on what
 //! else the machine is doing.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use super::rig::Rig;
@@ -8,13 +9,16 @@ use super::rig::Rig;
 /// Ticks of /proc/PID/stat in a second: fixed by the kernel's interface to user space.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// Processor seconds so far; all 0 where there is no /proc.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Cpu {
-    service: f64,
-    postgres: f64,
-    redis: f64,
-    client: f64,
+/// Processor seconds so far of each process of the rig; none where there is no /proc.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Cpu(BTreeMap<u32, (Part, f64)>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Service,
+    Postgres,
+    Redis,
+    Client,
 }
 
 impl Cpu {
@@ -22,30 +26,38 @@ impl Cpu {
         let postmaster = rig.postgres.pid().unwrap_or_default();
         let redis = rig.redis.pid().unwrap_or_default();
         let services: Vec<u32> = rig.replicas.iter().map(|replica| replica.pid()).collect();
-        let mut cpu = Self::default();
-        for (pid, parent, seconds) in processes() {
-            if services.contains(&pid) {
-                cpu.service += seconds;
-            } else if pid == postmaster || parent == postmaster {
-                cpu.postgres += seconds;
-            } else if pid == redis {
-                cpu.redis += seconds;
-            } else if pid == std::process::id() {
-                cpu.client += seconds;
-            }
-        }
-        cpu
+        let part = |pid, parent| match pid {
+            pid if services.contains(&pid) => Some(Part::Service),
+            pid if pid == postmaster || parent == postmaster => Some(Part::Postgres),
+            pid if pid == redis => Some(Part::Redis),
+            pid if pid == std::process::id() => Some(Part::Client),
+            _ => None,
+        };
+        let processes = processes().into_iter();
+        Self(
+            processes
+                .filter_map(|(pid, parent, seconds)| Some((pid, (part(pid, parent)?, seconds))))
+                .collect(),
+        )
     }
 
-    /// Microseconds an answer since `self`, as text.
-    pub(crate) fn per_answer(self, now: Self, answers: usize) -> String {
-        let us = |before: f64, after: f64| (after - before) * 1e6 / answers.max(1) as f64;
+    /// Microseconds an answer since `self`, as text. Processes that came or went meanwhile do not count.
+    pub(crate) fn per_answer(&self, now: &Self, answers: usize) -> String {
+        let us = |wanted| {
+            let seconds: f64 = now
+                .0
+                .iter()
+                .filter(|(_, (part, _))| *part == wanted)
+                .filter_map(|(pid, (_, after))| Some(after - self.0.get(pid)?.1))
+                .sum();
+            seconds * 1e6 / answers.max(1) as f64
+        };
         format!(
             "CPU us each: service {:.1}, Postgres {:.1}, Redis {:.1}, client {:.1}",
-            us(self.service, now.service),
-            us(self.postgres, now.postgres),
-            us(self.redis, now.redis),
-            us(self.client, now.client),
+            us(Part::Service),
+            us(Part::Postgres),
+            us(Part::Redis),
+            us(Part::Client),
         )
     }
 }

@@ -26,7 +26,7 @@ pub(crate) fn send(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
         let pgbench = reference::pgbench_insert(bench, rig)?;
         let before = Cpu::now(rig);
         let report = load::run(rig.send_scripts(CONNECTIONS, false), bench.duration)?.all(201)?;
-        cpu = before.per_answer(Cpu::now(rig), report.latencies.len());
+        cpu = before.per_answer(&Cpu::now(rig), report.latencies.len());
         ratios.push(report.rate() / pgbench);
         ours.push(report.rate());
         theirs.push(pgbench);
@@ -50,7 +50,7 @@ pub(crate) fn messages(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
         let redis = reference::redis_get(bench, rig)?;
         let before = Cpu::now(rig);
         let report = load::run(rig.read_scripts(CONNECTIONS, ""), bench.duration)?.all(200)?;
-        cpu = before.per_answer(Cpu::now(rig), report.latencies.len());
+        cpu = before.per_answer(&Cpu::now(rig), report.latencies.len());
         ratios.push(report.rate() / redis);
         ours.push(report.rate());
         theirs.push(redis);
