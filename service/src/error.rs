@@ -166,6 +166,8 @@ impl Error {
     pub fn render(&self, request_id: &str, res: &mut Response) {
         let status = self.status();
         match self {
+            // Whoever watches Postgres has told that it is away, once; each request need not repeat it.
+            Self::Database(error) if is_unavailable(error) => tracing::debug!(%error, "statement failed"),
             Self::Database(error) => tracing::error!(%error, "statement failed"),
             Self::Internal(error) => tracing::error!(%error, "internal fault"),
             _ => {}

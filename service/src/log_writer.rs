@@ -19,16 +19,22 @@ const BUFFER_MAX_BYTES: usize = 8 * 1024 * 1024;
 #[derive(Clone, Debug, Default)]
 pub struct LogWriter(Arc<Shared>);
 
+/// How long the end of the process waits for the last lines: a stdout that nobody reads must not hold it up.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+
 #[derive(Debug, Default)]
 struct Shared {
     buffer: Mutex<Buffer>,
     filled: Condvar,
+    written: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct Buffer {
     lines: Vec<u8>,
     dropped: u64,
+    /// True while lines that were taken are on their way to stdout.
+    writing: bool,
 }
 
 impl LogWriter {
@@ -46,9 +52,10 @@ impl LogWriter {
         Ok(writer)
     }
 
-    /// Writes out what is left, when the process ends.
+    /// Waits until what is left is written, when the process ends.
     pub fn flush(&self) {
-        self.0.write_out();
+        let unwritten = |buffer: &mut Buffer| buffer.writing || !buffer.lines.is_empty();
+        drop(self.0.written.wait_timeout_while(self.0.lock(), FLUSH_LIMIT, unwritten));
     }
 }
 
@@ -58,15 +65,17 @@ impl Shared {
     }
 
     fn write_out(&self) {
-        // Stdout's lock comes first, so that two who write keep the order of the lines.
+        let Buffer { lines, dropped, .. } =
+            std::mem::replace(&mut *self.lock(), Buffer { writing: true, ..Buffer::default() });
         let mut stdout = io::stdout().lock();
-        let Buffer { lines, dropped } = std::mem::take(&mut *self.lock());
-        // Nobody reads; there is nobody to tell.
+        // Where nobody reads, there is nobody to tell.
         stdout.write_all(&lines).ok();
         if dropped > 0 {
             writeln!(stdout, "{dropped} log lines were dropped: stdout was not read").ok();
         }
         stdout.flush().ok();
+        self.lock().writing = false;
+        self.written.notify_all();
     }
 }
 

@@ -1,6 +1,7 @@
 //! The command line: a subcommand, its configuration, and how it ends.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use chat_service::config::{Config, EXIT_CONFIG};
 use chat_service::telemetry::Telemetry;
@@ -64,15 +65,17 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
     let telemetry = Telemetry::start(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let code = match command {
+    let code = runtime.block_on(async {
+        match command {
             Command::Migrate => migrate(&config).await,
             Command::Doctor => doctor::doctor(&config).await,
             _ => serve::run(config).await,
-        };
-        telemetry.shutdown().await;
-        code
-    })
+        }
+    });
+    // Whatever still runs in the background was not acknowledged to anybody.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    telemetry.shutdown();
+    code
 }
 
 async fn migrate(config: &Config) -> anyhow::Result<ExitCode> {

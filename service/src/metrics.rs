@@ -156,6 +156,11 @@ impl Metrics {
         InFlight::new(&self.active_requests)
     }
 
+    /// Requests in flight on the public port.
+    pub fn active_requests(&self) -> i64 {
+        self.active_requests.get()
+    }
+
     pub fn request_finished(&self, method: &str, route: &str, status: StatusCode, duration: Duration) {
         self.requests.with_label_values(&[method, route, status.as_str()]).observe(duration.as_secs_f64());
     }

@@ -47,6 +47,8 @@ const ATTEMPTS_MAX: u32 = 3;
 /// A connection that has rested for longer is asked whether it still stands, before messages depend on it.
 const IDLE_BEFORE_PING: Duration = Duration::from_secs(1);
 
+const UNKNOWN_FATE: &str = "the database is away: the message may not have been stored, try again";
+
 /// How much longer than Postgres itself the writer waits for a statement: for a Postgres that cannot answer.
 const STATEMENT_MARGIN: Duration = Duration::from_secs(1);
 
@@ -230,10 +232,13 @@ impl Writer {
     async fn store(&mut self, messages: &[Outgoing]) -> Vec<Result<Row, Error>> {
         match self.store_together(messages).await {
             Ok(rows) => rows.into_iter().map(Ok).collect(),
-            Err(error) if is_unavailable(&error) || messages.len() == 1 => {
-                let status = Error::from(error);
-                tracing::error!(error = %root(&status), messages = messages.len(), "messages were not stored");
-                messages.iter().map(|_| Err(unstored(&status))).collect()
+            Err(error) if is_unavailable(&error) => {
+                tracing::debug!(%error, messages = messages.len(), "messages were not stored");
+                messages.iter().map(|_| Err(Error::Unavailable(UNKNOWN_FATE))).collect()
+            }
+            Err(error) if messages.len() == 1 => {
+                tracing::error!(%error, "a message could not be stored");
+                vec![Err(Error::internal("the message could not be stored"))]
             }
             Err(error) => {
                 tracing::warn!(%error, messages = messages.len(), "a batch failed: storing it one by one");
@@ -362,21 +367,6 @@ fn lost_a_race(error: &sqlx::Error) -> bool {
     let sqlx::Error::Database(error) = error else { return false };
     error.constraint() == Some("idempotency_keys_in_use")
         || error.code().is_some_and(|code| code.starts_with("40"))
-}
-
-fn unstored(error: &Error) -> Error {
-    if error.status().as_u16() == 503 {
-        Error::Unavailable("the database is away: the message may not have been stored, try again")
-    } else {
-        Error::internal("the message could not be stored")
-    }
-}
-
-fn root(error: &Error) -> String {
-    match error {
-        Error::Database(error) => error.to_string(),
-        error => error.to_string(),
-    }
 }
 
 /// Stores the messages of a batch; one row each comes back, in their order.

@@ -15,7 +15,7 @@ use salvo::server::ServerHandle;
 use salvo::{Server, Service};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -29,8 +29,15 @@ use crate::routes;
 const LAME_DUCK: Duration = Duration::from_secs(1);
 
 /// How long the start waits for the first answers of Postgres and Redis, so that a healthy process is ready as
-/// soon as it listens. One that is away is waited for no longer.
-const FIRST_ANSWER: Duration = Duration::from_millis(250);
+/// soon as it listens. One that is away, or a long migration, is waited for no longer.
+const FIRST_ANSWER: Duration = Duration::from_secs(2);
+const FIRST_ANSWER_REDIS: Duration = Duration::from_millis(250);
+
+/// Requests in flight are counted this often while the process stops.
+const DRAIN_POLL: Duration = Duration::from_millis(10);
+
+/// How long an answer that was given may take to leave, and connections to close.
+const LAST_BYTES: Duration = Duration::from_millis(250);
 
 /// Between two attempts to migrate a database that is away.
 const MIGRATE_RETRY: Duration = Duration::from_secs(1);
@@ -151,12 +158,21 @@ impl Running {
         let drain = async {
             let [public, operations] = &self.handles;
             public.stop_graceful(deadline.saturating_duration_since(Instant::now()));
+            // The connections' own end is not waited for: one that never sends a request would hold it up.
+            loop {
+                while self.app.metrics.active_requests() > 0 {
+                    tokio::time::sleep(DRAIN_POLL).await;
+                }
+                let closed = tokio::time::timeout(LAST_BYTES, self.servers.join_next()).await.is_ok();
+                if closed || self.app.metrics.active_requests() == 0 {
+                    break;
+                }
+            }
+            public.stop_forceful();
             // The operations port goes on answering until the requests and the writers are done.
-            self.servers.join_next().await;
             self.stop.send_replace(true);
             while self.tasks.writers.join_next().await.is_some() {}
             operations.stop_forceful();
-            self.servers.join_next().await;
         };
         if tokio::time::timeout_at(deadline, drain).await.is_err() {
             tracing::warn!("the grace is over: ending with requests in flight");
@@ -191,40 +207,51 @@ fn serve(
     Ok(handle)
 }
 
-/// Migrates, if that is asked for, and lets Postgres and Redis answer once. A database that is away is migrated
-/// when it comes back; the task that waits for it ends only with a fault that waiting cannot mend.
+/// Migrates, if that is asked for, and lets Postgres and Redis answer once. What takes longer than a healthy
+/// start goes on in the background, live and unready; the task that is returned ends only with a fault that
+/// waiting cannot mend.
 async fn first_answers(app: &Arc<App>) -> anyhow::Result<JoinSet<MigrationError>> {
-    let mut later = JoinSet::new();
+    let mut migration = JoinSet::new();
+    let (first, first_outcome) = oneshot::channel();
+    if app.config.migrate_on_start {
+        migration.spawn(migrate(Arc::clone(app), first));
+    } else {
+        first.send(()).ok();
+    }
     let postgres = async {
-        if app.config.migrate_on_start {
-            match db::migrate(&app.connect_options).await {
-                Ok(_) => {}
-                Err(MigrationError::Unreachable(_)) => {
-                    later.spawn(migrate_when_reachable(Arc::clone(app)));
-                }
-                Err(error) => return Err(error),
-            }
-        }
+        first_outcome.await.ok();
         app.health.ask(&app.pool).await;
-        Ok(())
     };
     let redis = async {
         while app.redis.live().is_none() && !*app.redis.watch_away().borrow() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
-    let (migrated, _) = tokio::join!(postgres, tokio::time::timeout(FIRST_ANSWER, redis));
-    migrated?;
-    Ok(later)
+    let first_answers = async { tokio::join!(postgres, tokio::time::timeout(FIRST_ANSWER_REDIS, redis)) };
+    tokio::time::timeout(FIRST_ANSWER, first_answers).await.ok();
+    // A fault is better told before the ports are open.
+    match migration.try_join_next() {
+        Some(ended) => Err(ended?.into()),
+        None => Ok(migration),
+    }
 }
 
-async fn migrate_when_reachable(app: Arc<App>) -> MigrationError {
+/// Migrates, again and again while Postgres is away. Returns only with a fault; `first` is told when the first
+/// attempt is over.
+async fn migrate(app: Arc<App>, first: oneshot::Sender<()>) -> MigrationError {
+    let mut first = Some(first);
     loop {
-        tokio::time::sleep(MIGRATE_RETRY).await;
-        match db::migrate(&app.connect_options).await {
-            // The task stays, because its end would mean a fault.
-            Ok(_) => std::future::pending::<()>().await,
-            Err(MigrationError::Unreachable(_) | MigrationError::TimedOut) => {}
+        let outcome = db::migrate(&app.connect_options).await;
+        match outcome {
+            Ok(_) => {
+                drop(first);
+                // The task stays, because its end would mean a fault.
+                return std::future::pending().await;
+            }
+            Err(MigrationError::Unreachable(_) | MigrationError::TimedOut) => {
+                drop(first.take());
+                tokio::time::sleep(MIGRATE_RETRY).await;
+            }
             Err(error) => return error,
         }
     }

@@ -2,6 +2,7 @@
 //! `OTEL_*` variables name one, and nowhere else.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
 use opentelemetry::trace::{TraceContextExt as _, TracerProvider as _};
@@ -25,6 +26,9 @@ const ENDPOINT_VARIABLES: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPO
 
 /// The target of spans that are for the exporter alone.
 pub const TRACE_TARGET: &str = "chat_service::trace";
+
+/// What the last spans may add to the end of the process.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// Whether there is an exporter. Without one no request pays for a span that nobody reads.
 static EXPORTING: AtomicBool = AtomicBool::new(false);
@@ -61,11 +65,11 @@ impl Telemetry {
         Ok(Self { logs: writer, traces })
     }
 
-    /// Sends and writes what is queued. A collector that does not answer holds this up for its own time-out at most.
-    pub async fn shutdown(self) {
+    /// Sends and writes what is queued, within a limit: neither a collector nor a reader of stdout that has
+    /// stopped may keep the process from ending.
+    pub fn shutdown(self) {
         if let Some(traces) = self.traces {
-            // Blocking: the exporter has a thread of its own.
-            tokio::task::spawn_blocking(move || traces.shutdown()).await.ok();
+            traces.shutdown_with_timeout(FLUSH_LIMIT).ok();
         }
         self.logs.flush();
     }
@@ -114,10 +118,12 @@ impl RequestSpans {
     }
 }
 
-/// Not the exporter's spans, and not the framework's word on listening and draining: `serve` says it better.
+/// Not the exporter's spans, not the framework's word on listening and draining, which `serve` says better, and
+/// not what Postgres remarks on `IF NOT EXISTS`.
 fn is_for_the_log(metadata: &Metadata<'_>) -> bool {
-    let framework = metadata.target() == "salvo_core::server" && *metadata.level() >= Level::INFO;
-    metadata.target() != TRACE_TARGET && !framework
+    let target = metadata.target();
+    let chatter = target.starts_with("salvo_core") || target == "sqlx::postgres::notice";
+    target != TRACE_TARGET && !(chatter && *metadata.level() == Level::INFO)
 }
 
 fn tracer_provider() -> anyhow::Result<Option<SdkTracerProvider>> {

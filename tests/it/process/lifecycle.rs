@@ -1,6 +1,7 @@
 //! How the process ends: in good order on a signal, at once on a second one, and without loss when it is killed.
 
 use std::collections::HashSet;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -8,7 +9,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Signal;
 
-use super::support::{Database, LIMIT, Service, Start, eventually, within};
+use tests::servers::{daemon, ports};
+
+use super::support::{Database, LIMIT, Service, Start, eventually, shared_redis, within};
 
 /// A service whose conversation of two users has one message, and limits that no test waits for.
 fn patient(database: &Database) -> Start {
@@ -70,6 +73,9 @@ fn an_idle_process_ends_with_zero_and_says_so() -> Result<()> {
 fn an_open_connection_without_a_request_does_not_hold_up_the_end() -> Result<()> {
     let database = Database::create()?;
     let mut service = Start::on(&database).env("SHUTDOWN_GRACE_SECONDS", "50").ready()?;
+    let _silent = std::net::TcpStream::connect(service.public)?;
+    let mut halting = std::net::TcpStream::connect(service.public)?;
+    std::io::Write::write_all(&mut halting, b"GET /healthz HT")?;
     let mut used = std::net::TcpStream::connect(service.public)?;
     std::io::Write::write_all(&mut used, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")?;
     used.set_read_timeout(Some(LIMIT))?;
@@ -77,6 +83,34 @@ fn an_open_connection_without_a_request_does_not_hold_up_the_end() -> Result<()>
     service.process.signal(Signal::TERM)?;
     let code = within(Duration::from_secs(30), "the end", || service.process.exit(LIMIT))?;
     ensure!(code == 0, "{}", service.process.said());
+    Ok(())
+}
+
+#[test]
+fn a_stdout_that_nobody_reads_does_not_keep_the_process_from_ending() -> Result<()> {
+    let database = Database::create()?;
+    let (port, ops_port) = (ports::free()?, ports::free()?);
+    let mut command = daemon::dies_with_us(&tests::service_binary()?, "KILL");
+    command.env_clear().stdout(Stdio::piped()).stdin(Stdio::null()).envs([
+        ("DATABASE_URL", database.url()),
+        ("REDIS_URL", shared_redis()),
+        ("HOST", "127.0.0.1".to_owned()),
+        ("PORT", port.to_string()),
+        ("OPS_PORT", ops_port.to_string()),
+        ("RUST_LOG", "trace".to_owned()),
+    ]);
+    let mut child = daemon::spawn(command)?;
+    let health = format!("http://127.0.0.1:{port}/healthz");
+    let ready = || reqwest::blocking::get(&health).is_ok_and(|answer| answer.status() == 200);
+    eventually("it to be ready", || ready().then_some(()))?;
+    // A pipe holds 64 KiB, which so many requests at this level fill many times over.
+    for _ in 0..200 {
+        ensure!(ready(), "it stopped serving");
+    }
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::TERM)?;
+    let status = daemon::poll(Duration::from_secs(15), || Ok(child.try_wait()?))?;
+    child.kill().ok();
+    ensure!(status.context("it did not end")?.success(), "{status:?}");
     Ok(())
 }
 
