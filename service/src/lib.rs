@@ -22,6 +22,7 @@ pub mod request_id;
 pub mod routes;
 pub mod sabotage;
 pub mod serve;
+pub mod span_counter;
 pub mod sweep;
 pub mod telemetry;
 pub mod users;

@@ -13,6 +13,7 @@ use salvo::http::StatusCode;
 
 use crate::app::App;
 use crate::limits::Limit;
+use crate::span_counter::SPANS;
 
 /// Seconds; from a hit in the window, under 1 ms, to the request time-out, with 250 ms for the objective.
 const DURATION_BUCKETS: [f64; 13] =
@@ -144,6 +145,7 @@ impl Metrics {
             )?,
             registry,
         };
+        add(&metrics.registry, SPANS.clone())?;
         let info = Opts::new("chat_build_info", "What this process was built from")
             .const_label("version", env!("CARGO_PKG_VERSION"))
             .const_label("revision", option_env!("CHAT_SERVICE_REVISION").unwrap_or("unknown"));

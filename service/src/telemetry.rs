@@ -20,6 +20,7 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::config::{Config, LogFormat};
 use crate::log_writer::LogWriter;
+use crate::span_counter::{Counted, Ended};
 
 /// Any of them switches the exporter on, as the OpenTelemetry specification says.
 const ENDPOINT_VARIABLES: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
@@ -141,7 +142,11 @@ fn tracer_provider() -> anyhow::Result<Option<SdkTracerProvider>> {
         None => resource.with_service_name("chat-service"),
     };
     Ok(Some(
-        SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource.build()).build(),
+        SdkTracerProvider::builder()
+            .with_span_processor(Ended)
+            .with_batch_exporter(Counted(exporter))
+            .with_resource(resource.build())
+            .build(),
     ))
 }
 

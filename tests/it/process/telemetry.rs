@@ -201,8 +201,23 @@ fn is_not_harmed_by(collector: &str) -> Result<()> {
     }
     ensure!(service.contents(&ben, &ana, 1)? == ["59"]);
     ensure!(service.health()? == (200, "ok".to_owned()));
+    // The loss is told: more spans have ended than the queue holds, and none has arrived.
+    let spans = |outcome| service.metric(&format!("chat_trace_spans_total{{outcome=\"{outcome}\"}}"));
+    ensure!(spans("ended")? >= 60.0 && spans("exported")? == 0.0, "{}", spans("ended")?);
     service.process.signal(Signal::TERM)?;
     ensure!(service.process.exit(LIMIT)? == 0, "{}", service.process.said());
+    Ok(())
+}
+
+#[test]
+fn spans_that_were_exported_are_counted() -> Result<()> {
+    let collector = Collector::start()?;
+    let database = Database::create()?;
+    let service = exporting(&database, &collector.url).ready()?;
+    service.two_users()?;
+    let spans = |outcome| service.metric(&format!("chat_trace_spans_total{{outcome=\"{outcome}\"}}"));
+    eventually("the export", || spans("exported").ok().filter(|exported| *exported > 0.0))?;
+    ensure!(spans("failed")? == 0.0);
     Ok(())
 }
 
