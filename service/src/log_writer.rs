@@ -19,6 +19,9 @@ const BUFFER_MAX_BYTES: usize = 8 * 1024 * 1024;
 #[derive(Clone, Debug, Default)]
 pub struct LogWriter(Arc<Shared>);
 
+/// What a buffer keeps of its memory: some thousand lines.
+const KEPT_BYTES: usize = 1024 * 1024;
+
 /// How long the end of the process waits for the last lines: a stdout that nobody reads must not hold it up.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
@@ -43,10 +46,12 @@ impl LogWriter {
         let writer = Self::default();
         let shared = Arc::clone(&writer.0);
         thread::Builder::new().name("log".to_owned()).spawn(move || {
+            // Two buffers take turns, so that neither has to grow anew each time.
+            let mut spare = Vec::new();
             loop {
                 drop(shared.filled.wait_while(shared.lock(), |buffer| buffer.lines.is_empty()));
                 thread::sleep(GATHER);
-                shared.write_out();
+                spare = shared.write_out(spare);
             }
         })?;
         Ok(writer)
@@ -64,9 +69,10 @@ impl Shared {
         self.buffer.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn write_out(&self) {
-        let Buffer { lines, dropped, .. } =
-            std::mem::replace(&mut *self.lock(), Buffer { writing: true, ..Buffer::default() });
+    /// Writes what gathered, and lets `spare` gather what comes; returns the emptied buffer.
+    fn write_out(&self, spare: Vec<u8>) -> Vec<u8> {
+        let Buffer { mut lines, dropped, .. } =
+            std::mem::replace(&mut *self.lock(), Buffer { lines: spare, dropped: 0, writing: true });
         let mut stdout = io::stdout().lock();
         // Where nobody reads, there is nobody to tell.
         stdout.write_all(&lines).ok();
@@ -76,6 +82,10 @@ impl Shared {
         stdout.flush().ok();
         self.lock().writing = false;
         self.written.notify_all();
+        lines.clear();
+        // A burst must not stay in memory for ever.
+        lines.shrink_to(KEPT_BYTES);
+        lines
     }
 }
 
