@@ -6,6 +6,7 @@ mod docs;
 mod errors;
 mod harness;
 mod health;
+mod history;
 mod idempotency;
 mod limits;
 mod login;

@@ -5,11 +5,12 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use crate::steps::Tally;
-use crate::{signals, test};
+use crate::{signals, soak, test};
 
 pub(crate) fn run() -> Result<ExitCode> {
     signals::listen()?;
     let mut tally = Tally::default();
     test::all(&mut tally)?;
+    soak::self_check(&mut tally, soak::QUICK, tests::history::random_seed());
     Ok(tally.close())
 }

@@ -1,16 +1,17 @@
-//! `cargo xtask soak`: the history checker for as long as one likes.
+//! `cargo xtask soak`: the history checker for as long as one likes, and the proof that it can fail.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail, ensure};
 use tests::history::{self, Options, Report};
 use tests::{install, places};
 
 use crate::signals;
-use crate::steps::step;
+use crate::steps::{Progress, Tally, step};
 use crate::workspace::offline_cargo;
 
 #[derive(clap::Args)]
@@ -18,13 +19,41 @@ pub(crate) struct Args {
     /// How long faults happen
     #[arg(long, default_value_t = 10.0, value_name = "N", value_parser = minutes)]
     minutes: f64,
-    /// The same choices as in an earlier run
+    /// The same choices as in an earlier run; how they interleave differs
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
     /// Check this build instead of a fresh one
     #[arg(long, value_name = "PATH")]
     binary: Option<PathBuf>,
+    /// Check the checker: it has to find the fault of each build that is broken on purpose
+    #[arg(long, conflicts_with_all = ["minutes", "binary", "memory"])]
+    self_check: bool,
+    /// Instead of histories: more load than the queues hold, on a slow Postgres, has to end in 503s
+    #[arg(long)]
+    memory: bool,
 }
+
+/// Every way to break the service that `service/src/sabotage.rs` knows. The first ones are found within seconds;
+/// the others only where a fault meets a window in use.
+const SABOTAGES: [&str; 8] = [
+    "skip-invalidation",
+    "ack-before-commit",
+    "ignore-key",
+    "skip-settle",
+    "skip-replay",
+    "skip-wait",
+    "ignore-suspension",
+    "trust-expired-lease",
+];
+
+/// Those that CI has the time for: the two that matter most, and one more for either kind of read and of key.
+pub(crate) const QUICK: &[&str] = SABOTAGES.split_at(4).0;
+
+/// How long a broken build may look sound. Most are found in a tenth of it.
+const SELF_CHECK_LIMIT: Duration = Duration::from_secs(180);
+
+/// By how much the memory of a replica may still grow in the last third of a run.
+const GROWTH_MAX: f64 = 0.1;
 
 fn minutes(text: &str) -> Result<f64, String> {
     let minutes: f64 = text.parse().map_err(|_| "not a number of minutes".to_owned())?;
@@ -35,6 +64,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
     install::ensure_programs(|line| println!("{line}"))?;
     let seed = args.seed.unwrap_or_else(history::random_seed);
+    if args.self_check {
+        let mut tally = Tally::default();
+        self_check(&mut tally, &SABOTAGES, seed);
+        return Ok(tally.close());
+    }
     let binary = match &args.binary {
         Some(binary) => std::path::absolute(binary)?,
         None => step("build", |progress| {
@@ -43,30 +77,99 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         })?,
     };
     let duration = Duration::from_secs_f64(args.minutes * 60.0);
-    let report = soak(&Options { seed, duration, binary, environment: Vec::new() })?;
+    if args.memory {
+        return memory(&binary, duration);
+    }
+    println!("  seed {seed}");
+    let options = Options { seed, duration, binary, environment: Vec::new() };
+    let report = step("history", |progress| history::run(&options, follow(progress, duration)))?;
     print_report(seed, &report);
     Ok(ExitCode::from(u8::from(!report.violations.is_empty())))
 }
 
-fn soak(options: &Options) -> Result<Report> {
-    println!("seed {}", options.seed);
-    step("history", |progress| {
-        history::run(options, |now| {
-            progress.say(&format!(
-                "{} of {} s, {} operations, last fault: {}",
-                now.elapsed.as_secs(),
-                options.duration.as_secs(),
-                now.operations,
-                now.last_fault
-            ));
+/// Each build that is broken on purpose has to be found out.
+pub(crate) fn self_check(tally: &mut Tally, sabotages: &[&str], seed: u64) {
+    println!("  seed {seed}");
+    if tally.check("broken build", "", broken_build).is_none() {
+        return;
+    }
+    for sabotage in sabotages {
+        let fix = format!("cargo xtask soak --self-check --seed {seed}");
+        tally.check(sabotage, &fix, |progress| find(progress, sabotage, seed));
+    }
+}
+
+/// Builds the service with the ways to break it, as a file of its own.
+fn broken_build(progress: &Progress) -> Result<()> {
+    let build = |more: &[&str]| offline_cargo(&[&["build", "-p", "chat-service"], more].concat());
+    progress.run(build(&["--features", "sabotage"]))?;
+    let copied = std::fs::copy(places::target_dir()?.join("debug/chat-service"), broken_binary()?);
+    // Whatever came of the copy, the sound one goes back to where others look for it.
+    progress.run(build(&[]))?;
+    copied?;
+    Ok(())
+}
+
+fn broken_binary() -> Result<PathBuf> {
+    let dir = places::target_dir()?.join("xtask");
+    std::fs::create_dir_all(&dir)?;
+    Ok(dir.join("chat-service-sabotage"))
+}
+
+/// Fails unless the checker finds what is wrong with a build that was broken in this way.
+fn find(progress: &Progress, sabotage: &str, seed: u64) -> Result<()> {
+    let environment = vec![("CHAT_SABOTAGE".to_owned(), sabotage.to_owned())];
+    let options = Options { seed, duration: SELF_CHECK_LIMIT, binary: broken_binary()?, environment };
+    let report = history::run(&options, follow(progress, SELF_CHECK_LIMIT))?;
+    signals::check()?;
+    let Some(violation) = report.violations.first() else {
+        bail!("nobody noticed within {} s, seed {seed}", SELF_CHECK_LIMIT.as_secs());
+    };
+    progress.note(&format!("{sabotage} after {:.0} s: {violation}", report.elapsed.as_secs_f64()));
+    Ok(())
+}
+
+/// What stands in the line of a running history; ends it on Ctrl-C.
+fn follow(progress: &Progress, duration: Duration) -> impl FnMut(&history::Progress) -> bool {
+    move |now| {
+        let history::Progress { elapsed, operations, last_fault } = now;
+        let (elapsed, all) = (elapsed.as_secs(), duration.as_secs());
+        progress.say(&format!("{elapsed} of {all} s, {operations} operations, last fault: {last_fault}"));
+        !signals::asked_to_end()
+    }
+}
+
+fn memory(binary: &Path, duration: Duration) -> Result<ExitCode> {
+    let memory = step("memory", |progress| {
+        history::memory(binary, duration, |elapsed, kib| {
+            progress.say(&format!("{} of {} s, {} MiB", elapsed.as_secs(), duration.as_secs(), kib / 1024));
             !signals::asked_to_end()
         })
-    })
+    })?;
+    println!();
+    row("seconds", &format!("{:.0}", memory.elapsed.as_secs_f64()));
+    row("messages stored", &memory.stored);
+    row("503", &memory.refused);
+    row("other answers, broken connections", &memory.others);
+    println!("  resident MiB by 10 s: {}", by_ten_seconds(&memory.resident_kib, 10));
+    row("growth in the last third", &format!("{:+.1} %", 100.0 * memory.growth()));
+    ensure!(memory.refused > 0, "nothing was refused: the queues were never full");
+    ensure!(memory.growth() < GROWTH_MAX, "memory still grows in the last third of the run");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(name: &str, value: &dyn Display) {
+    println!("  {name:<34}{value:>10}");
+}
+
+/// The greatest of every `group` values, in MiB.
+fn by_ten_seconds(kib: &[u64], group: usize) -> String {
+    let most = kib.chunks(group).filter_map(|values| values.iter().max());
+    most.map(|kib| (kib / 1024).to_string()).collect::<Vec<_>>().join(" ")
 }
 
 fn print_report(seed: u64, report: &Report) {
-    let row = |name: &str, value: &dyn std::fmt::Display| println!("  {name:<34}{value:>10}");
-    println!("\nseed {seed}, {:.0} s", report.elapsed.as_secs_f64());
+    println!("\n  seed {seed}, {:.0} s", report.elapsed.as_secs_f64());
     row("messages acknowledged", &report.acknowledged);
     row("  of these replayed", &report.replayed);
     row("pages read", &report.reads);
@@ -80,8 +183,7 @@ fn print_report(seed: u64, report: &Report) {
     };
     table("requests without an answer", &report.unanswered);
     table("faults", &report.faults);
-    let mib: Vec<_> = report.resident_kib.iter().map(|kib| (kib / 1024).to_string()).collect();
-    println!("  resident MiB by 10 s: {}", mib.join(" "));
+    println!("  resident MiB by 10 s: {}", by_ten_seconds(&report.resident_kib, 1));
     row("violations", &report.violations.len());
     print!("{}", history::verdict(seed, report));
 }

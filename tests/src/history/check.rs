@@ -319,7 +319,9 @@ impl<'a> Judge<'a> {
         let Operation { client, replica, conversation, start, end, action, outcome } = operation;
         let action = match action {
             Action::Send { content, keyed } => {
-                format!("sends {content:?}{}", if *keyed { " under a key" } else { "" })
+                // What pads it tells nothing.
+                let name = content.split(' ').next().unwrap_or(content);
+                format!("sends {name}{}", if *keyed { " under a key" } else { "" })
             }
             Action::Read(Page::Offset { offset, limit }) => format!("reads offset={offset} limit={limit}"),
             Action::Read(Page::Before { seq, limit }) => format!("reads before={seq} limit={limit}"),
@@ -374,5 +376,6 @@ fn page_fault(page: Page, seqs: &[i64], next: bool) -> Option<&'static str> {
 
 fn brief(message: &Message) -> String {
     let Message { id, seq, sender, content, created_at, .. } = message;
-    format!("seq {seq} id {id} from {sender} at {created_at}: {content:?}")
+    let start: String = content.chars().take(20).collect();
+    format!("seq {seq} id {id} from {sender} at {created_at}: {start:?}")
 }

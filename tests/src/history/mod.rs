@@ -7,6 +7,7 @@
 
 pub mod check;
 mod http;
+mod memory;
 mod plan;
 mod proxy;
 mod rig;
@@ -16,6 +17,7 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
+pub use memory::{Memory, memory};
 pub use run::{Options, Progress, Report, run};
 
 /// A message as it was shown. Equal when all of it is equal.

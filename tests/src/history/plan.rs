@@ -54,15 +54,23 @@ pub(super) struct Send {
 pub(super) fn send(seed: u64, client: u32, index: u64) -> Send {
     let mut rng = choices(seed, CLIENTS + u64::from(client), index);
     let keyed = rng.u8(..10) < 6;
-    let retries = keyed.then(|| (0..8).map(|_| rng.usize(..REPLICAS)).collect());
+    let replica = rng.usize(..REPLICAS);
+    // Whoever gives up early and tries elsewhere meets the first attempt half done.
+    let hasty = keyed && rng.u8(..10) < 4;
+    let elsewhere = if rng.u8(..4) == 0 { replica } else { (replica + 1) % REPLICAS };
+    let retries = std::iter::once(elsewhere).chain((0..7).map(|_| rng.usize(..REPLICAS))).collect();
     Send {
         pause: ms(&mut rng, 2..50),
-        replica: rng.usize(..REPLICAS),
-        patience: if keyed && rng.u8(..10) < 3 { ms(&mut rng, 20..600) } else { PATIENT },
+        replica,
+        patience: match rng.u8(..4) {
+            _ if !hasty => PATIENT,
+            0 => ms(&mut rng, 150..1200),
+            _ => ms(&mut rng, 10..150),
+        },
         repeated_on: (keyed && rng.u8(..10) == 0).then(|| rng.usize(..REPLICAS)),
         length: if rng.u8(..20) == 0 { rng.usize(..3000) } else { rng.usize(..40) },
-        looks: (0..rng.usize(..3)).map(|_| rng.usize(..REPLICAS)).collect(),
-        retries,
+        looks: (0..rng.usize(..3) + usize::from(hasty)).map(|_| rng.usize(..REPLICAS)).collect(),
+        retries: keyed.then_some(retries),
     }
 }
 
@@ -177,29 +185,29 @@ impl Fault {
 /// Faults of the lines and of Redis, and the pause before each.
 ///
 /// A replica that loses Redis suspends the windows for ten seconds, and what goes wrong with a window in use can
-/// only be seen between such times. So the hard faults come in bursts, and most are soft: shorter than the time
-/// after which Redis counts as away.
+/// only be seen between such times. So most faults are soft, shorter than the time after which Redis counts as
+/// away, and a hard one comes about when the windows are in use again; sometimes two directly after one another.
 pub(super) fn line_fault(seed: u64, index: u64) -> (Duration, Fault) {
-    const CYCLE: u64 = 20;
-    const BURST: u64 = 3;
+    const CYCLE: u64 = 16;
     let offset = choices(seed, LINES, u64::MAX).u64(..CYCLE);
     let mut rng = choices(seed, LINES, index);
-    if (index + offset) % CYCLE < BURST {
-        (ms(&mut rng, 100..1000), hard_fault(&mut rng))
-    } else {
-        (ms(&mut rng, 100..900), soft_fault(&mut rng))
-    }
+    let hard = match (index + offset) % CYCLE {
+        0 => true,
+        1 => rng.u8(..3) == 0,
+        _ => false,
+    };
+    (ms(&mut rng, 50..500), if hard { hard_fault(&mut rng) } else { soft_fault(&mut rng) })
 }
 
 fn soft_fault(rng: &mut Rng) -> Fault {
     let replica = rng.usize(..REPLICAS);
     let (server, line, time) = match rng.u8(..17) {
         0..=2 => return Fault::RedisFlush,
-        3..=4 => return Fault::RedisPause(ms(rng, 50..400)),
-        5..=9 => (Server::Redis, Line::Slow(ms(rng, 5..200)), ms(rng, 500..3000)),
-        10..=11 => (Server::Redis, Line::Stalled, ms(rng, 50..400)),
+        3 => return Fault::RedisPause(ms(rng, 50..400)),
+        4..=10 => (Server::Redis, Line::Slow(ms(rng, 5..200)), ms(rng, 500..2000)),
+        11 => (Server::Redis, Line::Stalled, ms(rng, 50..400)),
         12 => (Server::Redis, Line::Muted, ms(rng, 50..400)),
-        13..=14 => (Server::Postgres, Line::Slow(ms(rng, 5..150)), ms(rng, 500..2000)),
+        13..=14 => (Server::Postgres, Line::Slow(ms(rng, 5..150)), ms(rng, 300..1000)),
         15 => (Server::Postgres, Line::Stalled, ms(rng, 100..1000)),
         _ => (Server::Postgres, Line::Muted, ms(rng, 100..1000)),
     };
@@ -208,16 +216,16 @@ fn soft_fault(rng: &mut Rng) -> Fault {
 
 fn hard_fault(rng: &mut Rng) -> Fault {
     let replica = rng.usize(..REPLICAS);
-    let (server, line, time) = match rng.u8(..14) {
+    let (server, line, time) = match rng.u8(..16) {
         0 => return Fault::RedisPause(ms(rng, 400..3000)),
-        1..=2 => return Fault::RedisKill { down: ms(rng, 0..1500) },
-        3..=4 => return Fault::RedisRollback { age: ms(rng, 0..1200) },
-        5 => return Fault::RedisDropsClients,
-        6..=8 => (Server::Redis, Line::Cut, ms(rng, 50..4000)),
-        9..=10 => (Server::Redis, Line::Stalled, ms(rng, 400..3000)),
-        11 => (Server::Redis, Line::Muted, ms(rng, 400..3000)),
-        12 => (Server::Postgres, Line::Cut, ms(rng, 50..3000)),
-        _ => (Server::Postgres, Line::Muted, ms(rng, 500..3000)),
+        1 => return Fault::RedisKill { down: ms(rng, 0..1500) },
+        2..=3 => return Fault::RedisRollback { age: ms(rng, 0..1200) },
+        4 => return Fault::RedisDropsClients,
+        5..=9 => (Server::Redis, Line::Cut, ms(rng, 50..2000)),
+        10..=11 => (Server::Redis, Line::Stalled, ms(rng, 400..2500)),
+        12..=13 => (Server::Redis, Line::Muted, ms(rng, 400..2500)),
+        14 => (Server::Postgres, Line::Cut, ms(rng, 50..2000)),
+        _ => (Server::Postgres, Line::Muted, ms(rng, 500..2000)),
     };
     Fault::Line { server, replica, line, time }
 }
@@ -225,7 +233,7 @@ fn hard_fault(rng: &mut Rng) -> Fault {
 /// Faults of Postgres and of the replicas, and the pause before each.
 pub(super) fn process_fault(seed: u64, index: u64) -> (Duration, Fault) {
     let mut rng = choices(seed, PROCESSES, index);
-    let pause = ms(&mut rng, 1000..5000);
+    let pause = ms(&mut rng, 1000..6000);
     let replica = rng.usize(..REPLICAS);
     let fault = match rng.u8(..12) {
         0..=3 => Fault::ReplicaKill { replica, down: ms(&mut rng, 0..1500) },

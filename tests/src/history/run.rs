@@ -27,7 +27,7 @@ const BACK_OFF: Duration = Duration::from_millis(20);
 /// The longest that a client goes on repeating a message.
 const RETRY_LIMIT: Duration = Duration::from_secs(20);
 
-const JUDGE_INTERVAL: Duration = Duration::from_secs(3);
+const JUDGE_INTERVAL: Duration = Duration::from_secs(2);
 const TICK: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Debug)]
