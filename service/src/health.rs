@@ -169,7 +169,11 @@ pub async fn readiness(depot: &mut Depot) -> Result<Reply, Error> {
     let app = app(depot)?;
     let (status, body) = app.health.readiness(app.redis.live().is_some());
     let reply = Reply::json(status, &body)?;
-    Ok(if status == StatusCode::OK { reply } else { reply.header(RETRY_AFTER, HeaderValue::from_static("1")) })
+    Ok(if status == StatusCode::OK {
+        reply
+    } else {
+        reply.header(RETRY_AFTER, HeaderValue::from_static("1"))
+    })
 }
 
 /// Liveness

@@ -2,7 +2,8 @@
 //!
 //! Three keys per conversation, in one slot of a cluster:
 //!
-//! - `list`: the newest messages as `SEQ JSON`, newest first; lives `CACHE_TTL_SECONDS` from its last use;
+//! - `list`: the newest messages as `SEQ JSON`, newest first; lives `CACHE_TTL_SECONDS` from the last check of it,
+//!   so that a conversation that is written but not read costs nothing;
 //! - `lease`: "the list is all there is"; holds the newest `seq` and expires [`LEASE`] after the Redis time at
 //!   which a reader *began* to check the list against Postgres;
 //! - `token`: held by the reader that is checking just now.
@@ -103,7 +104,7 @@ macro_rules! script {
 }
 
 /// The writer's step, after the commit, for any number of conversations. KEYS: three for each. ARGV:
-/// CACHE_WINDOW, the list's life in ms, then for each conversation the first new seq, the number of new
+/// CACHE_WINDOW, the life of a new list in ms, then for each conversation the first new seq, the number of new
 /// elements, and these, oldest first.
 const APPEND: &str = script!(
     "local window, ttl, at = tonumber(ARGV[1]), ARGV[2], 3
@@ -120,7 +121,7 @@ const APPEND: &str = script!(
          elseif window > 0 and head == first - 1 and (head > 0 or granted) then
            redis.call('LPUSH', list, unpack(ARGV, at + 2, at + 1 + count))
            redis.call('LTRIM', list, 0, window - 1)
-           redis.call('PEXPIRE', list, ttl)
+           if head == 0 then redis.call('PEXPIRE', list, ttl) end
            if granted then redis.call('SET', lease, last, 'KEEPTTL') end
          else
            redis.call('DEL', lease, list)
@@ -143,8 +144,8 @@ const SETTLE: &str = script!(
          if ARGV[3] == 'fill' then
            redis.call('DEL', list)
            if #ARGV > 4 then redis.call('RPUSH', list, unpack(ARGV, 5)) end
-           redis.call('PEXPIRE', list, ARGV[4])
          end
+         redis.call('PEXPIRE', list, ARGV[4])
          if newest(list) == seen then
            redis.call('SET', lease, seen, 'PX', left)
            return

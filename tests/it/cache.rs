@@ -253,3 +253,24 @@ async fn a_window_keeps_no_more_messages_than_it_may() {
     assert_eq!(app.redis.run::<i64>(redis::cmd("LLEN").arg(&list)).await, 4);
     assert_eq!(app.seqs(&ana, &ben, "limit=100").await, (1..=9).rev().collect::<Vec<_>>());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_window_that_is_written_but_not_read_goes_away_and_no_key_stays_for_ever() {
+    let app = TestApp::with(&[("CACHE_TTL_SECONDS", "2")]).await;
+    let (ana, ben) = app.pair().await;
+    // A read of the empty conversation, so that the very first message begins the list.
+    app.messages(&ana, &ben, "").await.json(200);
+    let started = Instant::now();
+    let mut expired = false;
+    while !expired && started.elapsed() < Duration::from_secs(15) {
+        app.sent(&ana, &ben, "written, not read").await;
+        let keys: Vec<String> = app.redis.run(redis::cmd("KEYS").arg("chat:*")).await;
+        for key in &keys {
+            let life: i64 = app.redis.run(redis::cmd("PTTL").arg(key)).await;
+            assert_ne!(life, -1, "{key} never expires");
+        }
+        expired = !keys.iter().any(|key| key.ends_with(":list"));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(expired, "every message keeps the window alive");
+}
