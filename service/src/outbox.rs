@@ -386,7 +386,7 @@ async fn insert(
     let keys: Vec<Option<&str>> =
         messages.iter().map(|message| message.key.as_deref().filter(|_| heeded)).collect();
     if sabotage::is_on(Sabotage::AckBeforeCommit) {
-        sqlx::raw_sql("BEGIN").execute(&mut **connection).await?;
+        sqlx::raw_sql("ROLLBACK; BEGIN").execute(&mut **connection).await?;
     }
     let rows = sqlx::query_file!("src/outbox.sql", &ids, &senders, &recipients, &contents as _, &keys as _)
         .fetch_all(&mut **connection)

@@ -11,6 +11,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     signals::listen()?;
     let mut tally = Tally::default();
     test::all(&mut tally)?;
-    soak::self_check(&mut tally, soak::QUICK, tests::history::random_seed());
+    // A minute of faults is among the tests; this is the proof that it would notice.
+    soak::self_check(&mut tally, tests::history::random_seed());
     Ok(tally.close())
 }
