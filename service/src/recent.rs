@@ -53,11 +53,14 @@
 //!
 //! What remains, stated precisely: if one Redis splits into two masters that both go on answering, a replica
 //! cut off with the old one may show a window that lacks messages acknowledged within the last [`LEASE`], and
-//! no older: each of its leases is checked against Postgres anew. The same bound holds while Redis's wall clock
-//! is set back, for as long as it was set back; after a node of a cluster was replaced by force within one lease,
-//! because a cluster's client reconnects by itself; and, while a replica is without Redis, after Postgres's clock
-//! jumped ahead or the replica's machine was frozen, either of which ends a suspension unnoticed. With Postgres out of reach a replica answers from a list
-//! without a lease, and says so: `Warning: 110`.
+//! no older: each of its leases is checked against Postgres anew. The same bound holds
+//!
+//! - while Redis's wall clock is set back, for as long as it was set back;
+//! - after a cluster's node was replaced by force within one lease: a cluster's client reconnects by itself;
+//! - while a replica is without Redis, after Postgres's clock jumped ahead or the replica's machine was frozen:
+//!   either ends a suspension unnoticed.
+//!
+//! With Postgres out of reach a replica answers from a list without a lease, and says so: `Warning: 110`.
 
 use std::sync::Arc;
 use std::time::Duration;
