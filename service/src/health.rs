@@ -79,6 +79,11 @@ impl Health {
         *self.postgres.borrow() == Postgres::Away
     }
 
+    /// True once Postgres has answered, and did so last.
+    pub fn postgres_answers(&self) -> bool {
+        matches!(*self.postgres.borrow(), Postgres::Answers(_))
+    }
+
     /// The newest migration that was applied, 0 while that is unknown.
     pub fn schema_version(&self) -> i64 {
         match *self.postgres.borrow() {

@@ -200,7 +200,7 @@ impl Metrics {
         let used = i64::from(app.pool.size()) - idle;
         self.pool_connections.with_label_values(&["chat", "idle"]).set(idle);
         self.pool_connections.with_label_values(&["chat", "used"]).set(used);
-        self.dependency_up.with_label_values(&["postgres"]).set(i64::from(!app.health.postgres_is_away()));
+        self.dependency_up.with_label_values(&["postgres"]).set(i64::from(app.health.postgres_answers()));
         self.dependency_up.with_label_values(&["redis"]).set(i64::from(app.redis.live().is_some()));
         self.schema_version.set(app.health.schema_version());
         TextEncoder::new().encode_to_string(&self.registry.gather())
