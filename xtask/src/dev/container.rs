@@ -13,8 +13,8 @@ use super::backends::{DATABASE, POSTGRES_PORT, REDIS_PORT};
 use crate::steps::Progress;
 use crate::{signals, workspace};
 
-const POSTGRES_IMAGE: &str = "docker.io/library/postgres:17-alpine";
-const REDIS_IMAGE: &str = "docker.io/library/redis:7-alpine";
+const POSTGRES_IMAGE: &str = "postgres:17-alpine";
+const REDIS_IMAGE: &str = "redis:7-alpine";
 /// A client whose engine is away may hang instead of failing.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
 const READY_LIMIT: Duration = Duration::from_secs(120);
