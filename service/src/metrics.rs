@@ -81,15 +81,11 @@ impl Metrics {
                     &["http_request_method", "http_route", "http_response_status_code"],
                 )?,
             )?,
-            active_requests: add(
-                &registry,
-                IntGauge::new("http_server_active_requests", "HTTP requests in flight")?,
-            )?,
+            active_requests: gauge(&registry, "http_server_active_requests", "HTTP requests in flight")?,
             messages_sent: counters(
                 &registry,
-                "chat_messages_sent_total",
-                "Messages that clients sent",
-                "outcome",
+                Opts::new("chat_messages_sent_total", "Messages that clients sent"),
+                &["outcome"],
             )?,
             batch_rows: add(
                 &registry,
@@ -98,51 +94,38 @@ impl Metrics {
                         .buckets(BATCH_BUCKETS.to_vec()),
                 )?,
             )?,
-            outbox_depth: add(
+            outbox_depth: gauge(&registry, "chat_outbox_queue_depth", "Messages waiting for a writer")?,
+            auth_attempts: counters(
                 &registry,
-                IntGauge::new("chat_outbox_queue_depth", "Messages waiting for a writer")?,
-            )?,
-            auth_attempts: add(
-                &registry,
-                IntCounterVec::new(
-                    Opts::new("chat_auth_attempts_total", "Logins and registrations that were judged"),
-                    &["kind", "outcome"],
-                )?,
+                Opts::new("chat_auth_attempts_total", "Logins and registrations that were judged"),
+                &["kind", "outcome"],
             )?,
             rate_limited: counters(
                 &registry,
-                "chat_rate_limited_total",
-                "Requests over a rate limit",
-                "limit",
+                Opts::new("chat_rate_limited_total", "Requests over a rate limit"),
+                &["limit"],
             )?,
             cache_lookups: counters(
                 &registry,
-                "chat_cache_lookups_total",
-                "Look-ups in the recent window",
-                "outcome",
+                Opts::new("chat_cache_lookups_total", "Look-ups in the recent window"),
+                &["outcome"],
             )?,
-            hashing_waiting: add(
+            hashing_waiting: gauge(
                 &registry,
-                IntGauge::new("chat_password_queue_depth", "Passwords being hashed, or waiting")?,
+                "chat_password_queue_depth",
+                "Passwords being hashed, or waiting",
             )?,
-            pool_connections: add(
+            pool_connections: gauges(
                 &registry,
-                IntGaugeVec::new(
-                    Opts::new("db_client_connection_count", "Connections of the Postgres pool"),
-                    &["db_client_connection_pool_name", "db_client_connection_state"],
-                )?,
+                Opts::new("db_client_connection_count", "Connections of the Postgres pool"),
+                &["db_client_connection_pool_name", "db_client_connection_state"],
             )?,
-            dependency_up: add(
+            dependency_up: gauges(
                 &registry,
-                IntGaugeVec::new(
-                    Opts::new("chat_dependency_up", "1 while the dependency answers"),
-                    &["dependency"],
-                )?,
+                Opts::new("chat_dependency_up", "1 while the dependency answers"),
+                &["dependency"],
             )?,
-            schema_version: add(
-                &registry,
-                IntGauge::new("chat_schema_version", "Newest migration applied")?,
-            )?,
+            schema_version: gauge(&registry, "chat_schema_version", "Newest migration applied")?,
             registry,
         };
         add(&metrics.registry, SPANS.clone())?;
@@ -277,11 +260,14 @@ fn add<C: prometheus::core::Collector + Clone + 'static>(
     Ok(metric)
 }
 
-fn counters(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    label: &str,
-) -> Result<IntCounterVec, prometheus::Error> {
-    add(registry, IntCounterVec::new(Opts::new(name, help), &[label])?)
+fn counters(registry: &Registry, opts: Opts, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+    add(registry, IntCounterVec::new(opts, labels)?)
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+    add(registry, IntGauge::new(name, help)?)
+}
+
+fn gauges(registry: &Registry, opts: Opts, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
+    add(registry, IntGaugeVec::new(opts, labels)?)
 }
