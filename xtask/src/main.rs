@@ -3,6 +3,7 @@
 mod bench;
 mod ci;
 mod dev;
+mod go_tools;
 mod prepare;
 mod signals;
 mod soak;
