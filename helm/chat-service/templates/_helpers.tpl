@@ -1,0 +1,140 @@
+{{/* Names as `helm create` makes them. */}}
+{{- define "chat-service.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "chat-service.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 63 | trimSuffix "-" }}
+{{- else }}
+{{- $name := default .Chart.Name .Values.nameOverride }}
+{{- if contains $name .Release.Name }}
+{{- .Release.Name | trunc 63 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name $name | trunc 63 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/*
+The name of a part: (list $ "postgres"). At most 52 characters, since Kubernetes puts up to 11 more behind it into
+labels, which have 63. What is cut off is replaced by a hash, so that two long names stay apart.
+*/}}
+{{- define "chat-service.partName" -}}
+{{- $full := include "chat-service.fullname" (first .) }}
+{{- $part := last . }}
+{{- $room := sub 51 (len $part) | int }}
+{{- if gt (len $full) $room }}
+{{- $full = printf "%s-%s" (trunc (sub $room 5 | int) $full | trimSuffix "-") (sha256sum $full | trunc 4) }}
+{{- end }}
+{{- printf "%s-%s" $full $part }}
+{{- end }}
+
+{{- define "chat-service.chart" -}}
+{{- printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* What a part's pods are selected by: (list $ "server"). Never changes: selectors are immutable. */}}
+{{- define "chat-service.selectorLabels" -}}
+{{- $root := first . -}}
+app.kubernetes.io/name: {{ include "chat-service.name" $root }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ last . }}
+{{- end }}
+
+{{- define "chat-service.labels" -}}
+{{- $root := first . -}}
+helm.sh/chart: {{ include "chat-service.chart" $root }}
+{{ include "chat-service.selectorLabels" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+{{- with $root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Name, namespace and labels of a part: (list $ name component). */}}
+{{- define "chat-service.metadata" -}}
+{{- $root := first . -}}
+name: {{ index . 1 }}
+namespace: {{ $root.Release.Namespace }}
+labels:
+  {{- include "chat-service.labels" (list $root (last .)) | nindent 2 }}
+{{- end }}
+
+{{- define "chat-service.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create }}
+{{- default (include "chat-service.fullname" .) .Values.serviceAccount.name }}
+{{- else }}
+{{- default "default" .Values.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{/* (list $ image default-tag) */}}
+{{- define "chat-service.image" -}}
+{{- $image := index . 1 }}
+{{- $name := $image.repository }}
+{{- with (first .).Values.global.imageRegistry | default $image.registry }}
+{{- $name = printf "%s/%s" (trimSuffix "/" .) $name }}
+{{- end }}
+{{- if $image.digest }}
+{{- printf "%s@%s" $name $image.digest }}
+{{- else }}
+{{- printf "%s:%s" $name (default (last .) $image.tag) }}
+{{- end }}
+{{- end }}
+
+{{- define "chat-service.serverImage" -}}
+{{- include "chat-service.image" (list . .Values.image .Chart.AppVersion) }}
+{{- end }}
+
+{{/* Where a pod may run and what it may pull: (list $ values). */}}
+{{- define "chat-service.scheduling" -}}
+{{- $root := first . -}}
+{{- $values := last . -}}
+{{- with concat ($root.Values.global.imagePullSecrets | default list) ($root.Values.imagePullSecrets | default list) | uniq }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Labels of a pod: (list $ component podLabels). Without the chart's version, which must not restart anything. */}}
+{{- define "chat-service.podLabels" -}}
+{{- $root := first . -}}
+{{- $given := merge (dict) (last .) $root.Values.commonLabels -}}
+{{- include "chat-service.selectorLabels" (list $root (index . 1)) }}
+{{- with $given }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* True when more than one replica is meant. */}}
+{{- define "chat-service.isReplicated" -}}
+{{- if .Values.autoscaling.enabled }}
+{{- if gt (int .Values.autoscaling.minReplicas) 1 }}true{{ end }}
+{{- else if gt (int .Values.replicaCount) 1 }}true{{ end }}
+{{- end }}
+
+{{- define "chat-service.graceSeconds" -}}
+{{- int (.Values.config.SHUTDOWN_GRACE_SECONDS | default 20) }}
+{{- end }}
+
+{{/* What a stopping pod needs: the sleep, the service's own grace, and the end of the process. */}}
+{{- define "chat-service.terminationSeconds" -}}
+{{- add (int .Values.preStopSeconds) (int (include "chat-service.graceSeconds" .)) 10 }}
+{{- end }}
