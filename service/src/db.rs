@@ -7,6 +7,7 @@ use secrecy::ExposeSecret as _;
 use sqlx::migrate::{Migrate as _, MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection as _, PgConnection, PgPool};
+use tokio::time::Instant;
 
 use crate::config::Config;
 
@@ -23,6 +24,9 @@ const MIGRATE_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// How long a connection outside the pool may take to open.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Between two attempts to reach a Postgres that is waited for.
+const WAIT_RETRY: Duration = Duration::from_secs(1);
 
 /// How the schema stands against what this binary needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +103,36 @@ pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> 
         Ok(known_version())
     };
     tokio::time::timeout(MIGRATE_TIMEOUT, work).await.unwrap_or(Err(MigrationError::TimedOut))
+}
+
+/// As [`migrate`], and while Postgres is away, or starts, tries again for so long. A wrong password is no reason to
+/// wait.
+pub async fn migrate_patiently(options: &PgConnectOptions, wait: Duration) -> Result<i64, MigrationError> {
+    let deadline = Instant::now() + wait;
+    let mut told = false;
+    loop {
+        match migrate(options).await {
+            Err(MigrationError::Unreachable(error)) if may_come(&error) && Instant::now() < deadline => {
+                if !told {
+                    let left = (deadline - Instant::now()).as_secs();
+                    eprintln!("Postgres cannot be reached: {error}; trying again for {left} s");
+                    told = true;
+                }
+                tokio::time::sleep(WAIT_RETRY).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// True unless Postgres answered, and its answer will be the same the next time.
+fn may_come(error: &sqlx::Error) -> bool {
+    match error {
+        // Starting, stopping, or full.
+        sqlx::Error::Database(error) => matches!(error.code().as_deref(), Some("57P01" | "57P03" | "53300")),
+        sqlx::Error::Configuration(_) => false,
+        _ => true,
+    }
 }
 
 /// Opens one connection, outside any pool, within a limit.

@@ -3,6 +3,7 @@
 pub mod app;
 pub mod auth;
 pub mod config;
+pub mod create_secret;
 pub mod db;
 pub mod doctor;
 pub mod edge;
@@ -22,6 +23,7 @@ pub mod request_id;
 pub mod routes;
 pub mod sabotage;
 pub mod serve;
+pub mod smoke_test;
 pub mod span_counter;
 pub mod sweep;
 pub mod telemetry;

@@ -4,8 +4,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use chat_service::config::{Config, EXIT_CONFIG};
+use chat_service::db::MigrationError;
 use chat_service::telemetry::Telemetry;
-use chat_service::{db, doctor, openapi, serve};
+use chat_service::{create_secret, db, doctor, openapi, serve, smoke_test};
 use clap::{Parser, Subcommand};
 
 #[global_allocator]
@@ -21,18 +22,32 @@ struct Arguments {
     command: Option<Command>,
 }
 
-#[derive(Subcommand, Clone, Copy)]
+#[derive(Subcommand)]
 enum Command {
     /// Serve the API (the default)
     Serve,
     /// Bring the database's schema up to date, and exit
-    Migrate,
+    Migrate(MigrateArgs),
     /// Ask the instance on this machine whether it is ready: exit code 0 or 1
     Healthcheck,
     /// Print the OpenAPI document
     Openapi,
     /// Check the configuration, Postgres, the schema and Redis; every failure names its fix
     Doctor,
+    /// Let two new users talk to each other over the API of a running service: exit code 0 or 1
+    SmokeTest(smoke_test::Args),
+    /// In a pod: create a Kubernetes Secret with random values, or add the keys that it lacks
+    CreateSecret(create_secret::Args),
+}
+
+#[derive(clap::Args)]
+struct MigrateArgs {
+    /// How long to wait for a Postgres that cannot be reached
+    #[arg(long, default_value_t = 0, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=86_400))]
+    wait: u32,
+    /// Leave a schema that is newer than this binary as it is, and succeed: for going back to an older release
+    #[arg(long)]
+    allow_newer: bool,
 }
 
 fn main() -> ExitCode {
@@ -44,10 +59,19 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
-    if matches!(command, Command::Openapi) {
-        println!("{}", openapi::json()?);
-        return Ok(ExitCode::SUCCESS);
+    // One provider for TLS and for tokens.
+    rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
+    match &command {
+        Command::Openapi => println!("{}", openapi::json()?),
+        Command::SmokeTest(args) => smoke_test::run(args)?,
+        Command::CreateSecret(args) => create_secret::run(args)?,
+        _ => return run_configured(&command),
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The subcommands that need the configuration.
+fn run_configured(command: &Command) -> anyhow::Result<ExitCode> {
     let config = match Config::from_environment() {
         Ok(config) => config,
         Err(error) => {
@@ -61,13 +85,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     // OpenTelemetry reads its standard variables from the environment alone. What is there already stays, and no
     // other thread runs yet.
     dotenvy::from_path(".env").ok();
-    // One provider for TLS and for tokens.
-    rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
     let telemetry = Telemetry::start(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let code = runtime.block_on(async {
         match command {
-            Command::Migrate => migrate(&config).await,
+            Command::Migrate(args) => migrate(&config, args).await,
             Command::Doctor => doctor::doctor(&config).await,
             _ => serve::run(config).await,
         }
@@ -78,9 +100,16 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     code
 }
 
-async fn migrate(config: &Config) -> anyhow::Result<ExitCode> {
+async fn migrate(config: &Config, args: &MigrateArgs) -> anyhow::Result<ExitCode> {
     let options = db::connect_options(config).map_err(anyhow::Error::msg)?;
-    let version = db::migrate(&options).await?;
-    println!("the schema is at version {version}");
+    match db::migrate_patiently(&options, Duration::from_secs(args.wait.into())).await {
+        Ok(version) => println!("the schema is at version {version}"),
+        Err(MigrationError::DatabaseIsNewer { applied, known }) if args.allow_newer && applied > known => {
+            println!(
+                "the schema is at version {applied}, newer than this binary, which knows {known}: left as it is"
+            )
+        }
+        Err(error) => return Err(error.into()),
+    }
     Ok(ExitCode::SUCCESS)
 }

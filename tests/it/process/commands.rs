@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::support::{Answer, Database, LIMIT, STRONG_KEY, Start, closed_port};
 
 /// Makes the database look as a newer release leaves it.
-fn add_a_migration_of_the_future(database: &Database) -> Result<()> {
+pub(super) fn add_a_migration_of_the_future(database: &Database) -> Result<()> {
     database.query(
         "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
          VALUES (9999, 'of the future', true, '\\x00', 0)",
@@ -173,7 +173,8 @@ fn migrate_without_postgres_says_so_and_fails() -> Result<()> {
 fn help_and_version_are_printed() -> Result<()> {
     let help = Start::default().args(&["--help"]).run()?;
     ensure!(help.code == 0, "{help:?}");
-    for subcommand in ["serve", "migrate", "healthcheck", "openapi", "doctor"] {
+    let subcommands = ["serve", "migrate", "healthcheck", "openapi", "doctor", "smoke-test", "create-secret"];
+    for subcommand in subcommands {
         ensure!(help.stdout.contains(&format!("\n  {subcommand} ")), "{}", help.stdout);
     }
     let version = Start::default().args(&["--version"]).run()?;

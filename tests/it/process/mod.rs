@@ -3,6 +3,7 @@
 mod commands;
 mod configuration;
 mod faults;
+mod jobs;
 mod lifecycle;
 mod postgres_away;
 mod readme;
