@@ -11,8 +11,13 @@ use crate::steps::{Progress, Tally};
 use crate::workspace::{cargo, in_ci, offline_cargo};
 use crate::{prepare, signals, workspace};
 
+pub(crate) mod chart;
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    /// Only what concerns the Helm chart
+    #[arg(long, conflicts_with = "cargo_test")]
+    chart: bool,
     /// Arguments for `cargo test`; with any, only the tests run, without the other checks
     #[arg(last = true)]
     cargo_test: Vec<String>,
@@ -29,7 +34,9 @@ struct Servers {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
     let mut tally = Tally::default();
-    if args.cargo_test.is_empty() {
+    if args.chart {
+        chart::check(&mut tally);
+    } else if args.cargo_test.is_empty() {
         all(&mut tally)?;
     } else {
         let servers = tally.check("Postgres and Redis", "", start_servers);
@@ -52,6 +59,7 @@ pub(crate) fn all(tally: &mut Tally) -> Result<()> {
         progress.run(doc)
     });
     check_dependencies(tally);
+    chart::check(tally);
     build_and_test(tally, servers.as_ref(), &[])
 }
 

@@ -1,0 +1,444 @@
+//! The chart, as far as it can be judged without a cluster: what it renders, and what it refuses to.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use tests::places;
+
+use crate::go_tools::{self, GoTool};
+use crate::steps::{Progress, Tally};
+use crate::workspace::{self, in_ci};
+
+const MODULE: &str = "deploy/lint";
+const CHART: &str = "helm/chat-service";
+
+/// What manifests are rendered for and checked against. Helm built from its module takes itself for 1.20 when no cluster
+/// is there to ask.
+const KUBERNETES: &str = "1.34.4";
+
+pub(crate) const HELM: GoTool = GoTool {
+    name: "helm",
+    module: MODULE,
+    package: "helm.sh/helm/v3/cmd/helm",
+    settings: &[
+        "helm.sh/helm/v3/internal/version.version=v3.19.5",
+        "helm.sh/helm/v3/pkg/lint/rules.k8sVersionMajor=1",
+        "helm.sh/helm/v3/pkg/lint/rules.k8sVersionMinor=34",
+        "helm.sh/helm/v3/pkg/chartutil.k8sVersionMajor=1",
+        "helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor=34",
+    ],
+};
+const HELM_UNITTEST: GoTool =
+    plain("helm-unittest", "github.com/helm-unittest/helm-unittest/cmd/helm-unittest");
+const HELM_DOCS: GoTool = plain("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs");
+const KUBECONFORM: GoTool = plain("kubeconform", "github.com/yannh/kubeconform/cmd/kubeconform");
+const KUBE_LINTER: GoTool = plain("kube-linter", "golang.stackrox.io/kube-linter/cmd/kube-linter");
+const SCHEMAS: GoTool = plain("schemas", "./schemas");
+
+const fn plain(name: &'static str, package: &'static str) -> GoTool {
+    GoTool { name, module: MODULE, package, settings: &[] }
+}
+
+/// Modules that hold schemas, and the files in them; `*` is all of a folder.
+const SCHEMA_SOURCES: [(&str, &[&str]); 3] = [
+    ("k8s.io/kubernetes@v1.34.4", &["api/openapi-spec/swagger.json"]),
+    (
+        "github.com/prometheus-operator/prometheus-operator@v0.85.0",
+        &[
+            "example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml",
+            "example/prometheus-operator-crd/monitoring.coreos.com_prometheusrules.yaml",
+            "example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml",
+        ],
+    ),
+    ("sigs.k8s.io/gateway-api@v1.4.0", &["config/crd/standard/gateway.networking.k8s.io_httproutes.yaml"]),
+];
+
+/// Values that must be refused, and what the refusal must speak of.
+const REFUSED: [(&str, &str); 21] = [
+    ("replicaCuont=1", "replicaCuont"),
+    ("image.tga=1", "tga"),
+    ("postgres.persistence.sise=1Gi", "sise"),
+    ("networkPolicy.metricFrom[0].ipBlock.cidr=10.0.0.0/8", "metricFrom"),
+    ("ingress.hosts[0].hots=a", "hots"),
+    ("config.PORT=80", "PORT"),
+    ("config.LOG_LEVEL=debug", "LOG_LEVEL"),
+    ("config.APP_ENV=staging", "production"),
+    ("config.SHUTDOWN_GRACE_SECONDS=0", "minimum"),
+    ("ingress.enabled=yes", "boolean"),
+    ("image.digest=latest", "digest"),
+    ("image.pullPolicy=Sometimes", "pullPolicy"),
+    ("ingress.enabled=true,httpRoute.enabled=true", "exclude one another"),
+    ("serviceMonitor.enabled=true,podMonitor.enabled=true", "twice"),
+    ("postgres.enabled=false", "externalPostgres.existingSecret"),
+    ("externalPostgres.host=db", "postgres.enabled=false"),
+    ("redis.enabled=false", "externalRedis.host"),
+    ("externalRedis.host=cache", "redis.enabled=false"),
+    ("replicaCount=20", "max_connections"),
+    ("terminationGracePeriodSeconds=30", "35"),
+    ("prometheusRule.enabled=true,dashboards.enabled=true", "without files/"),
+];
+
+/// Variables that the chart sets out of other values.
+const CHARTS_OWN: [&str; 15] = [
+    "SECRET_KEY",
+    "SECRET_KEY_PREVIOUS",
+    "DB_USER",
+    "DB_PASSWORD",
+    "DB_HOST",
+    "DB_PORT",
+    "DB_NAME",
+    "DATABASE_URL",
+    "REDIS_URL",
+    "REDIS_MODE",
+    "REDIS_SENTINEL_MASTER",
+    "PORT",
+    "OPS_PORT",
+    "MIGRATE_ON_START",
+    "OTEL_*",
+];
+
+struct Tools {
+    helm: PathBuf,
+    unittest: PathBuf,
+    docs: PathBuf,
+    kubeconform: PathBuf,
+    linter: PathBuf,
+    schemas: PathBuf,
+    /// What the steps leave behind for a reader: renderings, schemas, the package.
+    out: PathBuf,
+}
+
+pub(super) fn check(tally: &mut Tally) {
+    if let Err(error) = go_tools::go()
+        && !in_ci()
+    {
+        println!("  {:24}skipped: {error:#}", "chart");
+        return;
+    }
+    let Some(tools) = tally.check("chart: tools", "", build) else { return };
+    tally.check("chart: lint", "", |progress| tools.lint(progress));
+    tally.check("chart: unit tests", "", |progress| {
+        let mut tests = Command::new(&tools.unittest);
+        progress.run(at_top(tests.args(["--strict", "--color=false", CHART])))
+    });
+    let rendered = tally.check("chart: rendering", "", |progress| tools.render_all(progress));
+    tally.check("chart: refusals", "", |progress| tools.refuse(progress));
+    tally.check("chart: as a sub-chart", "", |progress| tools.umbrella(progress));
+    tally.check("chart: rules, dashboards", "", |progress| tools.packaged_files(progress));
+    tally.check("chart: variables", "name it in config of values.schema.json, or in CHARTS_OWN", |_| {
+        variables()
+    });
+    tally.check(
+        "chart: values in README",
+        "cargo xtask test leaves the right one in target/chart",
+        |progress| tools.readme(progress),
+    );
+    if let Some(files) = rendered {
+        tally.check("chart: API schemas", "", |progress| tools.conform(progress, &files));
+        let fix = "mend it, or argue the exception in deploy/lint/kube-linter.yaml";
+        tally.check("chart: kube-linter", fix, |progress| {
+            let mut lint = Command::new(&tools.linter);
+            lint.args(["lint", "--config", "deploy/lint/kube-linter.yaml"]).args(&files);
+            progress.run(at_top(&mut lint))
+        });
+    }
+}
+
+/// A minute or two the first time; see `deploy/lint`.
+fn build(progress: &Progress) -> Result<Tools> {
+    let out = places::target_dir()?.join("chart");
+    fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
+    Ok(Tools {
+        helm: HELM.build(progress)?,
+        unittest: HELM_UNITTEST.build(progress)?,
+        docs: HELM_DOCS.build(progress)?,
+        kubeconform: KUBECONFORM.build(progress)?,
+        linter: KUBE_LINTER.build(progress)?,
+        schemas: SCHEMAS.build(progress)?,
+        out,
+    })
+}
+
+/// The command in the clone's top, without what the user's own Helm may have set up.
+fn at_top(command: &mut Command) -> Command {
+    let mut own = Command::new(command.get_program());
+    own.args(command.get_args()).current_dir(workspace::root());
+    for (name, value) in command.get_envs() {
+        value.map(|value| own.env(name, value));
+    }
+    for home in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
+        own.env(home, workspace::root().join("target/chart/helm"));
+    }
+    own.env("KUBECONFIG", "/dev/null");
+    own
+}
+
+/// The values files that a rendering is named after: none, those for users, and those for the checks.
+fn values_files() -> Result<Vec<(String, Vec<PathBuf>)>> {
+    let chart = workspace::root().join(CHART);
+    let mut found = vec![("default".to_owned(), vec![])];
+    for folder in [chart.clone(), chart.join("ci")] {
+        let mut files: Vec<PathBuf> = fs::read_dir(&folder)
+            .with_context(|| format!("read {}", folder.display()))?
+            .map(|entry| Ok(entry?.path()))
+            .collect::<Result<_>>()?;
+        files.sort();
+        for file in files {
+            let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            if file.extension().is_some_and(|kind| kind == "yaml") && name.contains("values-")
+                || name.ends_with("-values")
+            {
+                found.push((name, vec![file]));
+            }
+        }
+    }
+    // As its own first lines say it is used.
+    let both = ["values-production.yaml", "values-external.yaml"].map(|file| chart.join(file));
+    found.push(("values-production-external".to_owned(), both.to_vec()));
+    Ok(found)
+}
+
+impl Tools {
+    fn helm(&self, progress: &Progress, args: &[&str], values: &[PathBuf]) -> Result<String> {
+        let mut helm = Command::new(&self.helm);
+        helm.args(args);
+        for file in values {
+            helm.arg("--values").arg(file);
+        }
+        progress.run(at_top(&mut helm))
+    }
+
+    fn template(
+        &self,
+        progress: &Progress,
+        chart: &str,
+        values: &[PathBuf],
+        sets: &[&str],
+    ) -> Result<String> {
+        let mut args = vec!["template", "chat", chart, "--namespace", "chat", "--kube-version", KUBERNETES];
+        for set in sets {
+            args.extend(["--set", set]);
+        }
+        self.helm(progress, &args, values)
+    }
+
+    fn lint(&self, progress: &Progress) -> Result<()> {
+        for (_, values) in values_files()? {
+            self.helm(
+                progress,
+                &["lint", "--strict", "--quiet", CHART, "--kube-version", KUBERNETES],
+                &values,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The chart as users get it: without its tests.
+    fn package(&self, progress: &Progress, chart: &str) -> Result<String> {
+        let folder = self.out.to_string_lossy().into_owned();
+        let said = self.helm(progress, &["package", chart, "--destination", &folder], &[])?;
+        let (_, path) = said.split_once("saved it to: ").context("helm package names no file")?;
+        Ok(path.trim().to_owned())
+    }
+
+    /// Renders twice, once from the folder and once from the package: nothing random, nothing that is packaged apart.
+    fn render_all(&self, progress: &Progress) -> Result<Vec<PathBuf>> {
+        let package = self.package(progress, CHART)?;
+        let mut files = Vec::new();
+        for (name, values) in values_files()? {
+            let first = self.template(progress, CHART, &values, &[])?;
+            let second = self.template(progress, &package, &values, &[])?;
+            let file = self.out.join(format!("{name}.yaml"));
+            fs::write(&file, &first)?;
+            if first != second {
+                let other = self.out.join(format!("{name}-again.yaml"));
+                fs::write(&other, second)?;
+                bail!(
+                    "rendered twice, {name} differs: diff {} {}",
+                    workspace::shown(&file),
+                    workspace::shown(&other)
+                );
+            }
+            ensure!(
+                !first.contains("kind: Secret\n"),
+                "{name} renders a Secret: it would be in every manifest"
+            );
+            files.push(file);
+        }
+        let mut list = Command::new("tar");
+        let listed = progress.run(at_top(list.args(["tzf", &package])))?;
+        for unwanted in ["/chat-service/tests/", "chat-service/tests/", "chat-service/ci/", ".gotmpl"] {
+            ensure!(
+                !listed.lines().any(|line| line.starts_with(unwanted)),
+                "{unwanted} is packaged: see .helmignore"
+            );
+        }
+        Ok(files)
+    }
+
+    fn refuse(&self, progress: &Progress) -> Result<()> {
+        for (set, reason) in REFUSED {
+            match self.template(progress, CHART, &[], &[set]) {
+                Ok(_) => bail!("--set {set} was taken"),
+                Err(error) if format!("{error:#}").contains(reason) => {}
+                Err(error) => bail!("--set {set} is refused without a word of {reason}:\n{error:#}"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Under another chart there are `global` of everybody's and the condition `enabled`; a typo is still one.
+    fn umbrella(&self, progress: &Progress) -> Result<()> {
+        let folder = self.out.join("umbrella");
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(folder.join("charts"))?;
+        let package = self.package(progress, CHART)?;
+        fs::copy(&package, folder.join("charts/chat-service.tgz"))?;
+        fs::write(
+            folder.join("Chart.yaml"),
+            "apiVersion: v2\nname: umbrella\nversion: 1.0.0\ndependencies:\n  - name: chat-service\n    \
+             version: '*'\n    condition: chat-service.enabled\n",
+        )?;
+        let chart = folder.to_string_lossy().into_owned();
+        let shared = "global.imageRegistry=mirror.example.com,global.others.size=3,chat-service.enabled=true";
+        let rendered = self.template(progress, &chart, &[], &[shared])?;
+        ensure!(
+            rendered.contains("\"mirror.example.com/chat-service:"),
+            "global.imageRegistry has no effect"
+        );
+        let without = self.template(progress, &chart, &[], &["chat-service.enabled=false"])?;
+        ensure!(!without.contains("kind:"), "chat-service.enabled=false still renders something");
+        match self.template(progress, &chart, &[], &["chat-service.redis.maxmemroy=1mb"]) {
+            Ok(_) => bail!("a typo in the sub-chart's values was taken"),
+            Err(error) => ensure!(format!("{error:#}").contains("maxmemroy"), "{error:#}"),
+        }
+        Ok(())
+    }
+
+    /// Rules and dashboards have braces of their own, which must come through as they are.
+    fn packaged_files(&self, progress: &Progress) -> Result<()> {
+        let package = self.package(progress, CHART)?;
+        let folder = self.out.join("with-files");
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(&folder)?;
+        let mut unpack = Command::new("tar");
+        progress.run(at_top(unpack.args(["xzf", &package, "-C"]).arg(&folder)))?;
+        let chart = folder.join("chat-service");
+        for (file, text) in [
+            (
+                "files/rules/probe.yaml",
+                "groups:\n  - name: probe\n    rules:\n      - alert: Probe\n        expr: up == 0\n        \
+                 annotations:\n          summary: 'down: {{ $labels.instance }}'\n",
+            ),
+            ("files/dashboards/probe.json", "{\"title\": \"probe\", \"legendFormat\": \"{{pod}}\"}\n"),
+        ] {
+            let path = chart.join(file);
+            fs::create_dir_all(path.parent().unwrap_or(&chart))?;
+            fs::write(&path, text)?;
+        }
+        let sets = [
+            "prometheusRule.enabled=true,prometheusRule.labels.release=prometheus",
+            "dashboards.enabled=true,dashboards.annotations.folder=chat",
+        ];
+        let rendered = self.template(progress, &chart.to_string_lossy(), &[], &sets)?;
+        for expected in [
+            "kind: PrometheusRule",
+            "release: prometheus",
+            "summary: 'down: {{ $labels.instance }}'",
+            "-dashboard-probe",
+            "grafana_dashboard: \"1\"",
+            "folder: chat",
+            "\"legendFormat\": \"{{pod}}\"",
+        ] {
+            ensure!(rendered.contains(expected), "not rendered: {expected}");
+        }
+        Ok(())
+    }
+
+    fn readme(&self, progress: &Progress) -> Result<()> {
+        let mut docs = Command::new(&self.docs);
+        let committed = workspace::root().join(CHART).join("README.md");
+        let generated = progress.run(at_top(docs.args([
+            "--chart-search-root",
+            CHART,
+            "--dry-run",
+            "--sort-values-order=file",
+            "--log-level=warning",
+        ])))?;
+        let right = self.out.join("README.md");
+        fs::write(&right, format!("{}\n", generated.trim()))?;
+        ensure!(
+            fs::read_to_string(&committed)?.trim() == generated.trim(),
+            "it is not what values.yaml and README.md.gotmpl say: cp {} {}",
+            workspace::shown(&right),
+            workspace::shown(&committed)
+        );
+        Ok(())
+    }
+
+    /// Against the schemas that the API server itself goes by.
+    fn conform(&self, progress: &Progress, files: &[PathBuf]) -> Result<()> {
+        let schemas = self.out.join("schemas");
+        let _ = fs::remove_dir_all(&schemas);
+        let mut make = Command::new(&self.schemas);
+        make.arg(&schemas);
+        for (module, paths) in SCHEMA_SOURCES {
+            let folder = module_folder(progress, module)?;
+            make.args(paths.iter().map(|path| folder.join(path)));
+        }
+        progress.run(at_top(&mut make))?;
+        let location = format!(
+            "{}/{{{{.Group}}}}/{{{{.ResourceAPIVersion}}}}/{{{{.ResourceKind}}}}.json",
+            schemas.display()
+        );
+        let conform = |files: &[PathBuf]| {
+            let mut conform = Command::new(&self.kubeconform);
+            conform.args(["-strict", "-summary", "-schema-location", &location]).args(files);
+            progress.run(at_top(&mut conform))
+        };
+        conform(files)?;
+        // Schemas that let everything through would look the same.
+        let default = fs::read_to_string(self.out.join("default.yaml"))?;
+        let broken = self.out.join("broken.yaml");
+        fs::write(&broken, default.replacen("terminationGracePeriodSeconds", "terminationGraceSeconds", 1))?;
+        match conform(&[broken]) {
+            Ok(_) => bail!("a field that does not exist went through"),
+            Err(error) => ensure!(format!("{error:#}").contains("terminationGraceSeconds"), "{error:#}"),
+        }
+        Ok(())
+    }
+}
+
+/// Where Go keeps a module, fetched and checked by its sum.
+fn module_folder(progress: &Progress, module: &str) -> Result<PathBuf> {
+    let mut download = Command::new(go_tools::go()?);
+    download.args(["mod", "download", "-json", module]).env("GOWORK", "off").env("GOFLAGS", "-mod=mod");
+    let said = progress.run(at_top(&mut download))?;
+    let json = said.find('{').map_or("", |start| &said[start..]);
+    let answer: Value = serde_json::from_str(json).with_context(|| format!("go mod download {module}"))?;
+    Ok(answer["Dir"].as_str().map(Path::new).with_context(|| format!("{module} has no folder"))?.to_owned())
+}
+
+/// Every variable of the service can be set through the chart, and nothing else can.
+fn variables() -> Result<()> {
+    let root = workspace::root();
+    let readme = fs::read_to_string(root.join("README.md"))?;
+    let mut documented: BTreeSet<String> = readme
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once("` | ").map(|(n, _)| n.to_owned()))
+        .collect();
+    documented.retain(|name| name.chars().all(|c| c.is_ascii_uppercase() || "_*".contains(c)));
+    let schema: Value =
+        serde_json::from_str(&fs::read_to_string(root.join(CHART).join("values.schema.json"))?)?;
+    let config =
+        schema["properties"]["config"]["properties"].as_object().context("config in values.schema.json")?;
+    let mut known: BTreeSet<String> = config.keys().cloned().collect();
+    known.extend(CHARTS_OWN.map(str::to_owned));
+    let differences: Vec<&String> = documented.symmetric_difference(&known).collect();
+    ensure!(differences.is_empty(), "the service's variables and the chart's differ in {differences:?}");
+    Ok(())
+}
