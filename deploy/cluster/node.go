@@ -1,0 +1,268 @@
+package main
+
+import (
+	"bufio"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// In the node's own mount namespace everything has a short and constant place, so that the files in config/ need no
+// templating, and unix sockets fit into their 108 bytes wherever the clone is.
+const (
+	top  = "/run/chat-service-cluster"
+	data = top + "/data"
+)
+
+// startNode makes the node: a process with PID, mount, network and IPC namespaces of its own. When it dies the kernel
+// ends all of its processes and removes its mounts, bridges and packet filters, so nothing of it can be left behind.
+func startNode() {
+	dir := flag.String("data", "", "what the node keeps")
+	config := flag.String("config", "", "the folder with its configuration")
+	var ports ports
+	flag.Var(&ports, "port", "HOST=NODE: an address of the machine, and the address of the node behind it")
+	flag.Parse()
+	// Opened out here: a socket stays in the network namespace that it was made in.
+	var files []*os.File
+	arguments := []string{"node-init", "-data", *dir, "-config", *config}
+	for _, port := range ports {
+		listener, err := net.Listen("tcp", port.host)
+		must(err, "another cluster runs on this machine, or something else has the port")
+		file, err := listener.(*net.TCPListener).File()
+		must(err, "pass the socket on")
+		files = append(files, file)
+		arguments = append(arguments, "-port", port.host+"="+port.node)
+	}
+	node := exec.Command("/proc/self/exe", arguments...)
+	node.ExtraFiles, node.Stdout, node.Stderr = files, os.Stdout, os.Stderr
+	node.SysProcAttr = &syscall.SysProcAttr{
+		Setsid:     true,
+		Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS | syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC,
+	}
+	must(node.Start(), "make namespaces: it takes root with CAP_SYS_ADMIN")
+}
+
+// runNode is the first process inside.
+func runNode() {
+	dir := flag.String("data", "", "")
+	config := flag.String("config", "", "")
+	var ports ports
+	flag.Var(&ports, "port", "")
+	flag.Parse()
+	lock(filepath.Join(*dir, "lock"))
+	mountAll(*dir, *config)
+	command("ip", "link", "set", "lo", "up")
+	command("ip", "link", "add", "node", "type", "bridge")
+	command("ip", "address", "add", "10.213.255.1/32", "dev", "node")
+	command("ip", "link", "set", "node", "up")
+	// Services in 10.213.128.0/20 are reached through an address that kube-proxy rewrites; it needs any route.
+	command("ip", "route", "add", "default", "dev", "node")
+	set("/proc/sys/net/ipv4/ip_forward", "1")
+	makeCgroups()
+	for i, port := range ports {
+		listener, err := net.FileListener(os.NewFile(uintptr(3+i), port.host))
+		must(err, "take the socket over")
+		go forward(listener, port.node)
+	}
+	makeCertificates()
+	for _, line := range procfile() {
+		go keepRunning(line)
+	}
+	reap()
+}
+
+// Kept open: the lock would go with it.
+var lockFile *os.File
+
+// lock is how `cargo xtask cluster` finds the node's process, without a PID file that could go stale.
+func lock(path string) {
+	var err error
+	lockFile, err = os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	must(err, "open the lock")
+	exclusive := syscall.Flock_t{Type: syscall.F_WRLCK}
+	must(syscall.FcntlFlock(lockFile.Fd(), syscall.F_SETLK, &exclusive), "this cluster runs already")
+}
+
+// Folders that the node's programs write to and cannot all be told not to.
+var covered = []string{"/run", "/var/lib", "/var/log"}
+
+func mountAll(dir, config string) {
+	must(syscall.Mount("none", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""), "make mounts private")
+	must(syscall.Mount("proc", "/proc", "proc", 0, ""), "mount /proc")
+	// Opened first: the clone may be below a folder that is covered.
+	binds := map[string]*os.File{data: open(dir), top + "/config": open(config)}
+	for _, folder := range covered {
+		must(syscall.Mount("tmpfs", folder, "tmpfs", 0, "mode=755"), "cover "+folder)
+	}
+	for to, from := range binds {
+		must(os.MkdirAll(to, 0o755), "make a mount point")
+		path := fmt.Sprintf("/proc/self/fd/%d", from.Fd())
+		must(syscall.Mount(path, to, "", syscall.MS_BIND, ""), "bind "+from.Name())
+		from.Close()
+	}
+	for _, folder := range []string{"etcd", "pki", "logs", "volumes", "kubelet", "containerd"} {
+		must(os.MkdirAll(filepath.Join(data, folder), 0o755), "make a folder")
+	}
+	// The kubelet's mounts have to reach containers that run already.
+	must(syscall.Mount("none", "/", "", syscall.MS_REC|syscall.MS_SHARED, ""), "make mounts shared")
+}
+
+func open(path string) *os.File {
+	file, err := os.Open(path)
+	must(err, "open a folder")
+	return file
+}
+
+// makeCgroups makes the one that all pods are in: below the only hierarchy of version 2, or in each of version 1.
+func makeCgroups() {
+	const cgroups, ours = "/sys/fs/cgroup", "chat-service-cluster"
+	if controllers, err := os.ReadFile(cgroups + "/cgroup.controllers"); err == nil {
+		enable := "+" + strings.Join(strings.Fields(string(controllers)), " +")
+		set(cgroups+"/cgroup.subtree_control", enable)
+		must(os.MkdirAll(filepath.Join(cgroups, ours), 0o755), "make a cgroup")
+		return
+	}
+	hierarchies, err := os.ReadDir(cgroups)
+	must(err, "list the cgroups")
+	for _, hierarchy := range hierarchies {
+		must(os.MkdirAll(filepath.Join(cgroups, hierarchy.Name(), ours), 0o755), "make a cgroup")
+	}
+}
+
+func makeCertificates() {
+	config := "--config=" + top + "/config/kubeadm.yaml"
+	phases := [][]string{{"certs", "ca"}, {"certs", "apiserver"}, {"certs", "apiserver-kubelet-client"},
+		{"certs", "front-proxy-ca"}, {"certs", "front-proxy-client"}, {"certs", "sa"}}
+	for _, user := range []string{"super-admin", "controller-manager", "scheduler", "kubelet"} {
+		if _, err := os.Stat(data + "/pki/" + user + ".conf"); err != nil {
+			phases = append(phases, []string{"kubeconfig", user, "--kubeconfig-dir=" + data + "/pki"})
+		}
+	}
+	for _, phase := range phases {
+		// What is there already is checked and kept.
+		command("/proc/self/exe", append(append([]string{"kubeadm", "init", "phase"}, phase...), config)...)
+	}
+}
+
+// process is one line of the Procfile: `name: command`.
+type process struct{ name, command string }
+
+func procfile() []process {
+	file, err := os.Open(top + "/config/Procfile")
+	must(err, "open the Procfile")
+	defer file.Close()
+	var all []process
+	lines := bufio.NewScanner(file)
+	joined := ""
+	for lines.Scan() {
+		line := strings.TrimSpace(lines.Text())
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		if rest, more := strings.CutSuffix(line, "\\"); more {
+			joined += rest
+			continue
+		}
+		if name, command, found := strings.Cut(joined+line, ":"); found {
+			all = append(all, process{name, strings.TrimSpace(command)})
+		}
+		joined = ""
+	}
+	must(lines.Err(), "read the Procfile")
+	return all
+}
+
+// keepRunning starts it again whenever it ends: the others are not there yet at first, and say so by ending.
+func keepRunning(p process) {
+	output, err := os.OpenFile(data+"/logs/"+p.name+".log", os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	must(err, "open a log")
+	words := strings.Fields(p.command)
+	if _, ours := programs[words[0]]; ours {
+		words = append([]string{"/proc/self/exe"}, words...)
+	}
+	for {
+		run := exec.Command(words[0], words[1:]...)
+		run.Stdout, run.Stderr = output, output
+		run.Env = append(os.Environ(), "HOME="+top, "GOMAXPROCS=2")
+		// Like a real node's: with the defaults, eight programs would fill a small machine with garbage.
+		run.Env = append(run.Env, "GOGC=50")
+		if done, err := start(run); err != nil {
+			fmt.Fprintf(output, "start: %v\n", err)
+		} else {
+			<-done
+			fmt.Fprintf(output, "%s: ended, starts again\n", time.Now().Format(time.RFC3339))
+		}
+		time.Sleep(time.Second)
+	}
+}
+
+// forward hands connections from the machine to the node.
+func forward(listener net.Listener, to string) {
+	for {
+		outside, err := listener.Accept()
+		if err != nil {
+			log.Printf("accept: %v", err)
+			time.Sleep(time.Second)
+			continue
+		}
+		go func() {
+			defer outside.Close()
+			inside, err := net.DialTimeout("tcp", to, 10*time.Second)
+			if err != nil {
+				// A reset, not an orderly end: the client is to see that nobody was there.
+				outside.(*net.TCPConn).SetLinger(0) //nolint:errcheck // closed right after
+				return
+			}
+			defer inside.Close()
+			done := make(chan struct{})
+			go func() { pipe(outside, inside); close(done) }()
+			pipe(inside, outside)
+			<-done
+		}()
+	}
+}
+
+func pipe(to, from net.Conn) {
+	if _, err := io.Copy(to, from); err != nil && !errors.Is(err, net.ErrClosed) {
+		to.Close()
+		return
+	}
+	to.(*net.TCPConn).CloseWrite() //nolint:errcheck // the other side may be gone
+}
+
+type port struct{ host, node string }
+
+type ports []port
+
+func (p *ports) String() string { return fmt.Sprint(*p) }
+
+func (p *ports) Set(text string) error {
+	host, node, found := strings.Cut(text, "=")
+	if !found {
+		return errors.New("HOST:PORT=HOST:PORT is wanted")
+	}
+	*p = append(*p, port{host, node})
+	return nil
+}
+
+func set(path, value string) { must(os.WriteFile(path, []byte(value), 0o644), "write "+path) }
+
+func command(name string, arguments ...string) {
+	output, err := exec.Command(name, arguments...).CombinedOutput()
+	must(err, fmt.Sprintf("%s %s: %s", name, strings.Join(arguments, " "), output))
+}
+
+func must(err error, what string) {
+	if err != nil {
+		log.Fatalf("%s: %v", what, err)
+	}
+}

@@ -1,0 +1,44 @@
+package main
+
+import (
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// The first process of a PID namespace inherits every orphan. One loop waits for all, and tells whoever asked.
+var (
+	mutex   sync.Mutex
+	waiting = map[int]chan struct{}{}
+)
+
+// start starts a child; the channel is closed when it has ended.
+func start(child *exec.Cmd) (<-chan struct{}, error) {
+	// Held until the child is known, however early it ends.
+	mutex.Lock()
+	defer mutex.Unlock()
+	if err := child.Start(); err != nil {
+		return nil, err
+	}
+	done := make(chan struct{})
+	waiting[child.Process.Pid] = done
+	return done, child.Process.Release()
+}
+
+func reap() {
+	for {
+		pid, err := syscall.Wait4(-1, nil, 0, nil)
+		if err != nil {
+			// No children for the moment.
+			time.Sleep(100 * time.Millisecond)
+			continue
+		}
+		mutex.Lock()
+		if done, known := waiting[pid]; known {
+			delete(waiting, pid)
+			close(done)
+		}
+		mutex.Unlock()
+	}
+}
