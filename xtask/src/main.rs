@@ -2,8 +2,11 @@
 
 mod bench;
 mod ci;
+mod cluster;
 mod dev;
 mod go_tools;
+mod kind;
+mod kubernetes;
 mod prepare;
 mod signals;
 mod soak;
@@ -42,6 +45,10 @@ enum Command {
     Bench(bench::Args),
     /// Let servers, lines and replicas fail for minutes, and check every answer against the contract
     Soak(soak::Args),
+    /// A real Kubernetes node on this machine, without a container engine
+    Cluster(cluster::Args),
+    /// The same through kind, where Docker is
+    Kind(kind::Args),
     /// What .ci/run runs
     Ci,
 }
@@ -53,6 +60,8 @@ fn main() -> ExitCode {
         Command::Prepare => prepare::run(),
         Command::Bench(args) => bench::run(&args),
         Command::Soak(args) => soak::run(&args),
+        Command::Cluster(args) => cluster::run(&args),
+        Command::Kind(args) => kind::run(&args),
         Command::Ci => ci::run(),
     };
     outcome.unwrap_or_else(|error| {
