@@ -5,6 +5,7 @@ mod ci;
 mod cluster;
 mod dev;
 mod go_tools;
+mod image;
 mod kind;
 mod kubernetes;
 mod prepare;
@@ -45,6 +46,8 @@ enum Command {
     Bench(bench::Args),
     /// Let servers, lines and replicas fail for minutes, and check every answer against the contract
     Soak(soak::Args),
+    /// Build the container image
+    Image(image::Args),
     /// A real Kubernetes node on this machine, without a container engine
     Cluster(cluster::Args),
     /// The same through kind, where Docker is
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Command::Prepare => prepare::run(),
         Command::Bench(args) => bench::run(&args),
         Command::Soak(args) => soak::run(&args),
+        Command::Image(args) => image::run(&args),
         Command::Cluster(args) => cluster::run(&args),
         Command::Kind(args) => kind::run(&args),
         Command::Ci => ci::run(),

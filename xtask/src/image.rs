@@ -1,0 +1,199 @@
+//! `cargo xtask image`: the container image of `deploy/Dockerfile`, around a static binary built right here, with docker,
+//! podman or buildah, whichever there is. The same commit gives the same binary and the same image.
+
+mod binary;
+mod engine;
+mod sbom;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+use tests::{Scratch, places};
+
+use crate::steps::{Progress, step};
+use crate::{signals, workspace};
+use engine::Engine;
+
+/// What an image may weigh, uncompressed. It is about half of that; a debug build may weigh more.
+const SIZE_MAX_MIB: f64 = 40.0;
+const MIB: f64 = 1024.0 * 1024.0;
+
+/// The certificate authorities' file, and where other distributions have it.
+const AUTHORITIES: [&str; 3] =
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The image's tag; what the chart asks for unless told otherwise is the version
+    #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]
+    tag: String,
+    /// Load it into a cluster
+    #[arg(long, value_name = "WHERE")]
+    load: Option<Load>,
+    /// Push it to this repository, for example registry.example.com/team/chat-service
+    #[arg(long, value_name = "REPOSITORY")]
+    push: Option<String>,
+    /// The processor to build for; another one than this machine's needs a cross compiler
+    #[arg(long, default_value = Platform::HERE)]
+    platform: Platform,
+    /// Write down what the binary is made of, in CycloneDX
+    #[arg(long)]
+    sbom: bool,
+    /// Cargo's profile; `dev` is quick to build again, and slow and large
+    #[arg(long, default_value = "release", value_name = "NAME")]
+    profile: String,
+    /// The program that makes the image, instead of the first that works
+    #[arg(long, value_name = "PROGRAM")]
+    with: Option<Engine>,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum Load {
+    /// The kind cluster of `cargo xtask kind up`
+    Kind,
+    /// The node of `cargo xtask cluster up`
+    Cluster,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Platform {
+    #[value(name = "linux/amd64")]
+    Amd64,
+    #[value(name = "linux/arm64")]
+    Arm64,
+}
+
+impl Platform {
+    /// This machine's.
+    const HERE: &str = if cfg!(target_arch = "aarch64") { "linux/arm64" } else { "linux/amd64" };
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Amd64 => "linux/amd64",
+            Self::Arm64 => "linux/arm64",
+        }
+    }
+
+    fn is_here(self) -> bool {
+        self.name() == Self::HERE
+    }
+}
+
+/// What to build.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    pub(crate) tag: String,
+    pub(crate) platform: Platform,
+    pub(crate) profile: String,
+    pub(crate) engine: Option<Engine>,
+}
+
+impl Options {
+    /// This machine's release build under a tag.
+    pub(crate) fn tagged(tag: &str) -> Self {
+        let platform = if Platform::Arm64.is_here() { Platform::Arm64 } else { Platform::Amd64 };
+        Self { tag: tag.to_owned(), platform, profile: "release".to_owned(), engine: None }
+    }
+}
+
+/// An image that was built.
+#[derive(Clone, Debug)]
+pub(crate) struct Image {
+    /// `docker.io/library/chat-service:TAG`, which is what `chat-service:TAG` means to every runtime.
+    pub(crate) name: String,
+    /// The image in a file, as `docker load` and `ctr images import` take it.
+    pub(crate) archive: PathBuf,
+    /// The digest of its configuration, by which nodes know it.
+    pub(crate) id: String,
+    pub(crate) bytes: u64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    signals::listen()?;
+    let options = Options {
+        tag: args.tag.clone(),
+        platform: args.platform,
+        profile: args.profile.clone(),
+        engine: args.with,
+    };
+    let image = step("image", |progress| build(&options, progress))?;
+    if args.sbom {
+        let file = step("SBOM", |progress| sbom::write(&options, &image, progress))?;
+        println!("  {}", workspace::shown(&file));
+    }
+    match args.load {
+        Some(Load::Kind) => step("load into kind", |progress| crate::kind::load(progress, &image.archive))?,
+        Some(Load::Cluster) => {
+            step("load into the cluster", |progress| crate::cluster::load(progress, &image.archive))?
+        }
+        None => {}
+    }
+    if let Some(repository) = &args.push {
+        step("push", |progress| engine::push(&options, &image, repository, progress))?;
+    }
+    println!("\n{}  {:.1} MiB  sha256:{}", image.name, image.bytes as f64 / MIB, image.id);
+    println!("{}: `docker load -i` takes it, and so do podman and ctr", workspace::shown(&image.archive));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Builds the binary and the image around it, and leaves the image in `target/image`.
+pub(crate) fn build(options: &Options, progress: &Progress) -> Result<Image> {
+    let engine = engine::find(options.engine, progress)?;
+    let origin = binary::Origin::of_this_clone()?;
+    let dir = places::target_dir()?.join("image");
+    let name = format!("docker.io/library/chat-service:{}", options.tag);
+    let archive = dir.join(format!("chat-service-{}.tar", options.tag));
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    if archive.exists() {
+        // buildah adds to an archive instead of replacing it.
+        fs::remove_file(&archive).with_context(|| format!("remove {}", archive.display()))?;
+    }
+    let scratch = Scratch::new("image")?;
+    let stage = scratch.path().join("build");
+    fs::create_dir(&stage)?;
+    // A binary for Linux is built where Linux is; elsewhere the Dockerfile's own stage does it.
+    let replaced = cfg!(target_os = "linux");
+    if replaced {
+        let built = binary::build(options, &origin, progress)?;
+        fs::copy(&built, stage.join("chat-service")).with_context(|| format!("copy {}", built.display()))?;
+        fs::copy(authorities()?, stage.join("ca-certificates.crt"))?;
+    } else {
+        ensure!(options.profile == "release", "--profile {} needs Linux", options.profile);
+    }
+    progress.say(&format!("the image, with {}", engine.program()));
+    let recipe = engine::Recipe { name: &name, options, origin: &origin, stage: replaced.then_some(&stage) };
+    engine.make(&recipe, scratch.path(), &archive, progress)?;
+    let id = engine::image_id(&archive)?;
+    let bytes = fs::metadata(&archive)?.len();
+    let size = bytes as f64 / MIB;
+    if options.profile == "release" && size > SIZE_MAX_MIB {
+        bail!(
+            "the image has {size:.1} MiB, more than {SIZE_MAX_MIB}: `cargo bloat --release --crates` tells why"
+        );
+    }
+    progress.note(&format!("{name}: {size:.1} MiB, revision {}", origin.revision));
+    Ok(Image { name, archive, id, bytes })
+}
+
+fn authorities() -> Result<&'static str> {
+    let found = AUTHORITIES.into_iter().find(|file| fs::metadata(file).is_ok_and(|file| file.is_file()));
+    found.context("no file of certificate authorities: install ca-certificates")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_dockerfile_builds_with_the_toolchain_of_the_clone() {
+        let read =
+            |name: &str| fs::read_to_string(workspace::root().join(name)).expect("a file of the clone");
+        let toolchain = read("rust-toolchain.toml");
+        let channel = toolchain.split('"').nth(1).expect("the channel");
+        let from = format!("\nFROM docker.io/library/rust:{channel}-bookworm AS build\n");
+        assert!(read("deploy/Dockerfile").contains(&from), "deploy/Dockerfile lacks {from:?}");
+    }
+}
