@@ -169,6 +169,7 @@ impl Progress {
     ) -> Result<String> {
         let deadline = Instant::now() + STEP_LIMIT;
         let mut output = String::new();
+        let mut ended = false;
         loop {
             match lines.recv_timeout(Duration::from_millis(100)) {
                 Ok(line) => {
@@ -178,8 +179,9 @@ impl Progress {
                     output.push('\n');
                 }
                 Err(RecvTimeoutError::Disconnected) => return Ok(output),
-                Err(RecvTimeoutError::Timeout) if child.try_wait()?.is_some() => return Ok(output),
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) if ended => return Ok(output),
+                // Once more: on a busy machine the thread that reads may not have had its turn yet.
+                Err(RecvTimeoutError::Timeout) => ended = child.try_wait()?.is_some(),
             }
             signals::check()?;
             if Instant::now() >= deadline {

@@ -138,3 +138,21 @@ tolerations:
 {{- define "chat-service.terminationSeconds" -}}
 {{- add (int .Values.preStopSeconds) (int (include "chat-service.graceSeconds" .)) 10 }}
 {{- end }}
+
+{{/* A value as a person writes it: 16777216 comes out of YAML as 1.6777216e+07. */}}
+{{- define "chat-service.scalar" -}}
+{{- if and (kindIs "float64" .) (eq (floor .) .) }}{{ int64 . }}{{ else }}{{ toString . }}{{ end }}
+{{- end }}
+
+{{/* Apart, so that the checksum is that of what matters: a new version of the chart alone restarts nothing. */}}
+{{- define "chat-service.config" -}}
+# The Job migrates; the service waits for it, live and unready.
+MIGRATE_ON_START: "false"
+PORT: "8000"
+OPS_PORT: "9000"
+{{- range $name, $value := .Values.config }}
+{{- if not (or (kindIs "invalid" $value) (eq (toString $value) "")) }}
+{{ $name }}: {{ include "chat-service.scalar" $value | quote }}
+{{- end }}
+{{- end }}
+{{- end }}

@@ -121,22 +121,18 @@ pub(super) fn check(tally: &mut Tally) {
     }
     let Some(tools) = tally.check("chart: tools", "", build) else { return };
     tally.check("chart: lint", "", |progress| tools.lint(progress));
-    tally.check("chart: unit tests", "", |progress| {
-        let mut tests = Command::new(&tools.unittest);
-        progress.run(at_top(tests.args(["--strict", "--color=false", CHART])))
-    });
+    tally.check("chart: unit tests", "", |progress| tools.unit_tests(progress));
     let rendered = tally.check("chart: rendering", "", |progress| tools.render_all(progress));
+    tally.check("chart: migration Job", "", |progress| tools.migration(progress));
     tally.check("chart: refusals", "", |progress| tools.refuse(progress));
     tally.check("chart: as a sub-chart", "", |progress| tools.umbrella(progress));
-    tally.check("chart: rules, dashboards", "", |progress| tools.packaged_files(progress));
+    tally.check("chart: packaged files", "", |progress| tools.packaged_files(progress));
     tally.check("chart: variables", "name it in config of values.schema.json, or in CHARTS_OWN", |_| {
         variables()
     });
-    tally.check(
-        "chart: values in README",
-        "cargo xtask test leaves the right one in target/chart",
-        |progress| tools.readme(progress),
-    );
+    tally.check("chart: README", "cargo xtask test leaves the right one in target/chart", |progress| {
+        tools.readme(progress)
+    });
     if let Some(files) = rendered {
         tally.check("chart: API schemas", "", |progress| tools.conform(progress, &files));
         let fix = "mend it, or argue the exception in deploy/lint/kube-linter.yaml";
@@ -237,6 +233,14 @@ impl Tools {
         Ok(())
     }
 
+    fn unit_tests(&self, progress: &Progress) -> Result<()> {
+        let mut tests = Command::new(&self.unittest);
+        let said = progress.run(at_top(tests.args(["--strict", "--color=false", CHART])))?;
+        let ran = said.lines().any(|line| line.starts_with("Tests:") && !line.ends_with(" 0 total"));
+        ensure!(ran, "no unit test ran:\n{said}");
+        Ok(())
+    }
+
     /// The chart as users get it: without its tests.
     fn package(&self, progress: &Progress, chart: &str) -> Result<String> {
         let folder = self.out.to_string_lossy().into_owned();
@@ -278,6 +282,41 @@ impl Tools {
             );
         }
         Ok(files)
+    }
+
+    /// An unchanged Job keeps its name, and is the same object; a changed one, which cannot be applied, is another.
+    fn migration(&self, progress: &Progress) -> Result<()> {
+        let name = |set: &str| -> Result<String> {
+            let rendered = self.template(progress, CHART, &[], &[set])?;
+            let mut names =
+                rendered.lines().filter_map(|line| line.strip_prefix("  name: chat-chat-service-migrate-"));
+            names.next().map(str::to_owned).with_context(|| format!("no migration Job with {set}"))
+        };
+        let usual = name("replicaCount=2")?;
+        for same in
+            ["replicaCount=3", "service.port=80", "config.CACHE_WINDOW=9", "migration.annotations.a=b"]
+        {
+            ensure!(
+                name(same)? == usual,
+                "--set {same} makes a new migration Job, and changes nothing in it"
+            );
+        }
+        let mut seen = BTreeSet::from([usual]);
+        for other in [
+            "image.tag=other",
+            "config.RUST_LOG=debug",
+            "migration.waitSeconds=1",
+            "migration.resources.limits.memory=1Gi",
+            "postgres.auth.existingSecret=mine",
+            "nodeSelector.disk=ssd",
+            "podLabels.a=b",
+        ] {
+            ensure!(
+                seen.insert(name(other)?),
+                "--set {other} changes the migration Job under the name it had"
+            );
+        }
+        Ok(())
     }
 
     fn refuse(&self, progress: &Progress) -> Result<()> {
