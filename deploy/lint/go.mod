@@ -5,12 +5,15 @@ go 1.26.0
 tool (
 	github.com/helm-unittest/helm-unittest/cmd/helm-unittest
 	github.com/norwoodj/helm-docs/cmd/helm-docs
+	github.com/np-guard/netpol-analyzer/cmd/netpolicy
 	github.com/yannh/kubeconform/cmd/kubeconform
 	golang.stackrox.io/kube-linter/cmd/kube-linter
 	helm.sh/helm/v3/cmd/helm
 )
 
 require sigs.k8s.io/yaml v1.6.0
+
+require github.com/hashicorp/golang-lru/v2 v2.0.7 // indirect
 
 require (
 	cel.dev/expr v0.25.1 // indirect
@@ -103,10 +106,11 @@ require (
 	github.com/munnerz/goautoneg v0.0.0-20191010083416-a7dc8b61c822 // indirect
 	github.com/mxk/go-flowrate v0.0.0-20140419014527-cca7078d478f // indirect
 	github.com/norwoodj/helm-docs v1.14.2 // indirect
+	github.com/np-guard/netpol-analyzer v1.1.0 // indirect
 	github.com/nxadm/tail v1.4.11 // indirect
 	github.com/opencontainers/go-digest v1.0.0 // indirect
 	github.com/opencontainers/image-spec v1.1.1 // indirect
-	github.com/openshift/api v0.0.0-20230406152840-ce21e3fe5da2 // indirect
+	github.com/openshift/api v0.0.0-20230502160752-c71432710382 // indirect
 	github.com/owenrumney/go-sarif/v2 v2.3.3 // indirect
 	github.com/pelletier/go-toml/v2 v2.2.4 // indirect
 	github.com/peterbourgon/diskv v2.0.1+incompatible // indirect

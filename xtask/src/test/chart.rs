@@ -37,6 +37,7 @@ const HELM_UNITTEST: GoTool =
 const HELM_DOCS: GoTool = plain("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs");
 const KUBECONFORM: GoTool = plain("kubeconform", "github.com/yannh/kubeconform/cmd/kubeconform");
 const KUBE_LINTER: GoTool = plain("kube-linter", "golang.stackrox.io/kube-linter/cmd/kube-linter");
+const NETPOLICY: GoTool = plain("netpolicy", "github.com/np-guard/netpol-analyzer/cmd/netpolicy");
 const SCHEMAS: GoTool = plain("schemas", "./schemas");
 
 const fn plain(name: &'static str, package: &'static str) -> GoTool {
@@ -44,7 +45,7 @@ const fn plain(name: &'static str, package: &'static str) -> GoTool {
 }
 
 /// Modules that hold schemas, and the files in them; `*` is all of a folder.
-const SCHEMA_SOURCES: [(&str, &[&str]); 3] = [
+pub(crate) const SCHEMA_SOURCES: [(&str, &[&str]); 3] = [
     ("k8s.io/kubernetes@v1.34.4", &["api/openapi-spec/swagger.json"]),
     (
         "github.com/prometheus-operator/prometheus-operator@v0.85.0",
@@ -101,12 +102,55 @@ const CHARTS_OWN: [&str; 15] = [
     "OTEL_*",
 ];
 
+/// Pods that are not the chart's, to ask the NetworkPolicies about.
+const OTHERS: &str = "
+apiVersion: v1
+kind: Namespace
+metadata: {name: monitoring, labels: {kubernetes.io/metadata.name: monitoring}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: prometheus, namespace: monitoring}
+spec: {containers: [{name: c, image: c}]}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: elsewhere, labels: {kubernetes.io/metadata.name: elsewhere}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: stranger, namespace: elsewhere}
+spec: {containers: [{name: c, image: c}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: neighbour, namespace: chat}
+spec: {containers: [{name: c, image: c}]}
+";
+
+/// Everything that the policies allow to or from the chart's pods: no more, and no less. `any` is any address.
+const REACHABLE: [&str; 12] = [
+    "any => server : TCP 8000",
+    "create-secret => any : TCP 53,443,6443,UDP 53",
+    "elsewhere/stranger => server : TCP 8000",
+    "migrate => any : TCP 53,UDP 53",
+    "migrate => postgres : TCP 5432",
+    "monitoring/prometheus => server : TCP 8000,9000",
+    "neighbour => server : TCP 8000",
+    "server => any : TCP 53,UDP 53",
+    "server => postgres : TCP 5432",
+    "server => redis : TCP 6379",
+    "test => any : TCP 53,UDP 53",
+    "test => server : TCP 8000",
+];
+
 struct Tools {
     helm: PathBuf,
     unittest: PathBuf,
     docs: PathBuf,
     kubeconform: PathBuf,
     linter: PathBuf,
+    netpolicy: PathBuf,
     schemas: PathBuf,
     /// What the steps leave behind for a reader: renderings, schemas, the package.
     out: PathBuf,
@@ -135,6 +179,7 @@ pub(super) fn check(tally: &mut Tally) {
     });
     if let Some(files) = rendered {
         tally.check("chart: API schemas", "", |progress| tools.conform(progress, &files));
+        tally.check("chart: who reaches whom", "", |progress| tools.reach(progress));
         let fix = "mend it, or argue the exception in deploy/lint/kube-linter.yaml";
         tally.check("chart: kube-linter", fix, |progress| {
             let mut lint = Command::new(&tools.linter);
@@ -154,6 +199,7 @@ fn build(progress: &Progress) -> Result<Tools> {
         docs: HELM_DOCS.build(progress)?,
         kubeconform: KUBECONFORM.build(progress)?,
         linter: KUBE_LINTER.build(progress)?,
+        netpolicy: NETPOLICY.build(progress)?,
         schemas: SCHEMAS.build(progress)?,
         out,
     })
@@ -174,7 +220,7 @@ fn at_top(command: &mut Command) -> Command {
 }
 
 /// The values files that a rendering is named after: none, those for users, and those for the checks.
-fn values_files() -> Result<Vec<(String, Vec<PathBuf>)>> {
+pub(crate) fn values_files() -> Result<Vec<(String, Vec<PathBuf>)>> {
     let chart = workspace::root().join(CHART);
     let mut found = vec![("default".to_owned(), vec![])];
     for folder in [chart.clone(), chart.join("ci")] {
@@ -398,6 +444,25 @@ impl Tools {
         Ok(())
     }
 
+    /// Evaluates the policies as a cluster would that enforces them.
+    fn reach(&self, progress: &Progress) -> Result<()> {
+        let folder = self.out.join("reach");
+        fs::create_dir_all(&folder)?;
+        fs::copy(self.out.join("default.yaml"), folder.join("chart.yaml"))?;
+        fs::write(folder.join("others.yaml"), OTHERS)?;
+        let mut list = Command::new(&self.netpolicy);
+        let said = progress.run(at_top(list.args(["list", "--quiet", "--dirpath"]).arg(&folder)))?;
+        let allowed: BTreeSet<String> = said.lines().filter_map(reachable).collect();
+        let expected: BTreeSet<String> = REACHABLE.map(str::to_owned).into();
+        let more: Vec<_> = allowed.difference(&expected).collect();
+        let less: Vec<_> = expected.difference(&allowed).collect();
+        ensure!(
+            more.is_empty() && less.is_empty(),
+            "allowed and not wanted: {more:?}; wanted and not allowed: {less:?}"
+        );
+        Ok(())
+    }
+
     fn readme(&self, progress: &Progress) -> Result<()> {
         let mut docs = Command::new(&self.docs);
         let committed = workspace::root().join(CHART).join("README.md");
@@ -452,8 +517,28 @@ impl Tools {
     }
 }
 
+/// `chat/chat-chat-service-test[Pod] => chat/chat-chat-service[Deployment] : TCP 8000` as `test => server : TCP 8000`.
+/// Nothing for what only concerns others, or tells again of one of them what is told of any address.
+fn reachable(line: &str) -> Option<String> {
+    const OURS: &str = "chat/chat-chat-service";
+    let (from, rest) = line.split_once(" => ")?;
+    let (to, ports) = rest.split_once(" : ")?;
+    if !to.starts_with(OURS) && !(from.starts_with(OURS) && to.starts_with("0.0.0.0")) {
+        return None;
+    }
+    let short = |end: &str| {
+        let name = end.split('[').next().unwrap_or(end);
+        let name = name.replace("chat/chat-chat-service-", "").replace(OURS, "server").replace("chat/", "");
+        match name.split_once("migrate-") {
+            Some(_) => "migrate".to_owned(),
+            None => name.replace("0.0.0.0-255.255.255.255", "any"),
+        }
+    };
+    Some(format!("{} => {} : {ports}", short(from), short(to)))
+}
+
 /// Where Go keeps a module, fetched and checked by its sum.
-fn module_folder(progress: &Progress, module: &str) -> Result<PathBuf> {
+pub(crate) fn module_folder(progress: &Progress, module: &str) -> Result<PathBuf> {
     let mut download = Command::new(go_tools::go()?);
     download.args(["mod", "download", "-json", module]).env("GOWORK", "off").env("GOFLAGS", "-mod=mod");
     let said = progress.run(at_top(&mut download))?;
