@@ -523,7 +523,7 @@ fn reachable(line: &str) -> Option<String> {
     const OURS: &str = "chat/chat-chat-service";
     let (from, rest) = line.split_once(" => ")?;
     let (to, ports) = rest.split_once(" : ")?;
-    if !to.starts_with(OURS) && !(from.starts_with(OURS) && to.starts_with("0.0.0.0")) {
+    if !(to.starts_with(OURS) || from.starts_with(OURS) && to.starts_with("0.0.0.0")) {
         return None;
     }
     let short = |end: &str| {
