@@ -78,8 +78,9 @@ pub(super) fn build(options: &Options, origin: &Origin, progress: &Progress) -> 
     flags.extend(renamed.iter().map(|renamed| format!("--remap-path-prefix={renamed}")));
     build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     // C has `__FILE__` in it, too.
-    let c_flags: Vec<_> = renamed.iter().map(|renamed| format!("-ffile-prefix-map={renamed}")).collect();
+    let c_flags: Vec<_> = renamed.iter().map(|renamed| format!("'-ffile-prefix-map={renamed}'")).collect();
     build.env(format!("CFLAGS_{}", target.replace('-', "_")), c_flags.join(" "));
+    build.env("CC_SHELL_ESCAPED_FLAGS", "1");
     if !options.platform.is_here() {
         cross(options.platform, &mut build, progress)?;
     }
