@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures_util::FutureExt as _;
-use salvo::http::{Method, ResBody, StatusCode};
+use salvo::http::header::{CONNECTION, HeaderValue};
+use salvo::http::{Method, ResBody, StatusCode, Version};
 use salvo::{Depot, FlowCtrl, Handler, Request, Response, async_trait};
 use tracing::Instrument as _;
 
@@ -71,6 +72,11 @@ impl Handler for Edge {
             render_bare_status(status, id.as_str(), res);
         }
         res.headers_mut().insert(X_REQUEST_ID, id.header());
+        // Clients go elsewhere while we still answer: a connection that we close by ourselves may just then carry the
+        // next request. HTTP/2 has GOAWAY for that.
+        if self.app.health.is_draining() && req.version() <= Version::HTTP_11 {
+            res.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
         if let Some(record) = &mut record {
             record.status = Some(status);
         }

@@ -97,6 +97,10 @@ impl Health {
         self.draining.store(true, Ordering::Relaxed);
     }
 
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
     /// Asks Postgres once and remembers the answer.
     pub async fn ask(&self, pool: &PgPool) {
         let answer = tokio::time::timeout(TIMEOUT, db::schema(pool)).await;
@@ -138,7 +142,7 @@ impl Health {
 
     fn readiness(&self, redis_answers: bool) -> (StatusCode, Readiness) {
         let postgres = *self.postgres.borrow();
-        let draining = self.draining.load(Ordering::Relaxed);
+        let draining = self.is_draining();
         let checks = Checks {
             postgres: if matches!(postgres, Postgres::Answers(_)) { "ok" } else { "away" },
             schema: match postgres {

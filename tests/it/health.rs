@@ -32,6 +32,8 @@ async fn a_draining_replica_is_not_ready_but_alive_and_still_serves() {
     let expected = readiness("unavailable", &[("process", "draining")]);
     let answer = app.get("/healthz").answer().await;
     assert_eq!(answer.header("retry-after"), Some("1"));
+    // So that no request meets the end of a connection that was kept alive.
+    assert_eq!(answer.header("connection"), Some("close"));
     assert_eq!(answer.json(503), expected);
     assert_eq!(app.get_operations("/healthz").answer().await.json(503), expected);
     app.get_operations("/livez").answer().await.json(200);
