@@ -16,20 +16,19 @@ use tests::servers::{daemon, programs};
 use tests::{install, places};
 
 use crate::go_tools::GoTool;
-use crate::kubernetes::Kubernetes;
 use crate::steps::{Progress, step};
 use crate::{signals, workspace};
 
-pub(crate) use images::{load, stand_ins};
+pub(crate) use images::{load, stand_ins, tag};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
-    command: Command_,
+    command: ClusterCommand,
 }
 
 #[derive(clap::Subcommand)]
-enum Command_ {
+enum ClusterCommand {
     /// Bring the node up, or finish what was begun; says how to reach it
     Up,
     /// End it, with all that it kept; only the built tools remain
@@ -69,14 +68,16 @@ const START_LIMIT: Duration = Duration::from_secs(240);
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
     match args.command {
-        Command_::Up => {
+        ClusterCommand::Up => {
             let kubeconfig = up()?;
             println!("\n  export KUBECONFIG={}", kubeconfig.display());
             println!("  export PATH={}:$PATH    # kubectl, helm", tools()?.display());
-            println!("  NodePort {NODE_PORT} answers on 127.0.0.1; network policies are accepted, but not enforced");
+            println!(
+                "  NodePort {NODE_PORT} answers on 127.0.0.1; network policies are accepted, but not enforced"
+            );
         }
-        Command_::Down => step("cluster down", |_| node::down())?,
-        Command_::Status => status()?,
+        ClusterCommand::Down => down()?,
+        ClusterCommand::Status => status()?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -95,16 +96,26 @@ pub(crate) fn up() -> Result<PathBuf> {
     })
 }
 
+/// Ends the node, with all that it kept.
+pub(crate) fn down() -> Result<()> {
+    step("cluster down", |_| node::down())
+}
+
+pub(crate) fn is_up() -> Result<bool> {
+    Ok(node::find()?.is_some())
+}
+
 /// The built kubectl, under its own name.
-pub(crate) fn kubectl() -> Result<PathBuf> {
+fn kubectl() -> Result<PathBuf> {
     Ok(tools()?.join("kubectl"))
 }
 
-fn tools() -> Result<PathBuf> {
+/// The folder of the built programs.
+pub(crate) fn tools() -> Result<PathBuf> {
     Ok(places::target_dir()?.join("tools/bin"))
 }
 
-pub(crate) fn kubeconfig() -> Result<PathBuf> {
+fn kubeconfig() -> Result<PathBuf> {
     Ok(node::dir()?.join("kubeconfig"))
 }
 
@@ -162,16 +173,21 @@ fn await_ready(progress: &Progress, pause: &Path) -> Result<PathBuf> {
     wait("storage and metrics", &mut || {
         Ok(kubectl_run(&["apply", "--server-side", "--force-conflicts", "-f", &manifests]).is_ok())
     })?;
+    let taints = ["get", "node/chat", "--output=jsonpath={.status.conditions[-1].status}{.spec.taints}"];
     wait("the node", &mut || {
-        Ok(kubectl_run(&["wait", "--for=condition=Ready", "node/chat", "--timeout=2s"]).is_ok())
+        // Ready, and the taint of the time before taken away, which comes a moment later.
+        Ok(kubectl_run(&taints).is_ok_and(|said| said.starts_with("True") && !said.contains("not-ready")))
     })?;
     // It is created behind the API server's readiness, and no pod starts without it.
     wait("service account", &mut || Ok(kubectl_run(&["get", "serviceaccount", "default"]).is_ok()))?;
-    wait("metrics", &mut || Ok(kubectl_run(&["get", "--raw", "/apis/metrics.k8s.io/v1beta1/nodes"]).is_ok()))?;
+    wait(
+        "metrics",
+        &mut || Ok(kubectl_run(&["get", "--raw", "/apis/metrics.k8s.io/v1beta1/nodes"]).is_ok()),
+    )?;
     kubeconfig()
 }
 
-pub(crate) fn kubectl_run(args: &[&str]) -> Result<String> {
+fn kubectl_run(args: &[&str]) -> Result<String> {
     let mut command = Command::new(kubectl()?);
     command.args(args).env("KUBECONFIG", kubeconfig()?);
     daemon::run_ok(command, Duration::from_secs(60))
@@ -185,14 +201,12 @@ fn status() -> Result<()> {
     println!("  {:<18}process {pid}, logs in {}", "node", workspace::shown(&node::dir()?.join("data/logs")));
     println!("  {:<18}https://{API}, KUBECONFIG={}", "API", kubeconfig()?.display());
     println!("  {:<18}the node's {NODE_PORT} is 127.0.0.1:{NODE_PORT}", "NodePort");
-    println!("  {:<18}accepted, not enforced: no such plugin can be built from Go modules alone", "NetworkPolicy");
+    println!(
+        "  {:<18}accepted, not enforced: no such plugin can be built from Go modules alone",
+        "NetworkPolicy"
+    );
     for line in kubectl_run(&["get", "nodes,pods", "--all-namespaces", "--no-headers"])?.lines() {
         println!("  {line}");
     }
     Ok(())
-}
-
-/// The API of a running cluster.
-pub(crate) fn connect(namespace: &str) -> Result<Kubernetes> {
-    Kubernetes::connect(&kubeconfig()?, namespace)
 }

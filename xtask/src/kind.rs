@@ -43,10 +43,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             println!("\n  export KUBECONFIG={}", kubeconfig.display());
             println!("  NodePort {} answers on 127.0.0.1", crate::cluster::NODE_PORT);
         }
-        KindCommand::Down => {
-            check_programs(&["docker", "kind"])?;
-            step("kind down", |progress| progress.run(kind(&["delete", "cluster", "--name", NAME])?))?;
-        }
+        KindCommand::Down => down()?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -66,8 +63,7 @@ pub(crate) fn up() -> Result<PathBuf> {
         bail!("no Docker engine answers: start it, or use `cargo xtask cluster up`, which needs none");
     }
     step("kind up", |progress| {
-        let clusters = daemon::run_ok(kind(&["get", "clusters"])?, Duration::from_secs(60))?;
-        if !clusters.lines().any(|line| line == NAME) {
+        if !is_up()? {
             let mut create = kind(&["create", "cluster", "--name", NAME, "--wait", "180s", "--config"])?;
             create.arg(workspace::root().join("deploy/kind.yaml"));
             progress.run(create)?;
@@ -77,6 +73,20 @@ pub(crate) fn up() -> Result<PathBuf> {
     kubeconfig()
 }
 
+/// Deletes the cluster.
+pub(crate) fn down() -> Result<()> {
+    check_programs(&["docker", "kind"])?;
+    step("kind down", |progress| progress.run(kind(&["delete", "cluster", "--name", NAME])?)).map(drop)
+}
+
+pub(crate) fn is_up() -> Result<bool> {
+    if programs::in_path("kind").is_none() {
+        return Ok(false);
+    }
+    let clusters = daemon::run_ok(kind(&["get", "clusters"])?, Duration::from_secs(60))?;
+    Ok(clusters.lines().any(|line| line == NAME))
+}
+
 /// Puts an image into the cluster's node.
 pub(crate) fn load(progress: &Progress, archive: &Path) -> Result<()> {
     let mut load = kind(&["load", "image-archive", "--name", NAME])?;
@@ -84,8 +94,16 @@ pub(crate) fn load(progress: &Progress, archive: &Path) -> Result<()> {
     progress.run(load).map(drop)
 }
 
+/// Gives an image of the cluster's node a second name.
+pub(crate) fn tag(name: &str, other: &str) -> Result<()> {
+    let mut tag = Command::new("docker");
+    tag.args(["exec", &format!("{NAME}-control-plane"), "ctr", "--namespace", "k8s.io"]);
+    tag.args(["images", "tag", "--force", name, other]);
+    daemon::run_ok(tag, Duration::from_secs(60)).map(drop)
+}
+
 /// A file of its own: the user's stays as it is.
-pub(crate) fn kubeconfig() -> Result<PathBuf> {
+fn kubeconfig() -> Result<PathBuf> {
     Ok(places::target_dir()?.join("kind-kubeconfig"))
 }
 

@@ -28,7 +28,7 @@ pub(crate) use forward::Forward;
 /// For one answer of an API server that works.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 const EVENTS_MAX: usize = 12;
-const LOG_LINES: i64 = 15;
+const LOG_LINES: usize = 15;
 
 /// One namespace of a cluster.
 pub(crate) struct Kubernetes {
@@ -44,7 +44,9 @@ impl Kubernetes {
         let file = Kubeconfig::read_from(kubeconfig)
             .with_context(|| format!("read {}: is the cluster up?", kubeconfig.display()))?;
         let client = runtime.block_on(async {
-            let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
+            let mut config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
+            // It would ask again and again whether a disruption budget is still in the way.
+            config.default_retry = false;
             anyhow::Ok(Client::try_from(config)?)
         })?;
         Ok(Self { runtime, client, namespace: namespace.to_owned() })
@@ -87,7 +89,9 @@ impl Kubernetes {
     {
         let condition = move |object: Option<&K>| object.is_some_and(wanted);
         let waiting = async { Ok(await_condition(self.api::<K>(), name, condition).await?) };
-        self.within(limit, &format!("{name} {what}"), waiting).map(drop).map_err(|error| self.explained(error))
+        self.within(limit, &format!("{name} {what}"), waiting)
+            .map(drop)
+            .map_err(|error| self.explained(error))
     }
 
     /// Waits until all replicas of the Deployment's latest revision serve, and no others are left.
@@ -155,7 +159,11 @@ impl Kubernetes {
             let nodes: Api<Node> = Api::all(self.client.clone());
             for node in nodes.list(&ListParams::default()).await? {
                 let name = node.name_any();
-                if closed { nodes.cordon(&name).await? } else { nodes.uncordon(&name).await? };
+                if closed {
+                    nodes.cordon(&name).await?
+                } else {
+                    nodes.uncordon(&name).await?
+                };
             }
             Ok(())
         };
@@ -210,25 +218,56 @@ impl Kubernetes {
         for event in &events[events.len().saturating_sub(EVENTS_MAX)..] {
             text += &format!("    {event}\n");
         }
+        text += &self.unready()?.unwrap_or_default();
+        Ok(text)
+    }
+
+    /// What is not ready, why, and its last words.
+    pub(crate) fn unready(&self) -> Result<Option<String>> {
+        let mut text = String::new();
         for pod in self.pods("")?.iter().filter(|pod| !is_ready(pod) && !is_done(pod)) {
             let name = pod.name_any();
-            let lines = LogParams { tail_lines: Some(LOG_LINES), ..LogParams::default() };
-            let log = self.within(ANSWER_LIMIT, "logs", async { Ok(self.api::<Pod>().logs(&name, &lines).await?) });
-            let log = log.unwrap_or_default();
-            text += &format!("  {name} is not ready ({}); its last lines:\n", state(pod));
-            text += &format!("{}\n", daemon::tail(&log, 15));
+            text += &format!("  {name} is not ready: {}\n", state(pod));
+            text += &format!("{}\n", daemon::tail(&self.last_words(pod), LOG_LINES));
         }
-        Ok(text)
+        Ok((!text.is_empty()).then_some(text))
+    }
+
+    /// The end of the pod's log; of the container before, when this one has said nothing yet.
+    fn last_words(&self, pod: &Pod) -> String {
+        let name = pod.name_any();
+        let words = |previous| {
+            let lines = LogParams { tail_lines: Some(LOG_LINES as i64), previous, ..LogParams::default() };
+            let log = async { Ok(self.api::<Pod>().logs(&name, &lines).await?) };
+            self.within(ANSWER_LIMIT, "logs", log).unwrap_or_default()
+        };
+        let now = words(false);
+        if now.trim().is_empty() && restarts(pod) > 0 { words(true) } else { now }
+    }
+
+    /// Waits until no pod with these labels is on its way out.
+    pub(crate) fn none_ending(&self, labels: &str, limit: Duration) -> Result<()> {
+        let waiting = async {
+            let pods = self.api::<Pod>();
+            let labelled = ListParams::default().labels(labels);
+            while pods
+                .list(&labelled)
+                .await?
+                .items
+                .iter()
+                .any(|pod| pod.metadata.deletion_timestamp.is_some())
+            {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+            }
+            Ok(())
+        };
+        self.within(limit, "old pods gone", waiting).map_err(|error| self.explained(error))
     }
 
     /// Reads any object, such as `/apis/autoscaling/v2/...`.
     pub(crate) fn get(&self, path: &str) -> Result<Value> {
         let request = http_get(path)?;
         self.within(ANSWER_LIMIT, path, async { Ok(self.client.request::<Value>(request).await?) })
-    }
-
-    pub(crate) fn namespace(&self) -> &str {
-        &self.namespace
     }
 }
 
@@ -251,12 +290,18 @@ pub(crate) fn restarts(pod: &Pod) -> i32 {
     containers.map_or(0, |all| all.iter().map(|one| one.restart_count).sum())
 }
 
-/// What the first container waits for, else the pod's phase.
+/// What the first container that waits is waiting for, with its message; else the pod's phase.
 fn state(pod: &Pod) -> String {
     let Some(status) = &pod.status else { return "no state yet".to_owned() };
-    let first = status.container_statuses.as_ref().and_then(|all| all.first());
-    let waiting = first.and_then(|one| one.state.as_ref()?.waiting.as_ref()?.reason.clone());
-    waiting.or_else(|| status.phase.clone()).unwrap_or_default()
+    let containers = status.container_statuses.iter().flatten();
+    let waiting = containers.filter_map(|one| one.state.as_ref()?.waiting.as_ref()).next();
+    match waiting {
+        Some(waiting) => {
+            let reason = waiting.reason.as_deref().unwrap_or_default();
+            format!("{reason}: {}", waiting.message.as_deref().unwrap_or_default())
+        }
+        None => status.phase.clone().unwrap_or_default(),
+    }
 }
 
 /// Fails with the lines that speak of a warning, such as those of Pod Security admission.

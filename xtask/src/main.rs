@@ -4,6 +4,7 @@ mod bench;
 mod ci;
 mod cluster;
 mod dev;
+mod e2e;
 mod go_tools;
 mod image;
 mod kind;
@@ -52,6 +53,8 @@ enum Command {
     Cluster(cluster::Args),
     /// The same through kind, where Docker is
     Kind(kind::Args),
+    /// Install, upgrade, attack, roll back and remove the chart on a real cluster, under load
+    E2e(e2e::Args),
     /// What .ci/run runs
     Ci,
 }
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Command::Image(args) => image::run(&args),
         Command::Cluster(args) => cluster::run(&args),
         Command::Kind(args) => kind::run(&args),
+        Command::E2e(args) => e2e::run(&args),
         Command::Ci => ci::run(),
     };
     outcome.unwrap_or_else(|error| {

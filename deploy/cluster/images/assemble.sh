@@ -18,7 +18,9 @@ rm -rf "$root"
 mkdir -p "$root/bin" "$root/etc" "$root/tmp" "$root/usr/local/bin" "$root/usr/lib/locale"
 chmod 1777 "$root/tmp"
 cp "$(command -v busybox)" "$root/bin/busybox"
-for tool in $("$root/bin/busybox" --list); do ln -sf busybox "$root/bin/$tool"; done
+for tool in $("$root/bin/busybox" --list); do
+    [ "$tool" = busybox ] || ln -s busybox "$root/bin/$tool"
+done
 cp -r /usr/lib/locale/C.utf8 "$root/usr/lib/locale/"
 cp "$(dirname "$0")/$image-entrypoint.sh" "$root/usr/local/bin/docker-entrypoint.sh"
 chmod 755 "$root/usr/local/bin/docker-entrypoint.sh"

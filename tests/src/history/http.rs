@@ -5,29 +5,29 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 #[derive(Debug)]
-pub(super) struct Client {
+pub struct Client {
     address: SocketAddr,
     stream: Option<TcpStream>,
 }
 
 #[derive(Debug)]
-pub(super) struct Answer {
-    pub(super) status: u16,
+pub struct Answer {
+    pub status: u16,
     /// The status line and the headers.
     head: String,
-    pub(super) body: Vec<u8>,
+    pub body: Vec<u8>,
 }
 
 /// Why there is no answer. Of a request that was sent nobody knows what became of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lost {
+pub enum Lost {
     Refused,
     Broken,
     TimedOut,
 }
 
 impl Lost {
-    pub(super) fn reason(self) -> &'static str {
+    pub fn reason(self) -> &'static str {
         match self {
             Self::Refused => "no connection",
             Self::Broken => "the connection broke",
@@ -37,7 +37,7 @@ impl Lost {
 }
 
 impl Answer {
-    pub(super) fn header(&self, name: &str) -> Option<&str> {
+    pub fn header(&self, name: &str) -> Option<&str> {
         self.head.lines().find_map(|line| {
             let (found, value) = line.split_once(':')?;
             found.eq_ignore_ascii_case(name).then(|| value.trim())
@@ -46,12 +46,12 @@ impl Answer {
 }
 
 impl Client {
-    pub(super) fn new(address: SocketAddr) -> Self {
+    pub fn new(address: SocketAddr) -> Self {
         Self { address, stream: None }
     }
 
     /// One request. After a failure the next one has a new connection.
-    pub(super) fn request(
+    pub fn request(
         &mut self,
         method: &str,
         path: &str,

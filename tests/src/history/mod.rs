@@ -6,7 +6,7 @@
 //! certain, to fail again.
 
 pub mod check;
-mod http;
+pub mod http;
 mod memory;
 mod plan;
 mod proxy;

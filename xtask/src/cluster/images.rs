@@ -64,6 +64,11 @@ pub(crate) fn load(progress: &Progress, archive: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Gives an image of the node a second name.
+pub(crate) fn tag(name: &str, other: &str) -> Result<()> {
+    node::containerd(&["images", "tag", "--force", name, other], None).map(drop)
+}
+
 /// As [`load`], unless the node has an image of that name.
 pub(super) fn load_once(progress: &Progress, archive: &Path, name: &str) -> Result<()> {
     if node::containerd(&["images", "list", "-q"], None)?.lines().any(|there| there == name) {

@@ -55,7 +55,10 @@ pub(super) fn start(program: &Path) -> Result<()> {
     let status = daemon::spawn(command)?.wait()?;
     let begun = daemon::poll(Duration::from_secs(20), || find())?;
     if !status.success() || begun.is_none() {
-        bail!("the node does not start:\n{}", daemon::tail(&fs::read_to_string(&log).unwrap_or_default(), 12));
+        bail!(
+            "the node does not start:\n{}",
+            daemon::tail(&fs::read_to_string(&log).unwrap_or_default(), 12)
+        );
     }
     Ok(())
 }
