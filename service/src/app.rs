@@ -7,12 +7,13 @@ use sqlx::postgres::PgConnectOptions;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::auth::{Passwords, Tokens};
+use crate::auth::Tokens;
 use crate::config::Config;
 use crate::health::Health;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::outbox::Outbox;
+use crate::passwords::Passwords;
 use crate::recent::Recent;
 use crate::redis::Redis;
 use crate::{db, sweep};

@@ -1,12 +1,7 @@
-//! Who is calling: access tokens, the extractor that demands one, and the hashing of passwords.
+//! Who is calling: access tokens, and the extractor that demands one.
 
-use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use argon2::password_hash::phc::PasswordHash;
-use argon2::{Algorithm, Argon2, Params, PasswordHasher as _, PasswordVerifier as _, Version};
 use jsonwebtoken::{DecodingKey, EncodingKey, Header, Validation};
 use salvo::extract::{Extractible, Metadata};
 use salvo::http::StatusCode;
@@ -15,13 +10,11 @@ use salvo::{Depot, Request};
 use salvo_oapi::{Components, EndpointArgRegister, Operation, SecurityRequirement};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use crate::config::Config;
 use crate::error::{self, Error};
 use crate::input::app;
-use crate::metrics::Metrics;
 
 /// The name of the bearer scheme in the OpenAPI document.
 pub const SECURITY_SCHEME: &str = "bearer";
@@ -105,9 +98,11 @@ impl<'ex> Extractible<'ex> for Caller {
             ));
         };
         let token = header.to_str().ok().and_then(|header| header.split_once(' '));
+        let app = app(depot)?;
+        app.passwords.make_way();
         let id = match token {
             Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
-                app(depot)?.tokens.verify(token.trim_start_matches(' '))
+                app.tokens.verify(token.trim_start_matches(' '))
             }
             _ => return Err(Error::Unauthorized("the header must be: Authorization: Bearer <token>")),
         };
@@ -130,110 +125,9 @@ pub fn document_unauthorized(components: &mut Components, operation: &mut Operat
     error::document(components, operation, StatusCode::UNAUTHORIZED, description, &[WWW_AUTHENTICATE]);
 }
 
-/// OWASP's parameters for argon2id: 19 MiB, two passes, one lane; about 15 ms of a core.
-const ARGON2_PARAMS: (u32, u32, u32) = (19_456, 2, 1);
-
-/// What a login of an unknown user is checked against, so that it costs the same and answers the same. It has
-/// the parameters above and fits no password.
-const NOBODY: &str =
-    "$argon2id$v=19$m=19456,t=2,p=1$bm9ib2R5bm9ib2R5bm9ib2R5$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
-
-/// Waiting jobs per thread. At 15 ms each the last one waits a second, after which a client has lost patience.
-const QUEUE_PER_THREAD: usize = 64;
-
-/// Hashes passwords on threads of its own, one per core and of low priority, so that a storm of logins takes
-/// what the other requests leave, and no more.
-pub struct Passwords {
-    queue: SyncSender<Job>,
-    metrics: Arc<Metrics>,
-}
-
-type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
-
-impl Passwords {
-    pub fn start(metrics: Arc<Metrics>) -> Result<Self, std::io::Error> {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let (queue, jobs) = sync_channel(QUEUE_PER_THREAD * threads);
-        let jobs = Arc::new(Mutex::new(jobs));
-        for number in 0..threads {
-            let jobs = Arc::clone(&jobs);
-            std::thread::Builder::new().name(format!("argon2-{number}")).spawn(move || work(&jobs))?;
-        }
-        Ok(Self { queue, metrics })
-    }
-
-    /// The password's hash in PHC form.
-    pub async fn hash(&self, password: String) -> Result<String, Error> {
-        let hash =
-            self.run(move |argon2| argon2.hash_password(password.as_bytes()).map(|hash| hash.to_string()));
-        hash.await?.map_err(Error::internal)
-    }
-
-    /// True when the password is the one that was hashed. Without a hash it takes as long, and is false.
-    pub async fn verify(&self, password: String, hash: Option<String>) -> Result<bool, Error> {
-        self.run(move |argon2| {
-            let known = hash.is_some();
-            let hash = hash.as_deref().unwrap_or(NOBODY);
-            let hash = PasswordHash::new(hash).map_err(|error| Error::internal(error.to_string()))?;
-            Ok(argon2.verify_password(password.as_bytes(), &hash).is_ok() && known)
-        })
-        .await?
-    }
-
-    async fn run<T: Send + 'static>(
-        &self,
-        job: impl FnOnce(&Argon2<'static>) -> T + Send + 'static,
-    ) -> Result<T, Error> {
-        let (answer, answered) = oneshot::channel();
-        let waiting = self.metrics.hashing_started();
-        let job: Job = Box::new(move |argon2| {
-            let _waiting = waiting;
-            // Whoever gave up waiting needs no hash.
-            if !answer.is_closed() {
-                answer.send(job(argon2)).ok();
-            }
-        });
-        self.queue.try_send(job).map_err(|error| match error {
-            TrySendError::Full(_) => {
-                Error::Unavailable("too many logins and registrations at once: try again")
-            }
-            TrySendError::Disconnected(_) => Error::Unavailable("the service is stopping"),
-        })?;
-        answered.await.map_err(|_| Error::internal("hashing panicked"))
-    }
-}
-
-/// A thread's life: one job after another until the queue is gone.
-fn work(jobs: &Mutex<Receiver<Job>>) {
-    lower_priority();
-    let (memory_kib, passes, lanes) = ARGON2_PARAMS;
-    let params = Params::new(memory_kib, passes, lanes, None).unwrap_or_default();
-    let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
-    loop {
-        let job = jobs.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).recv();
-        let Ok(job) = job else { return };
-        // A panic must cost one request, not the thread.
-        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&argon2))).is_err() {
-            tracing::error!("hashing a password panicked");
-        }
-    }
-}
-
-/// On Linux a thread has a priority of its own. Elsewhere, or where it is refused, hashing competes as an equal.
-fn lower_priority() {
-    #[cfg(target_os = "linux")]
-    rustix::process::setpriority_process(Some(rustix::thread::gettid()), 10).ok();
-}
-
 impl std::fmt::Debug for Tokens {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("Tokens").field("keys", &self.verifying.len()).finish_non_exhaustive()
-    }
-}
-
-impl std::fmt::Debug for Passwords {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Passwords").finish_non_exhaustive()
     }
 }
 
@@ -293,14 +187,5 @@ mod tests {
         let (token, _) = tokens.issue(Uuid::now_v7()).expect("issued");
         let body = token.split('.').nth(1).expect("three parts");
         assert!(tokens.verify(&format!("eyJhbGciOiJub25lIn0.{body}.")).is_none(), "unsigned");
-    }
-
-    #[test]
-    fn the_hash_of_nobody_parses_with_the_same_parameters() {
-        let nobody = PasswordHash::new(NOBODY).expect("a valid PHC string");
-        let params = Params::try_from(&nobody).expect("argon2 parameters");
-        let expected = Params::new(ARGON2_PARAMS.0, ARGON2_PARAMS.1, ARGON2_PARAMS.2, None).expect("valid");
-        assert_eq!((params.m_cost(), params.t_cost(), params.p_cost()), (expected.m_cost(), 2, 1));
-        assert_eq!(nobody.hash.map(|hash| hash.len()), Some(32));
     }
 }

@@ -16,6 +16,7 @@ pub mod messages;
 pub mod metrics;
 pub mod openapi;
 pub mod outbox;
+pub mod passwords;
 pub mod recent;
 pub mod redis;
 pub mod reply;
