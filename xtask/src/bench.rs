@@ -53,7 +53,7 @@ pub(crate) struct Row {
     /// One value a round; what is quoted is the median.
     pub(crate) values: Vec<f64>,
     pub(crate) unit: &'static str,
-    /// What DESIGN asks for, and hopes for; `AtMost` where less is better.
+    /// What is asked for, and hoped for; `AtMost` where less is better.
     pub(crate) goal: Option<Goal>,
     /// The figures that the values were made from.
     pub(crate) detail: String,

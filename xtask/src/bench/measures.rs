@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use load::Script;
+use load::{Report, Script};
 
 use super::cpu::Cpu;
 use super::rig::{PASSWORD, Rig};
@@ -79,26 +79,48 @@ pub(crate) fn login(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
 /// The 99th percentile of reads at a moderate rate, with and without everybody logging in at once.
 pub(crate) fn storm(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
     fill_conversations(rig)?;
-    let (mut calm, mut stormy, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut calm, mut stormy, mut ratios) = (Figures::default(), Figures::default(), Vec::new());
     for _ in 0..bench.rounds {
-        let without = load::run(rig.read_scripts(4, ""), bench.duration)?.all(200)?.quantile(0.99);
+        let without = load::run(rig.read_scripts(4, ""), bench.duration)?.all(200)?;
         let stop = Arc::new(AtomicBool::new(false));
         let storm = {
             let (scripts, stop) = (login_scripts(rig), Arc::clone(&stop));
             std::thread::spawn(move || load::run_until(scripts, Duration::from_secs(600), &stop))
         };
         std::thread::sleep(Duration::from_millis(200));
-        let during = load::run(rig.read_scripts(4, ""), bench.duration)?.all(200)?.quantile(0.99);
+        let during = load::run(rig.read_scripts(4, ""), bench.duration)?.all(200)?;
         stop.store(true, Ordering::Relaxed);
         storm.join().ok().context("the storm panicked")??.all(200)?;
-        ratios.push(during.as_secs_f64() / without.as_secs_f64());
-        calm.push(without.as_secs_f64() * 1e3);
-        stormy.push(during.as_secs_f64() * 1e3);
+        ratios.push(stormy.add(&during) / calm.add(&without));
     }
     let what = "p99 of GET /messages during a login storm, to without";
-    let detail = format!("without {:.2} ms, during {:.2} ms", median(&calm), median(&stormy));
+    let detail = format!("without: {}; during: {}", calm.text(), stormy.text());
     let goal = Some(Goal::AtMost { floor: 3.0, aim: 1.5 });
     Ok(vec![Row { name: "storm", what: what.to_owned(), values: ratios, unit: "x", goal, detail }])
+}
+
+/// Latencies of one side of a comparison, round by round.
+#[derive(Default)]
+struct Figures {
+    p50: Vec<f64>,
+    p99: Vec<f64>,
+    rate: Vec<f64>,
+}
+
+impl Figures {
+    /// Returns the 99th percentile, in ms.
+    fn add(&mut self, report: &Report) -> f64 {
+        let p99 = report.quantile(0.99).as_secs_f64() * 1e3;
+        self.p50.push(report.quantile(0.5).as_secs_f64() * 1e3);
+        self.p99.push(p99);
+        self.rate.push(report.rate());
+        p99
+    }
+
+    fn text(&self) -> String {
+        let (p50, p99, rate) = (median(&self.p50), median(&self.p99), median(&self.rate));
+        format!("p50 {p50:.2} ms, p99 {p99:.2} ms, {rate:.0}/s")
+    }
 }
 
 pub(crate) fn startup(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
