@@ -218,6 +218,7 @@ func forward(listener net.Listener, to string) {
 			defer outside.Close()
 			inside, err := net.DialTimeout("tcp", to, 10*time.Second)
 			if err != nil {
+				log.Printf("forward: %v", err)
 				// A reset, not an orderly end: the client is to see that nobody was there.
 				outside.(*net.TCPConn).SetLinger(0) //nolint:errcheck // closed right after
 				return
@@ -233,6 +234,8 @@ func forward(listener net.Listener, to string) {
 
 func pipe(to, from net.Conn) {
 	if _, err := io.Copy(to, from); err != nil && !errors.Is(err, net.ErrClosed) {
+		// As it came: a reset stays one.
+		to.(*net.TCPConn).SetLinger(0) //nolint:errcheck // closed right after
 		to.Close()
 		return
 	}

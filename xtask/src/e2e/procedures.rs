@@ -110,7 +110,9 @@ fn remaining(stage: &Stage, progress: &Progress) -> Result<BTreeSet<String>> {
     let ask = || -> Result<BTreeSet<String>> {
         let all = stage.shell(progress, &script)?;
         let everywhere = ["configmap/kube-root-ca.crt", "serviceaccount/default"];
-        let lines = all.lines().filter(|line| line.contains('/') && !everywhere.contains(line));
+        // Warnings are in between: some kinds are deprecated.
+        let names = all.lines().filter(|line| line.contains('/') && !line.contains(' '));
+        let lines = names.filter(|line| !everywhere.contains(line));
         Ok(lines.map(str::to_owned).collect())
     };
     let mut left = ask()?;
