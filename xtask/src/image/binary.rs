@@ -81,6 +81,8 @@ pub(super) fn build(options: &Options, origin: &Origin, progress: &Progress) -> 
     let c_flags: Vec<_> = renamed.iter().map(|renamed| format!("'-ffile-prefix-map={renamed}'")).collect();
     build.env(format!("CFLAGS_{}", target.replace('-', "_")), c_flags.join(" "));
     build.env("CC_SHELL_ESCAPED_FLAGS", "1");
+    // And `__TIME__`: the same for every commit, because what is compiled already is not compiled again for it.
+    build.env("SOURCE_DATE_EPOCH", "0");
     if !options.platform.is_here() {
         cross(options.platform, &mut build, progress)?;
     }
