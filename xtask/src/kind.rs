@@ -28,6 +28,10 @@ enum KindCommand {
 /// kind puts its own name before it: its context is `kind-chat`.
 const NAME: &str = "chat";
 
+/// The autoscaler's eyes, which kind comes without.
+const METRICS_SERVER: &str =
+    "https://github.com/kubernetes-sigs/metrics-server/releases/download/v0.8.0/components.yaml";
+
 const NEEDED: [(&str, &str); 4] = [
     ("docker", "https://docs.docker.com/engine/install"),
     ("kind", "go install sigs.k8s.io/kind@v0.33.0, or https://kind.sigs.k8s.io/docs/user/quick-start"),
@@ -67,6 +71,11 @@ pub(crate) fn up() -> Result<PathBuf> {
             let mut create = kind(&["create", "cluster", "--name", NAME, "--wait", "180s", "--config"])?;
             create.arg(workspace::root().join("deploy/kind.yaml"));
             progress.run(create)?;
+            progress.run(kubectl(&["apply", "--filename", METRICS_SERVER])?)?;
+            // The kubelet's certificate is its own; kind makes it so.
+            let patch = ["--namespace=kube-system", "patch", "deployment/metrics-server", "--type=json"];
+            let insecure = r#"[{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--kubelet-insecure-tls"}]"#;
+            progress.run(kubectl(&[&patch[..], &["--patch", insecure]].concat())?)?;
         }
         progress.run(kind(&["export", "kubeconfig", "--name", NAME])?).map(drop)
     })?;
@@ -109,6 +118,12 @@ fn kubeconfig() -> Result<PathBuf> {
 
 fn kind(args: &[&str]) -> Result<Command> {
     let mut command = Command::new("kind");
+    command.args(args).env("KUBECONFIG", kubeconfig()?);
+    Ok(command)
+}
+
+fn kubectl(args: &[&str]) -> Result<Command> {
+    let mut command = Command::new("kubectl");
     command.args(args).env("KUBECONFIG", kubeconfig()?);
     Ok(command)
 }

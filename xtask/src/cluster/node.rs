@@ -53,7 +53,7 @@ pub(super) fn start(program: &Path) -> Result<()> {
     command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
     // It leaves the node behind in a session of its own, and ends.
     let status = daemon::spawn(command)?.wait()?;
-    let begun = daemon::poll(Duration::from_secs(20), || find())?;
+    let begun = daemon::poll(Duration::from_secs(20), find)?;
     if !status.success() || begun.is_none() {
         bail!(
             "the node does not start:\n{}",
