@@ -9,9 +9,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use ::tests::{Scratch, places};
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
-use tests::{Scratch, places};
 
 use crate::steps::{Progress, step};
 use crate::{signals, workspace};

@@ -69,7 +69,7 @@ pub(crate) fn tag(name: &str, other: &str) -> Result<()> {
     node::containerd(&["images", "tag", "--force", name, other], None).map(drop)
 }
 
-/// As [`load`], unless the node has an image of that name.
+/// As [`load()`], unless the node has an image of that name.
 pub(super) fn load_once(progress: &Progress, archive: &Path, name: &str) -> Result<()> {
     if node::containerd(&["images", "list", "-q"], None)?.lines().any(|there| there == name) {
         return Ok(());

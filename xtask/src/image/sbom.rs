@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
+use ::tests::places;
+use ::tests::servers::daemon;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use tests::places;
-use tests::servers::daemon;
 
 use super::binary::{self, Origin};
 use super::{Image, Options};
