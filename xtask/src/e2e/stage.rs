@@ -4,8 +4,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
@@ -30,6 +29,7 @@ pub(super) const SERVER: &str = "app.kubernetes.io/instance=chat,app.kubernetes.
 pub(super) const IMAGES: [&str; 2] = ["e2e-1", "e2e-2"];
 
 const VALUES: &str = "xtask/src/e2e/values.yaml";
+const WATCH_EVERY: Duration = Duration::from_secs(2);
 const PAIRS: usize = 3;
 const PAUSE: Duration = Duration::from_millis(10);
 pub(super) const ROLLOUT_LIMIT: Duration = Duration::from_secs(180);
@@ -157,22 +157,22 @@ impl Stage {
         let mut command = Command::new(&self.helm);
         command.args(args).args(["--namespace", NAMESPACE]).current_dir(workspace::root());
         command.env("KUBECONFIG", &self.kubeconfig);
-        let (ended, seen) = (AtomicBool::new(false), Mutex::new(String::new()));
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                while !ended.load(Ordering::Relaxed) {
-                    if let Ok(Some(told)) = self.kubernetes.unready() {
-                        *seen.lock().expect("nobody panics with it") = told;
-                    }
-                    thread::sleep(Duration::from_secs(2));
+        let (end, ended) = mpsc::channel::<()>();
+        let watch = move || {
+            let mut seen = String::new();
+            while ended.recv_timeout(WATCH_EVERY) == Err(RecvTimeoutError::Timeout) {
+                if let Ok(Some(told)) = self.kubernetes.unready() {
+                    seen = told;
                 }
-            });
+            }
+            seen
+        };
+        thread::scope(|scope| {
+            let watcher = scope.spawn(watch);
             let outcome = progress.run(command);
-            ended.store(true, Ordering::Relaxed);
-            outcome.map_err(|error| {
-                let seen = seen.lock().expect("nobody panics with it").clone();
-                anyhow::anyhow!("{error:#}\n{seen}")
-            })
+            drop(end);
+            let seen = watcher.join().expect("the watcher does not panic");
+            outcome.map_err(|error| anyhow::anyhow!("{error:#}\n{seen}"))
         })
     }
 
