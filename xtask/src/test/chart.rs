@@ -44,7 +44,7 @@ const fn plain(name: &'static str, package: &'static str) -> GoTool {
     GoTool { name, module: MODULE, package, settings: &[] }
 }
 
-/// Modules that hold schemas, and the files in them; `*` is all of a folder.
+/// Modules that hold schemas, and the files in them.
 pub(crate) const SCHEMA_SOURCES: [(&str, &[&str]); 3] = [
     ("k8s.io/kubernetes@v1.34.4", &["api/openapi-spec/swagger.json"]),
     (
@@ -212,8 +212,9 @@ fn at_top(command: &mut Command) -> Command {
     for (name, value) in command.get_envs() {
         value.map(|value| own.env(name, value));
     }
+    let target = places::target_dir().unwrap_or_else(|_| workspace::root().join("target"));
     for home in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
-        own.env(home, workspace::root().join("target/chart/helm"));
+        own.env(home, target.join("chart/helm"));
     }
     own.env("KUBECONFIG", "/dev/null");
     own
