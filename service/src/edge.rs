@@ -9,13 +9,14 @@ use futures_util::FutureExt as _;
 use salvo::http::header::{CONNECTION, HeaderValue};
 use salvo::http::{Method, ResBody, StatusCode, Version};
 use salvo::{Depot, FlowCtrl, Handler, Request, Response, async_trait};
-use tracing::Instrument as _;
+use tracing::{Instrument as _, Span};
 
 use crate::app::App;
 use crate::error::{Error, render_bare_status};
+use crate::log_format::{RequestIds, SERVING};
 use crate::metrics::InFlight;
 use crate::request_id::{RequestId, X_REQUEST_ID};
-use crate::telemetry::RequestSpans;
+use crate::telemetry;
 
 /// The label of every path that is none of ours, so that nobody can make up labels.
 const UNMATCHED: &str = "unmatched";
@@ -59,12 +60,12 @@ impl Handler for Edge {
     async fn handle(&self, req: &mut Request, depot: &mut Depot, res: &mut Response, ctrl: &mut FlowCtrl) {
         let id = RequestId::assign(req);
         depot.insert_typed(Arc::clone(&self.app));
-        let mut record = self.recorded.then(|| Record::open(&self.app, req, id.as_str()));
+        let mut record = self.recorded.then(|| Record::open(&self.app, req, &id));
         match &record {
             None => self.answer(req, depot, res, ctrl).await,
-            Some(Record { spans, .. }) => {
-                let (log, trace) = (spans.log.clone(), spans.trace.clone());
-                self.answer(req, depot, res, ctrl).instrument(log).instrument(trace).await;
+            Some(Record { ids, span, .. }) => {
+                let (ids, span) = (ids.clone(), span.clone());
+                SERVING.scope(ids, self.answer(req, depot, res, ctrl)).instrument(span).await;
             }
         }
         let status = *res.status_code.get_or_insert(StatusCode::OK);
@@ -89,18 +90,20 @@ struct Record<'a> {
     method: &'static str,
     route: String,
     started: Instant,
-    spans: RequestSpans,
+    ids: RequestIds,
+    span: Span,
     status: Option<StatusCode>,
     _in_flight: InFlight,
 }
 
 impl<'a> Record<'a> {
-    fn open(app: &'a App, req: &Request, id: &str) -> Self {
+    fn open(app: &'a App, req: &Request, id: &RequestId) -> Self {
         let method = method_label(req.method());
         let route = route_label(req.matched_path());
-        let spans = RequestSpans::open(req, id, method, &route);
+        let span = telemetry::request_span(req, method, &route);
+        let ids = RequestIds { request: id.clone(), trace: telemetry::trace_id(&span) };
         let _in_flight = app.metrics.request_started();
-        Self { app, method, route, started: Instant::now(), spans, status: None, _in_flight }
+        Self { app, method, route, started: Instant::now(), ids, span, status: None, _in_flight }
     }
 }
 
@@ -109,16 +112,17 @@ impl Drop for Record<'_> {
         let duration = self.started.elapsed();
         // nginx's number for a client that did not wait for the answer.
         let status = self.status.or_else(|| StatusCode::from_u16(499).ok()).unwrap_or_default();
-        self.spans.close(status);
+        telemetry::close(&self.span, status);
         self.app.metrics.request_finished(self.method, &self.route, status, duration);
-        let _entered = self.spans.log.enter();
-        tracing::info!(
-            method = self.method,
-            route = self.route,
-            status = status.as_u16(),
-            duration_ms = duration.as_micros() as f64 / 1000.0,
-            "request"
-        );
+        SERVING.sync_scope(self.ids.clone(), || {
+            tracing::info!(
+                method = self.method,
+                route = self.route,
+                status = status.as_u16(),
+                duration_ms = duration.as_micros() as f64 / 1000.0,
+                "request"
+            );
+        });
     }
 }
 

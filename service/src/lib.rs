@@ -11,6 +11,7 @@ pub mod error;
 pub mod health;
 pub mod input;
 pub mod limits;
+pub mod log_format;
 pub mod log_writer;
 pub mod messages;
 pub mod metrics;

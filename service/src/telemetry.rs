@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
-use opentelemetry::trace::{TraceContextExt as _, TracerProvider as _};
+use opentelemetry::trace::{TraceContextExt as _, TraceId, TracerProvider as _};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use salvo::Request;
@@ -18,7 +18,8 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
-use crate::config::{Config, LogFormat};
+use crate::config::Config;
+use crate::log_format::Line;
 use crate::log_writer::LogWriter;
 use crate::span_counter::{Counted, Ended};
 
@@ -45,13 +46,10 @@ impl Telemetry {
     pub fn start(config: &Config) -> anyhow::Result<Self> {
         let filter = EnvFilter::try_new(&config.rust_log)?;
         let writer = LogWriter::start()?;
-        let format = tracing_subscriber::fmt::layer().with_target(false).with_writer(writer.clone());
-        let logs = match config.log_format {
-            LogFormat::Text => format.with_ansi(false).boxed(),
-            LogFormat::Json => {
-                format.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed()
-            }
-        };
+        let logs = tracing_subscriber::fmt::layer()
+            .with_ansi(false)
+            .event_format(Line(config.log_format))
+            .with_writer(writer.clone());
         let traces = tracer_provider()?;
         let spans = traces.as_ref().map(|provider| {
             tracing_opentelemetry::layer()
@@ -76,46 +74,35 @@ impl Telemetry {
     }
 }
 
-/// The two spans of a request. Exporter and log each see their own, so that neither shows the other's fields:
-/// a trace has semantic-convention attributes, a log line just the ids.
-#[derive(Debug)]
-pub struct RequestSpans {
-    pub trace: Span,
-    pub log: Span,
+/// The span of a request, which continues the caller's trace: none where nothing is exported.
+pub fn request_span(req: &Request, method: &'static str, route: &str) -> Span {
+    if !EXPORTING.load(Ordering::Relaxed) {
+        return Span::none();
+    }
+    let span = tracing::info_span!(
+        target: TRACE_TARGET,
+        "request",
+        otel.name = format!("{method} {route}"),
+        otel.kind = "server",
+        otel.status_code = Empty,
+        http.request.method = method,
+        http.route = route,
+        http.response.status_code = Empty,
+    );
+    span.set_parent(TraceContextPropagator::new().extract(&Headers(req.headers()))).ok();
+    span
 }
 
-impl RequestSpans {
-    /// Opens the spans; the trace continues the caller's.
-    pub fn open(req: &Request, request_id: &str, method: &'static str, route: &str) -> Self {
-        let trace = if EXPORTING.load(Ordering::Relaxed) {
-            tracing::info_span!(
-                target: TRACE_TARGET,
-                "request",
-                otel.name = format!("{method} {route}"),
-                otel.kind = "server",
-                otel.status_code = Empty,
-                http.request.method = method,
-                http.route = route,
-                http.response.status_code = Empty,
-            )
-        } else {
-            Span::none()
-        };
-        // Of the highest level, so that no filter takes the request id off a warning.
-        let log = tracing::error_span!("request", request_id, trace_id = Empty);
-        if !trace.is_none() {
-            trace.set_parent(TraceContextPropagator::new().extract(&Headers(req.headers()))).ok();
-            let id = trace.context().span().span_context().trace_id();
-            log.record("trace_id", tracing::field::display(id));
-        }
-        Self { trace, log }
-    }
+/// The trace that a request's span belongs to.
+pub fn trace_id(span: &Span) -> Option<TraceId> {
+    (!span.is_none()).then(|| span.context().span().span_context().trace_id())
+}
 
-    pub fn close(&self, status: StatusCode) {
-        self.trace.record("http.response.status_code", status.as_u16());
-        if status.is_server_error() {
-            self.trace.record("otel.status_code", "ERROR");
-        }
+/// Tells the span how its request ended.
+pub fn close(span: &Span, status: StatusCode) {
+    span.record("http.response.status_code", status.as_u16());
+    if status.is_server_error() {
+        span.record("otel.status_code", "ERROR");
     }
 }
 
