@@ -218,19 +218,21 @@ impl Kubernetes {
         for event in &events[events.len().saturating_sub(EVENTS_MAX)..] {
             text += &format!("    {event}\n");
         }
-        text += &self.unready()?.unwrap_or_default();
-        Ok(text)
+        Ok(text + &self.unready()?.into_values().collect::<String>())
     }
 
-    /// What is not ready, why, and its last words.
-    pub(crate) fn unready(&self) -> Result<Option<String>> {
-        let mut text = String::new();
-        for pod in self.pods("")?.iter().filter(|pod| !is_ready(pod) && !is_done(pod)) {
-            let name = pod.name_any();
-            text += &format!("  {name} is not ready: {}\n", state(pod));
-            text += &format!("{}\n", daemon::tail(&self.last_words(pod), LOG_LINES));
-        }
-        Ok((!text.is_empty()).then_some(text))
+    /// What is not ready, by its name: why, and its last words.
+    pub(crate) fn unready(&self) -> Result<BTreeMap<String, String>> {
+        let pods = self.pods("")?;
+        let unready = pods.iter().filter(|pod| !is_ready(pod) && !is_done(pod));
+        Ok(unready
+            .map(|pod| {
+                let words = daemon::tail(&self.last_words(pod), LOG_LINES);
+                let name = pod.name_any();
+                let told = format!("  {name} is not ready: {}\n{words}\n", state(pod));
+                (name, told)
+            })
+            .collect())
     }
 
     /// The end of the pod's log; of the container before, when this one has said nothing yet.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tests::history::http::Client;
 
 use super::load::ask;
@@ -83,9 +83,8 @@ pub(super) fn backup_and_restore(stage: &mut Stage, progress: &Progress) -> Resu
 pub(super) fn uninstall(stage: &mut Stage, progress: &Progress) -> Result<()> {
     let before = stage.secret()?;
     stage.follow_readme(progress, "Uninstall", 0)?;
-    let left = remaining(stage, progress)?;
-    let expected = ["persistentvolumeclaim/data-chat-chat-service-postgres-0", "secret/chat-chat-service"];
-    ensure!(left == expected.map(str::to_owned).into(), "what is left: {left:?}");
+    let kept = ["persistentvolumeclaim/data-chat-chat-service-postgres-0", "secret/chat-chat-service"];
+    leaves(stage, progress, &kept)?;
     stage.apply(progress, "install", stage.tag, &[], "5m")?;
     stage.await_all()?;
     ensure!(stage.secret()? == before, "the second installation changed the Secret");
@@ -94,9 +93,20 @@ pub(super) fn uninstall(stage: &mut Stage, progress: &Progress) -> Result<()> {
     progress.note("a second installation has all the messages");
     stage.follow_readme(progress, "Uninstall", 0)?;
     stage.follow_readme(progress, "Uninstall", 1)?;
-    let left = remaining(stage, progress)?;
-    ensure!(left.is_empty(), "the README's last commands leave {left:?}");
-    Ok(())
+    leaves(stage, progress, &[])
+}
+
+/// Pods that end take their time, and what belongs to others goes a moment after them.
+fn leaves(stage: &Stage, progress: &Progress, expected: &[&str]) -> Result<()> {
+    let mut left = BTreeSet::new();
+    for _ in 0..20 {
+        left = remaining(stage, progress)?;
+        if left.iter().eq(expected) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_secs(2));
+    }
+    bail!("what is left is {left:?} instead of {expected:?}")
 }
 
 /// All objects of the namespace but those that every namespace has, and events, which pass.
@@ -106,24 +116,11 @@ fn remaining(stage: &Stage, progress: &Progress) -> Result<BTreeSet<String>> {
          -e metrics.k8s.io | paste --serial --delimiters=,)\n\
          kubectl get \"$kinds\" --namespace {NAMESPACE} --ignore-not-found --output=name"
     );
-    // Pods that end, and what belongs to the release's objects, go a moment later.
-    let ask = || -> Result<BTreeSet<String>> {
-        let all = stage.shell(progress, &script)?;
-        let everywhere = ["configmap/kube-root-ca.crt", "serviceaccount/default"];
-        // Warnings are in between: some kinds are deprecated.
-        let names = all.lines().filter(|line| line.contains('/') && !line.contains(' '));
-        let lines = names.filter(|line| !everywhere.contains(line));
-        Ok(lines.map(str::to_owned).collect())
-    };
-    let mut left = ask()?;
-    for _ in 0..10 {
-        if left.len() <= 2 {
-            break;
-        }
-        std::thread::sleep(Duration::from_secs(2));
-        left = ask()?;
-    }
-    Ok(left)
+    let all = stage.shell(progress, &script)?;
+    let everywhere = ["configmap/kube-root-ca.crt", "serviceaccount/default"];
+    // Warnings are in between: some kinds are deprecated.
+    let names = all.lines().filter(|line| line.contains('/') && !line.contains(' '));
+    Ok(names.filter(|name| !everywhere.contains(name)).map(str::to_owned).collect())
 }
 
 /// Asked often enough to have met every replica.

@@ -1,5 +1,6 @@
 //! What the checks play on: a cluster, a namespace, a release, and people who talk.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -159,13 +160,11 @@ impl Stage {
         command.env("KUBECONFIG", &self.kubeconfig);
         let (end, ended) = mpsc::channel::<()>();
         let watch = move || {
-            let mut seen = String::new();
+            let mut seen = BTreeMap::new();
             while ended.recv_timeout(WATCH_EVERY) == Err(RecvTimeoutError::Timeout) {
-                if let Ok(Some(told)) = self.kubernetes.unready() {
-                    seen = told;
-                }
+                seen.extend(self.kubernetes.unready().unwrap_or_default());
             }
-            seen
+            seen.into_values().collect::<String>()
         };
         thread::scope(|scope| {
             let watcher = scope.spawn(watch);
@@ -282,7 +281,7 @@ impl Stage {
     }
 
     /// The release's Secret, of which nothing may change by itself.
-    pub(super) fn secret(&self) -> Result<std::collections::BTreeMap<String, Vec<u8>>> {
+    pub(super) fn secret(&self) -> Result<BTreeMap<String, Vec<u8>>> {
         self.kubernetes.secret(DEPLOYMENT)
     }
 
