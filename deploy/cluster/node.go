@@ -58,6 +58,7 @@ func runNode() {
 	var ports ports
 	flag.Var(&ports, "port", "")
 	flag.Parse()
+	log.SetFlags(log.LstdFlags | log.Lmicroseconds)
 	lock(filepath.Join(*dir, "lock"))
 	mountAll(*dir, *config)
 	command("ip", "link", "set", "lo", "up")

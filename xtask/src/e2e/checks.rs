@@ -178,7 +178,10 @@ pub(super) fn autoscaling(stage: &mut Stage, progress: &Progress) -> Result<()> 
     let ((), report) = stage.loaded(Duration::ZERO, |stage| {
         stage.kubernetes.replicas(DEPLOYMENT, Duration::from_secs(240), |ready| ready >= 3)
     })?;
-    progress.note(&report.verdict()?);
+    // Asked of a saturated machine is that nothing is lost; that no request fails is asked where there is room.
+    let (requests, failed) = (report.requests, report.failures.len());
+    ensure!(failed * 1000 <= requests, "{:#}", report.verdict().err().context("failures")?);
+    progress.note(&format!("{requests} requests at full load, {failed} without an answer"));
     stage.verify(progress)?;
     stage.upgrade(progress, stage.tag, &[])?;
     stage.await_all()

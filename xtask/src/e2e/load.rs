@@ -120,6 +120,7 @@ impl Pair {
     fn talk(&mut self, address: SocketAddr, pause: Duration, stop: &AtomicBool) -> Report {
         let mut report = Report::default();
         let mut kept = Client::new(address);
+        let begun = Instant::now();
         while !stop.load(Ordering::Relaxed) {
             let fresh = report.requests % FRESH_EVERY == FRESH_EVERY - 1;
             let mut other = Client::new(address);
@@ -130,7 +131,8 @@ impl Pair {
             report.requests += 1;
             if let Err(error) = outcome {
                 let connection = if fresh { "fresh" } else { "kept" };
-                report.failures.push(format!("{error:#} ({connection} connection)"));
+                let at = begun.elapsed().as_secs_f64();
+                report.failures.push(format!("{at:.1} s: {error:#} ({connection} connection)"));
                 // Many failures of one outage tell no more than a few.
                 thread::sleep(Duration::from_millis(100));
                 // Whether a message without an answer was stored is to be seen.
