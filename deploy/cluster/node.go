@@ -70,8 +70,11 @@ func runNode() {
 	set("/proc/sys/net/ipv4/ip_forward", "1")
 	makeCgroups()
 	for i, port := range ports {
-		listener, err := net.FileListener(os.NewFile(uintptr(3+i), port.host))
+		// The listener has a copy, which the node's other programs do not inherit.
+		file := os.NewFile(uintptr(3+i), port.host)
+		listener, err := net.FileListener(file)
 		must(err, "take the socket over")
+		file.Close()
 		go forward(listener, port.node)
 	}
 	makeCertificates()

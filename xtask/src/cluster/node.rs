@@ -1,6 +1,7 @@
 //! The node's one process: to start it, to find it, and to leave nothing of it.
 
 use std::fs::{self, File, OpenOptions};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -38,6 +39,12 @@ pub(super) fn find() -> Result<Option<i32>> {
 }
 
 pub(super) fn start(program: &Path) -> Result<()> {
+    // Before anything is touched: the cgroup below would be that of the other one.
+    if TcpListener::bind(API).is_err() {
+        bail!(
+            "{API} is taken: another clone's cluster runs on this machine; end it with its `cargo xtask cluster down`"
+        );
+    }
     let data = data()?;
     fs::create_dir_all(data.join("logs")).with_context(|| format!("create {}", data.display()))?;
     save_sysctls()?;
@@ -71,6 +78,10 @@ pub(super) fn down() -> Result<()> {
         if daemon::poll(Duration::from_secs(60), || Ok((!daemon::is_alive(pid)).then_some(())))?.is_none() {
             bail!("the node's process {pid} does not end");
         }
+    }
+    if !dir()?.exists() {
+        // Whatever runs is another clone's.
+        return Ok(());
     }
     remove_cgroups()?;
     restore_sysctls()?;
