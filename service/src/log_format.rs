@@ -95,10 +95,8 @@ struct JsonFields<'a, 'writer> {
 impl JsonFields<'_, '_> {
     fn add(&mut self, field: &Field, value: &impl Serialize) {
         let json = serde_json::to_string(value).map_err(|_| fmt::Error);
-        self.outcome = self
-            .outcome
-            .and_then(|()| json)
-            .and_then(|json| write!(self.writer, ",\"{}\":{json}", field.name()));
+        self.outcome =
+            self.outcome.and(json).and_then(|json| write!(self.writer, ",\"{}\":{json}", field.name()));
     }
 }
 
