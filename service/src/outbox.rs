@@ -30,9 +30,9 @@ use crate::recent::{Element, Recent};
 use crate::sabotage::{self, Sabotage};
 use crate::users::GONE;
 
-/// While one writer waits for its flush, or tells the windows, others work. More than this many only make the
-/// batches smaller, and a statement of few rows costs more for each.
-const WRITERS_MAX: u32 = 4;
+/// While one writer waits for its flush, or tells the windows, the other works. More only make the batches smaller,
+/// and a statement of few rows costs more for each: with four, a message took half as much again of Postgres's time.
+const WRITERS_MAX: u32 = 2;
 
 /// Messages in one statement. Past some 250 rows the statement's own time outweighs the flush that is saved.
 const BATCH_MAX: usize = 256;
@@ -40,10 +40,6 @@ const BATCH_MAX: usize = 256;
 /// Messages waiting for one writer: at least 4 full batches. With content of 4000 characters of 4 bytes that is
 /// 16 MB at the very most, and past it the client is told at once instead of being kept waiting.
 const QUEUE_MAX: usize = 1024;
-
-/// Batches of one writer that are committed and not yet answered. Redis takes less time than a statement, so
-/// this many gather only while a Redis that went silent is outwaited, and then they bound the memory.
-const ANSWERING_MAX: usize = 4;
 
 /// A statement that lost a deadlock, or a race for an idempotency key, is repeated this often.
 const ATTEMPTS_MAX: u32 = 3;
@@ -96,8 +92,6 @@ struct Writer {
     statement_timeout: Duration,
     recent: Arc<Recent>,
     metrics: Arc<Metrics>,
-    /// Committed batches whose windows are being told.
-    answering: JoinSet<()>,
 }
 
 /// What a statement did with one message.
@@ -139,7 +133,6 @@ impl Outbox {
                     statement_timeout: config.statement_timeout() + STATEMENT_MARGIN,
                     recent: Arc::clone(recent),
                     metrics: Arc::clone(metrics),
-                    answering: JoinSet::new(),
                 };
                 tasks.spawn(writer.run(stop.clone()));
                 sender
@@ -189,7 +182,7 @@ impl Writer {
                     }
                     count = self.queue.recv_many(&mut taken, BATCH_MAX) => {
                         if count == 0 {
-                            break;
+                            return;
                         }
                     }
                 }
@@ -200,11 +193,9 @@ impl Writer {
                 self.write(batch).await;
             }
         }
-        self.answered(0).await;
     }
 
-    /// Writes a batch. Everyone in it is answered once the windows know, and meanwhile the next batch is written:
-    /// a statement need not wait for Redis.
+    /// Writes a batch and answers everyone in it.
     async fn write(&mut self, batch: Vec<Entry>) {
         let (messages, replies): (Vec<_>, Vec<_>) =
             batch.into_iter().map(|entry| (entry.message, entry.reply)).unzip();
@@ -222,32 +213,17 @@ impl Writer {
                 Accepted { json: element.json, replayed }
             }));
         }
-        let recent = Arc::clone(&self.recent);
-        self.answering.spawn(async move {
-            if !shown.is_empty() {
-                recent.append(&runs(shown)).await;
-            }
-            for (reply, answer) in replies.into_iter().zip(answers) {
-                reply.send(answer).ok();
-            }
-        });
-        self.answered(ANSWERING_MAX - 1).await;
+        if !shown.is_empty() {
+            self.recent.append(&runs(shown)).await;
+        }
+        for (reply, answer) in replies.into_iter().zip(answers) {
+            reply.send(answer).ok();
+        }
         if sabotage::is_on(Sabotage::AckBeforeCommit)
             && let Some(connection) = &mut self.connection
         {
-            self.answering.join_next().await;
             tokio::time::sleep(Duration::from_millis(20)).await;
             sqlx::raw_sql("COMMIT").execute(&mut **connection).await.ok();
-        }
-    }
-
-    /// Waits until at most this many batches are still to be answered.
-    async fn answered(&mut self, left: usize) {
-        while self.answering.len() > left {
-            // Nobody would know of the messages of a task that panicked: the writer ends, and with it the process.
-            if let Some(Err(error)) = self.answering.join_next().await {
-                std::panic::resume_unwind(error.into_panic());
-            }
         }
     }
 
