@@ -2,11 +2,13 @@
 //!
 //! A hash costs 15 ms of a core. On a thread that the scheduler treats like any other, a storm of logins would
 //! make every other request wait for a slice of time; a lower priority does not mend that, because it shortens
-//! the hash's share and not the wait. Three things together do:
+//! the hash's share and not the wait. These together do:
 //!
 //! - The threads are of the scheduling class `SCHED_IDLE`, which gives way at once to whatever else wakes up.
 //! - While requests with a token are served, one core stays free of hashing. A core that hashes never runs out
 //!   of work, and the kernel moves waiting threads only to cores that do.
+//! - After a hash its thread rests, the longer the more such requests there were, so that few of them meet a hash at
+//!   all. Logins alone are not slowed down.
 //! - What has waited for too long, on a machine without an idle moment, is taken by one more thread of an
 //!   ordinary class.
 
@@ -39,6 +41,11 @@ const STARVED: Duration = Duration::from_secs(1);
 /// How long after a request with a token the next one is expected.
 const BUSY: Duration = Duration::from_millis(20);
 
+/// What each request with a token that was served during a hash adds to the pause after it, and how many times as
+/// long as the hash the pause may get.
+const PAUSE_PER_REQUEST: Duration = Duration::from_micros(500);
+const PAUSE_MAX: u32 = 4;
+
 /// Hashes passwords one per core at a time, behind a bounded queue.
 pub struct Passwords {
     queue: Arc<Queue>,
@@ -52,6 +59,8 @@ struct Queue {
     started: Instant,
     /// Milliseconds from `started` to the last request with a token, and [`BUSY`].
     busy_until: AtomicU64,
+    /// Requests with a token so far.
+    others: AtomicU64,
 }
 
 /// Which jobs a thread takes.
@@ -137,6 +146,7 @@ impl Queue {
             capacity,
             started: Instant::now(),
             busy_until: AtomicU64::new(0),
+            others: AtomicU64::new(0),
         }
     }
 
@@ -193,6 +203,7 @@ impl Queue {
     }
 
     fn make_way(&self) {
+        self.others.fetch_add(1, Ordering::Relaxed);
         self.busy_until.store(self.now() + BUSY.as_millis() as u64, Ordering::Relaxed);
     }
 
@@ -222,11 +233,21 @@ fn work(queue: &Queue, share: Share) {
     let params = Params::new(memory_kib, passes, lanes, None).unwrap_or_default();
     let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
     while let Some(job) = queue.next(share) {
+        let (began, others) = (Instant::now(), queue.others.load(Ordering::Relaxed));
         // A panic must cost one request, not the thread.
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&argon2))).is_err() {
             tracing::error!("hashing a password panicked");
         }
+        let others = queue.others.load(Ordering::Relaxed) - others;
+        std::thread::sleep(pause(began.elapsed(), others));
     }
+}
+
+/// How long a thread rests after a hash, so that most requests meet no hash at all: the more there were meanwhile,
+/// the longer.
+fn pause(hash: Duration, others: u64) -> Duration {
+    let others = u32::try_from(others).unwrap_or(u32::MAX);
+    PAUSE_PER_REQUEST.saturating_mul(others).min(hash * PAUSE_MAX)
 }
 
 /// Any process may do this to its own threads. Elsewhere than on Linux, or where a sandbox forbids it, hashing
@@ -278,6 +299,16 @@ mod tests {
         let asked = Instant::now();
         assert!(queue.next(Share::WhenQuiet).is_some());
         assert!(asked.elapsed() + Duration::from_millis(2) > BUSY, "taken before the requests had stopped");
+    }
+
+    #[test]
+    fn the_pause_grows_with_the_other_requests_up_to_a_bound() {
+        let hash = Duration::from_millis(10);
+        assert_eq!(pause(hash, 0), Duration::ZERO);
+        assert_eq!(pause(hash, 4), Duration::from_millis(2));
+        for many in [80, 1_000_000, u64::MAX] {
+            assert_eq!(pause(hash, many), Duration::from_millis(40));
+        }
     }
 
     #[test]
