@@ -9,8 +9,8 @@
 //!   of work, and the kernel moves waiting threads only to cores that do.
 //! - After a hash its thread rests, the longer the more such requests there were, so that few of them meet a hash at
 //!   all. Logins alone are not slowed down.
-//! - What has waited for too long, on a machine without an idle moment, is taken by one more thread of an
-//!   ordinary class.
+//! - What has waited for too long, on a machine that is busy with others, is taken by one more thread of an ordinary
+//!   class.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,10 +32,11 @@ const ARGON2_PARAMS: (u32, u32, u32) = (19_456, 2, 1);
 const NOBODY: &str =
     "$argon2id$v=19$m=19456,t=2,p=1$bm9ib2R5bm9ib2R5bm9ib2R5$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
 
-/// Waiting jobs per core. At 15 ms each the last one waits a second, after which a client has lost patience.
+/// Waiting jobs per core. At 15 ms each the last one waits a second, and a few when the threads rest in between;
+/// after that a client has lost patience.
 const QUEUE_PER_CORE: usize = 64;
 
-/// A job that has waited for longer than the whole queue should take has met a machine without an idle moment.
+/// A job that has waited for longer than the whole queue takes by itself has met a machine that is busy with others.
 const STARVED: Duration = Duration::from_secs(1);
 
 /// How long after a request with a token the next one is expected.
