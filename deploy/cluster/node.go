@@ -2,10 +2,8 @@ package main
 
 import (
 	"bufio"
-	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"log"
 	"net"
 	"os"
@@ -29,7 +27,7 @@ func startNode() {
 	dir := flag.String("data", "", "what the node keeps")
 	config := flag.String("config", "", "the folder with its configuration")
 	var ports ports
-	flag.Var(&ports, "port", "HOST=NODE: an address of the machine, and the address of the node behind it")
+	flag.Var(&ports, "port", "HOST=NODE: an address of the machine, and behind it an address of the node, or a NodePort")
 	flag.Parse()
 	// Opened out here: a socket stays in the network namespace that it was made in.
 	var files []*os.File
@@ -69,15 +67,15 @@ func runNode() {
 	command("ip", "route", "add", "default", "dev", "node")
 	set("/proc/sys/net/ipv4/ip_forward", "1")
 	makeCgroups()
+	makeCertificates()
 	for i, port := range ports {
 		// The listener has a copy, which the node's other programs do not inherit.
 		file := os.NewFile(uintptr(3+i), port.host)
 		listener, err := net.FileListener(file)
 		must(err, "take the socket over")
 		file.Close()
-		go forward(listener, port.node)
+		go forward(listener, dialer(port.node))
 	}
-	makeCertificates()
 	for _, line := range procfile() {
 		go keepRunning(line)
 	}
@@ -207,58 +205,6 @@ func keepRunning(p process) {
 		}
 		time.Sleep(time.Second)
 	}
-}
-
-// forward hands connections from the machine to the node.
-func forward(listener net.Listener, to string) {
-	for {
-		outside, err := listener.Accept()
-		if err != nil {
-			log.Printf("accept: %v", err)
-			time.Sleep(time.Second)
-			continue
-		}
-		go func() {
-			defer outside.Close()
-			inside, err := net.DialTimeout("tcp", to, 10*time.Second)
-			if err != nil {
-				log.Printf("forward: %v", err)
-				// A reset, not an orderly end: the client is to see that nobody was there.
-				outside.(*net.TCPConn).SetLinger(0) //nolint:errcheck // closed right after
-				return
-			}
-			defer inside.Close()
-			done := make(chan struct{})
-			go func() { pipe(outside, inside); close(done) }()
-			pipe(inside, outside)
-			<-done
-		}()
-	}
-}
-
-func pipe(to, from net.Conn) {
-	if _, err := io.Copy(to, from); err != nil && !errors.Is(err, net.ErrClosed) {
-		// As it came: a reset stays one.
-		to.(*net.TCPConn).SetLinger(0) //nolint:errcheck // closed right after
-		to.Close()
-		return
-	}
-	to.(*net.TCPConn).CloseWrite() //nolint:errcheck // the other side may be gone
-}
-
-type port struct{ host, node string }
-
-type ports []port
-
-func (p *ports) String() string { return fmt.Sprint(*p) }
-
-func (p *ports) Set(text string) error {
-	host, node, found := strings.Cut(text, "=")
-	if !found {
-		return errors.New("HOST:PORT=HOST:PORT is wanted")
-	}
-	*p = append(*p, port{host, node})
-	return nil
 }
 
 func set(path, value string) { must(os.WriteFile(path, []byte(value), 0o644), "write "+path) }

@@ -58,7 +58,7 @@ pub(super) fn start(program: &Path) -> Result<()> {
     command.arg("node").arg("-data").arg(&data);
     command.arg("-config").arg(workspace::root().join("deploy/cluster/config"));
     command.args(["-port", &format!("{API}=127.0.0.1:6443")]);
-    command.args(["-port", &format!("127.0.0.1:{NODE_PORT}=10.213.255.1:{NODE_PORT}")]);
+    command.args(["-port", &format!("127.0.0.1:{NODE_PORT}={NODE_PORT}")]);
     command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
     // It leaves the node behind in a session of its own, and ends.
     let status = daemon::spawn(command)?.wait()?;
