@@ -22,6 +22,7 @@ pub mod recent;
 pub mod redis;
 pub mod reply;
 pub mod request_id;
+pub mod round_trips;
 pub mod routes;
 pub mod sabotage;
 pub mod serve;

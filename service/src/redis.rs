@@ -2,13 +2,13 @@
 //!
 //! deadpool-redis knows how to reach a single Redis, a cluster or the master that sentinels name. Its pool
 //! pings at every checkout, which would cost a round trip per request; so one connection is taken from it for
-//! good and cloned, and the requests' commands pipeline by themselves. When a command fails the connection is
-//! given up, everybody falls back at once, and a task reconnects.
+//! good and cloned, and requests share its round trips. When a command fails the connection is given up, everybody
+//! falls back at once, and a task reconnects.
 
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use deadpool_redis::redis::aio::{ConnectionLike, MultiplexedConnection};
+use deadpool_redis::redis::aio::ConnectionLike;
 use deadpool_redis::redis::cluster_async::ClusterConnection;
 use deadpool_redis::redis::{
     Cmd, ErrorKind, FromRedisValue, IntoConnectionInfo as _, Pipeline, RedisError, RedisFuture, Script, Value,
@@ -19,6 +19,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::config::{Config, RedisMode};
+use crate::round_trips::RoundTrips;
 
 /// How long one round trip may take before Redis counts as away. Far above a healthy one (well under 1 ms),
 /// far below what a request may take.
@@ -59,7 +60,7 @@ pub struct Live {
 
 #[derive(Clone)]
 enum Connection {
-    One(MultiplexedConnection),
+    One(RoundTrips),
     Cluster(ClusterConnection),
 }
 
@@ -219,22 +220,28 @@ impl Source {
         }
         Ok(match self {
             Self::Single(pool) => {
-                Connection::One(deadpool_redis::Connection::take(pool.get().await.map_err(reason)?))
+                let connection = deadpool_redis::Connection::take(pool.get().await.map_err(reason)?);
+                Connection::One(RoundTrips::over(connection))
             }
             Self::Cluster(pool) => {
                 Connection::Cluster(cluster::Connection::take(pool.get().await.map_err(reason)?))
             }
             Self::Sentinel(pool) => {
-                Connection::One(sentinel::Connection::take(pool.get().await.map_err(reason)?))
+                let connection = sentinel::Connection::take(pool.get().await.map_err(reason)?);
+                Connection::One(RoundTrips::over(connection))
             }
         })
     }
 }
 
+/// No pipeline of ours is a transaction, for which `offset` and `count` would matter.
 impl ConnectionLike for Connection {
     fn req_packed_command<'a>(&'a mut self, cmd: &'a Cmd) -> RedisFuture<'a, Value> {
         match self {
-            Self::One(connection) => connection.req_packed_command(cmd),
+            Self::One(shared) => Box::pin(async move {
+                let mut values = shared.run(vec![cmd.clone()]).await?;
+                values.pop().unwrap_or(Value::Nil).extract_error()
+            }),
             Self::Cluster(connection) => connection.req_packed_command(cmd),
         }
     }
@@ -242,11 +249,11 @@ impl ConnectionLike for Connection {
     fn req_packed_commands<'a>(
         &'a mut self,
         pipeline: &'a Pipeline,
-        offset: usize,
-        count: usize,
+        _offset: usize,
+        _count: usize,
     ) -> RedisFuture<'a, Vec<Value>> {
         match self {
-            Self::One(connection) => connection.req_packed_commands(pipeline, offset, count),
+            Self::One(shared) => Box::pin(shared.run(pipeline.cmd_iter().cloned().collect())),
             // A cluster's keys live on several nodes, so each command goes its own way, all at once.
             Self::Cluster(connection) => Box::pin(each_on_its_node(connection.clone(), pipeline)),
         }
