@@ -66,6 +66,22 @@ const CHECKS: [(&str, Check); 21] = [
     ("uninstall", procedures::uninstall),
 ];
 
+/// The alerts that a check here sees fire and resolve: what only a cluster can show.
+pub(crate) const ALERTS: [(&str, &[&str]); 3] = [
+    (
+        "alerts",
+        &[
+            "ChatServiceCrashLooping",
+            "ChatServiceRolloutStuck",
+            "ChatServiceMigrationFailed",
+            "ChatServiceVolumeFilling critical",
+            "ChatServiceVolumeFilling warning",
+        ],
+    ),
+    ("alert: replicas unavailable", &["ChatServiceReplicasUnavailable"]),
+    ("autoscaling", &["ChatServiceHpaAtLimit"]),
+];
+
 /// Without these the others have nothing to look at.
 const ALWAYS: &str = "install";
 

@@ -4,6 +4,7 @@ mod bench;
 mod ci;
 mod cluster;
 mod dev;
+mod drill;
 mod e2e;
 mod go_tools;
 mod image;
@@ -55,6 +56,8 @@ enum Command {
     Kind(kind::Args),
     /// Install, upgrade, attack, roll back and remove the chart on a real cluster, under load
     E2e(e2e::Args),
+    /// Inject each alert's fault, and see it fire and resolve on a real Prometheus
+    Drill(drill::Args),
     /// What .ci/run runs
     Ci,
 }
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Command::Cluster(args) => cluster::run(&args),
         Command::Kind(args) => kind::run(&args),
         Command::E2e(args) => e2e::run(&args),
+        Command::Drill(args) => drill::run(&args),
         Command::Ci => ci::run(),
     };
     outcome.unwrap_or_else(|error| {
