@@ -9,7 +9,7 @@ use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch, install, pl
 
 use crate::steps::{Progress, Tally};
 use crate::workspace::{cargo, in_ci, offline_cargo};
-use crate::{prepare, signals, workspace};
+use crate::{migrate, prepare, signals, workspace};
 
 pub(crate) mod chart;
 
@@ -102,6 +102,9 @@ fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String])
         tally.failed += 1;
         return Ok(());
     };
+    if args.is_empty() {
+        migrate::check(tally, &servers.postgres, &servers.redis);
+    }
     let mut command = offline_cargo(&["test", "--workspace", "--no-fail-fast"]);
     command.args(args);
     command.env("TEST_DATABASE_URL", servers.postgres.url("postgres"));
