@@ -68,8 +68,9 @@ func dialer(to string) func() (net.Conn, error) {
 	return nodePort(int32(number))
 }
 
-// nodePort connects to the ready pods of the Service that has this NodePort, as an ingress controller does. Through the
-// packet filter of kube-proxy, one new connection in some ten thousands was refused while no pod had refused it.
+// nodePort connects to the ready pods of the Service that has this NodePort, as an ingress controller does, and not through
+// the rules of kube-proxy: by way of those, a few new connections broke while no pod came or went, and nothing told whether
+// a rule or a pod had refused them. It follows a pod's end sooner than the rules do, so it proves less of the pods' grace.
 func nodePort(number int32) func() (net.Conn, error) {
 	config, err := clientcmd.BuildConfigFromFlags("", data+"/pki/super-admin.conf")
 	must(err, "read the administrator's kubeconfig")

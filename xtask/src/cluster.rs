@@ -200,7 +200,7 @@ fn status() -> Result<()> {
     };
     println!("  {:<18}process {pid}, logs in {}", "node", workspace::shown(&node::dir()?.join("data/logs")));
     println!("  {:<18}https://{API}, KUBECONFIG={}", "API", kubeconfig()?.display());
-    println!("  {:<18}the node's {NODE_PORT} is 127.0.0.1:{NODE_PORT}", "NodePort");
+    println!("  {:<18}the Service with {NODE_PORT} is 127.0.0.1:{NODE_PORT}", "NodePort");
     println!(
         "  {:<18}accepted, not enforced: no such plugin can be built from Go modules alone",
         "NetworkPolicy"
