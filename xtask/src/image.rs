@@ -6,13 +6,14 @@ mod engine;
 mod sbom;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::tests::{Scratch, places};
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 
+use crate::dry_run::{self, DryRun};
 use crate::steps::{Progress, step};
 use crate::{signals, workspace};
 use engine::Engine;
@@ -48,6 +49,8 @@ pub(crate) struct Args {
     /// The program that makes the image, instead of the first that works
     #[arg(long, value_name = "PROGRAM")]
     with: Option<Engine>,
+    #[command(flatten)]
+    dry_run: DryRun,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +116,7 @@ pub(crate) struct Image {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
+    args.dry_run.apply();
     let options = Options {
         tag: args.tag.clone(),
         platform: args.platform,
@@ -122,7 +126,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let image = step("image", |progress| build(&options, progress))?;
     if args.sbom {
         let file = step("SBOM", |progress| sbom::write(&options, &image, progress))?;
-        println!("  {}", workspace::shown(&file));
+        if !dry_run::is_on() {
+            println!("  {}", workspace::shown(&file));
+        }
     }
     match args.load {
         Some(Load::Kind) => step("load into kind", |progress| crate::kind::load(progress, &image.archive))?,
@@ -133,6 +139,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     if let Some(repository) = &args.push {
         step("push", |progress| engine::push(&options, &image, repository, progress))?;
+    }
+    if dry_run::is_on() {
+        return Ok(ExitCode::SUCCESS);
     }
     println!("\n{}  {:.1} MiB  sha256:{}", image.name, image.bytes as f64 / MIB, image.id);
     println!("{}: `docker load -i` takes it, and so do podman and ctr", workspace::shown(&image.archive));
@@ -147,7 +156,7 @@ pub(crate) fn build(options: &Options, progress: &Progress) -> Result<Image> {
     let name = format!("docker.io/library/chat-service:{}", options.tag);
     let archive = dir.join(format!("chat-service-{}.tar", options.tag));
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-    if archive.exists() {
+    if archive.exists() && !dry_run::is_on() {
         // buildah adds to an archive instead of replacing it.
         fs::remove_file(&archive).with_context(|| format!("remove {}", archive.display()))?;
     }
@@ -158,14 +167,18 @@ pub(crate) fn build(options: &Options, progress: &Progress) -> Result<Image> {
     let replaced = cfg!(target_os = "linux");
     if replaced {
         let built = binary::build(options, &origin, progress)?;
-        fs::copy(&built, stage.join("chat-service")).with_context(|| format!("copy {}", built.display()))?;
-        fs::copy(authorities()?, stage.join("ca-certificates.crt"))?;
+        for (from, name) in [(built.as_path(), "chat-service"), (authorities()?, "ca-certificates.crt")] {
+            copy(from, &stage.join(name))?;
+        }
     } else {
         ensure!(options.profile == "release", "--profile {} needs Linux", options.profile);
     }
     progress.say(&format!("the image, with {}", engine.program()));
     let recipe = engine::Recipe { name: &name, options, origin: &origin, stage: replaced.then_some(&stage) };
     engine.make(&recipe, scratch.path(), &archive, progress)?;
+    if dry_run::is_on() {
+        return Ok(Image { name, archive, id: String::new(), bytes: 0 });
+    }
     let id = engine::image_id(&archive)?;
     let bytes = fs::metadata(&archive)?.len();
     let size = bytes as f64 / MIB;
@@ -178,8 +191,17 @@ pub(crate) fn build(options: &Options, progress: &Progress) -> Result<Image> {
     Ok(Image { name, archive, id, bytes })
 }
 
-fn authorities() -> Result<&'static str> {
-    let found = AUTHORITIES.into_iter().find(|file| fs::metadata(file).is_ok_and(|file| file.is_file()));
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if dry_run::is_on() {
+        println!("install -D {} {}", workspace::shown(from), workspace::shown(to));
+        return Ok(());
+    }
+    fs::copy(from, to).with_context(|| format!("copy {}", from.display()))?;
+    Ok(())
+}
+
+fn authorities() -> Result<&'static Path> {
+    let found = AUTHORITIES.into_iter().map(Path::new).find(|file| file.is_file());
     found.context("no file of certificate authorities: install ca-certificates")
 }
 

@@ -9,7 +9,7 @@ use tests::places;
 use tests::servers::{daemon, programs};
 
 use crate::steps::{Progress, step};
-use crate::{signals, workspace};
+use crate::{dry_run, signals, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -92,7 +92,7 @@ pub(crate) fn is_up() -> Result<bool> {
     if programs::in_path("kind").is_none() {
         return Ok(false);
     }
-    let clusters = daemon::run_ok(kind(&["get", "clusters"])?, Duration::from_secs(60))?;
+    let clusters = dry_run::ask(kind(&["get", "clusters"])?, Duration::from_secs(60), "")?;
     Ok(clusters.lines().any(|line| line == NAME))
 }
 

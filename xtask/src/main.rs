@@ -4,6 +4,7 @@ mod bench;
 mod ci;
 mod cluster;
 mod dev;
+mod dry_run;
 mod e2e;
 mod go_tools;
 mod image;

@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tests::servers::daemon;
 
-use crate::{signals, workspace};
+use crate::{dry_run, signals, workspace};
 
 /// No step takes nearly as long, even from an empty target directory on a small machine.
 const STEP_LIMIT: Duration = Duration::from_secs(3600);
@@ -82,8 +82,10 @@ pub(crate) struct Progress {
 
 impl Progress {
     fn start(name: &str) -> Self {
-        let bar = ProgressBar::new_spinner();
-        if bar.is_hidden() {
+        let bar = if dry_run::is_on() { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+        if dry_run::is_on() {
+            println!("# {name}");
+        } else if bar.is_hidden() {
             // No terminal: the name now, the outcome behind it later.
             print!("  {name:<NAME_WIDTH$}");
             let _ = std::io::stdout().flush();
@@ -104,6 +106,9 @@ impl Progress {
         );
         let hidden = self.bar.is_hidden();
         self.bar.finish_and_clear();
+        if dry_run::is_on() {
+            return;
+        }
         if hidden {
             println!("{outcome}");
         } else {
@@ -120,7 +125,9 @@ impl Progress {
 
     /// A line that stays.
     pub(crate) fn note(&self, line: &str) {
-        if self.bar.is_hidden() {
+        if dry_run::is_on() {
+            println!("# {line}");
+        } else if self.bar.is_hidden() {
             println!("{line}");
             print!("  {:<NAME_WIDTH$}", "");
             let _ = std::io::stdout().flush();
@@ -129,13 +136,18 @@ impl Progress {
         }
     }
 
-    /// Runs a command to its end and returns its output. The whole of it is kept in a file that a failure names.
+    /// Runs a command to its end and returns its output. The whole of it is kept in a file that a failure names. A dry
+    /// run prints the command, and returns nothing.
     pub(crate) fn run(&self, command: Command) -> Result<String> {
         self.run_counted(command, |_| ())
     }
 
     /// As [`Self::run`], and each line is shown to `see` as it comes, also those of a command that fails later.
     pub(crate) fn run_counted(&self, mut command: Command, see: impl FnMut(&str)) -> Result<String> {
+        if dry_run::is_on() {
+            println!("{}", dry_run::shell_line(&command));
+            return Ok(String::new());
+        }
         let log_path = workspace::log_file(&self.name)?;
         let (reader, writer) = std::io::pipe()?;
         command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);

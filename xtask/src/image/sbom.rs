@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::binary::{self, Origin};
 use super::{Image, Options};
 use crate::steps::Progress;
-use crate::workspace;
+use crate::{dry_run, workspace};
 
 /// A crate's name and version.
 type Package = (String, String);
@@ -26,10 +26,14 @@ pub(super) fn write(options: &Options, image: &Image, progress: &Progress) -> Re
     let mut tree = workspace::offline_cargo(&["tree", "--locked", "--package", "chat-service"]);
     tree.args(["--target", binary::target(options.platform), "--edges", "normal,no-proc-macro"]);
     tree.args(["--prefix", "depth", "--format", "|{p}|{l}"]);
-    let tree = Tree::parse(&progress.run(tree)?)?;
+    let tree = progress.run(tree)?;
+    let file = places::target_dir()?.join("image").join(format!("chat-service-{}.cdx.json", options.tag));
+    if dry_run::is_on() {
+        return Ok(file);
+    }
+    let tree = Tree::parse(&tree)?;
     let lock = fs::read_to_string(workspace::root().join("Cargo.lock")).context("read Cargo.lock")?;
     let document = document(&tree, &checksums(&lock), &origin, image);
-    let file = places::target_dir()?.join("image").join(format!("chat-service-{}.cdx.json", options.tag));
     fs::write(&file, serde_json::to_string_pretty(&document)? + "\n")?;
     progress.note(&format!("{} crates", tree.licences.len()));
     Ok(file)
