@@ -9,8 +9,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use ::tests::servers::daemon;
 use anyhow::Result;
-use tests::servers::daemon;
 
 use crate::workspace;
 
