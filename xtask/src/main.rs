@@ -3,6 +3,7 @@
 mod bench;
 mod ci;
 mod cluster;
+mod dashboards;
 mod dev;
 mod dry_run;
 mod e2e;
@@ -56,6 +57,8 @@ enum Command {
     Kind(kind::Args),
     /// Install, upgrade, attack, roll back and remove the chart on a real cluster, under load
     E2e(e2e::Args),
+    /// Write Grafana's dashboards, or ask a Prometheus whether every panel has data
+    Dashboards(dashboards::Args),
     /// What .ci/run runs
     Ci,
 }
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Command::Cluster(args) => cluster::run(&args),
         Command::Kind(args) => kind::run(&args),
         Command::E2e(args) => e2e::run(&args),
+        Command::Dashboards(args) => dashboards::run(&args),
         Command::Ci => ci::run(),
     };
     outcome.unwrap_or_else(|error| {
