@@ -49,6 +49,15 @@ pub(crate) struct Args {
     /// The program that makes the image, instead of the first that works
     #[arg(long, value_name = "PROGRAM")]
     with: Option<Engine>,
+    /// The image's whole name instead of chat-service:TAG, for example what Tilt expects
+    #[arg(long, value_name = "REF", conflicts_with_all = ["tag", "push"])]
+    name: Option<String>,
+    /// Take this binary instead of compiling one
+    #[arg(long, value_name = "FILE")]
+    binary: Option<PathBuf>,
+    /// Compile the binary, leave it there where it differs, and make no image
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["binary", "name", "push", "load", "sbom"])]
+    compile_to: Option<PathBuf>,
     #[command(flatten)]
     dry_run: DryRun,
 }
@@ -92,13 +101,28 @@ pub(crate) struct Options {
     pub(crate) platform: Platform,
     pub(crate) profile: String,
     pub(crate) engine: Option<Engine>,
+    /// The whole name, where it is not to be `chat-service:TAG`.
+    pub(crate) name: Option<String>,
+    /// A binary that is there already.
+    pub(crate) binary: Option<PathBuf>,
 }
 
 impl Options {
     /// This machine's release build under a tag.
     pub(crate) fn tagged(tag: &str) -> Self {
         let platform = if Platform::Arm64.is_here() { Platform::Arm64 } else { Platform::Amd64 };
-        Self { tag: tag.to_owned(), platform, profile: "release".to_owned(), engine: None }
+        let (tag, profile) = (tag.to_owned(), "release".to_owned());
+        Self { tag, platform, profile, engine: None, name: None, binary: None }
+    }
+
+    /// The name as every runtime keeps it, with its registry.
+    fn full_name(&self) -> String {
+        let Some(name) = &self.name else { return format!("docker.io/library/chat-service:{}", self.tag) };
+        match name.split_once('/') {
+            None => format!("docker.io/library/{name}"),
+            Some((first, _)) if first.contains(['.', ':']) || first == "localhost" => name.clone(),
+            Some(_) => format!("docker.io/{name}"),
+        }
     }
 }
 
@@ -122,7 +146,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         platform: args.platform,
         profile: args.profile.clone(),
         engine: args.with,
+        name: args.name.clone(),
+        binary: args.binary.clone(),
     };
+    if let Some(file) = &args.compile_to {
+        step("compile", |progress| compile(&options, file, progress))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let image = step("image", |progress| build(&options, progress))?;
     if args.sbom {
         let file = step("SBOM", |progress| sbom::write(&options, &image, progress))?;
@@ -153,8 +183,10 @@ pub(crate) fn build(options: &Options, progress: &Progress) -> Result<Image> {
     let engine = engine::find(options.engine, progress)?;
     let origin = binary::Origin::of_this_clone()?;
     let dir = places::target_dir()?.join("image");
-    let name = format!("docker.io/library/chat-service:{}", options.tag);
-    let archive = dir.join(format!("chat-service-{}.tar", options.tag));
+    let name = options.full_name();
+    // Tilt asks for another name each time, which must not fill the disk.
+    let kept_as = if options.name.is_some() { "named" } else { &options.tag };
+    let archive = dir.join(format!("chat-service-{kept_as}.tar"));
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     if archive.exists() && !dry_run::is_on() {
         // buildah adds to an archive instead of replacing it.
@@ -166,7 +198,10 @@ pub(crate) fn build(options: &Options, progress: &Progress) -> Result<Image> {
     // A binary for Linux is built where Linux is; elsewhere the Dockerfile's own stage does it.
     let replaced = cfg!(target_os = "linux");
     if replaced {
-        let built = binary::build(options, &origin, progress)?;
+        let built = match &options.binary {
+            Some(binary) => binary.clone(),
+            None => binary::build(options, &origin, progress)?,
+        };
         for (from, name) in [(built.as_path(), "chat-service"), (authorities()?, "ca-certificates.crt")] {
             copy(from, &stage.join(name))?;
         }
@@ -191,6 +226,28 @@ pub(crate) fn build(options: &Options, progress: &Progress) -> Result<Image> {
     Ok(Image { name, archive, id, bytes })
 }
 
+/// Leaves the binary in a file, which is only touched where it differs: whoever watches it has nothing to do then.
+fn compile(options: &Options, file: &Path, progress: &Progress) -> Result<()> {
+    ensure!(
+        cfg!(target_os = "linux"),
+        "a binary for Linux is compiled on Linux; `cargo xtask image` works here"
+    );
+    let built = binary::build(options, &binary::Origin::of_this_clone()?, progress)?;
+    if dry_run::is_on() {
+        return copy(&built, file);
+    }
+    let bytes = fs::read(&built).with_context(|| format!("read {}", built.display()))?;
+    if fs::read(file).is_ok_and(|before| before == bytes) {
+        progress.note("the same binary as before");
+        return Ok(());
+    }
+    let dir = file.parent().context("a file in a folder")?;
+    fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    let unfinished = file.with_extension("part");
+    fs::copy(&built, &unfinished).with_context(|| format!("write {}", unfinished.display()))?;
+    fs::rename(&unfinished, file).with_context(|| format!("write {}", file.display()))
+}
+
 fn copy(from: &Path, to: &Path) -> Result<()> {
     if dry_run::is_on() {
         println!("install -D {} {}", workspace::shown(from), workspace::shown(to));
@@ -208,6 +265,16 @@ fn authorities() -> Result<&'static Path> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_those_that_runtimes_keep() {
+        let full = |name: &str| Options { name: Some(name.to_owned()), ..Options::tagged("1") }.full_name();
+        assert_eq!(full("chat-service:tilt-1"), "docker.io/library/chat-service:tilt-1");
+        assert_eq!(full("team/chat-service:1"), "docker.io/team/chat-service:1");
+        assert_eq!(full("localhost:5001/chat-service:tilt-1"), "localhost:5001/chat-service:tilt-1");
+        assert_eq!(full("registry.example.com/chat:1"), "registry.example.com/chat:1");
+        assert_eq!(Options::tagged("1").full_name(), "docker.io/library/chat-service:1");
+    }
 
     #[test]
     fn the_dockerfile_builds_with_the_toolchain_of_the_clone() {
