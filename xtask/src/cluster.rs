@@ -17,6 +17,7 @@ use tests::{install, places};
 
 use crate::go_tools::GoTool;
 use crate::steps::{Progress, step};
+use crate::test::chart::HELM;
 use crate::{signals, workspace};
 
 pub(crate) use images::{load, stand_ins, tag};
@@ -39,6 +40,8 @@ enum ClusterCommand {
 
 /// Where the API is. The port is not the usual one, which belongs to a real cluster.
 const API: &str = "127.0.0.1:16443";
+/// The context in the kubeconfig, by which the Tiltfile knows the node.
+pub(crate) const CONTEXT: &str = "cluster-chat";
 /// The one port of the node that is also a port of the machine, in kind's configuration too.
 pub(crate) const NODE_PORT: u16 = 30080;
 
@@ -70,8 +73,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     match args.command {
         ClusterCommand::Up => {
             let kubeconfig = up()?;
+            step("stand-in images", stand_ins)?;
+            step("build helm", |progress| HELM.build(progress))?;
             println!("\n  export KUBECONFIG={}", kubeconfig.display());
             println!("  export PATH={}:$PATH    # kubectl, helm", tools()?.display());
+            println!("  tilt up");
             println!(
                 "  NodePort {NODE_PORT} answers on 127.0.0.1; network policies are accepted, but not enforced"
             );
@@ -103,6 +109,13 @@ pub(crate) fn down() -> Result<()> {
 
 pub(crate) fn is_up() -> Result<bool> {
     Ok(node::find()?.is_some())
+}
+
+/// kubectl, built where it is not.
+pub(crate) fn kubectl_program(progress: &Progress) -> Result<PathBuf> {
+    let program = NODE.build(progress)?;
+    link_kubectl(&program)?;
+    kubectl()
 }
 
 /// The built kubectl, under its own name.

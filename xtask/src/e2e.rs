@@ -3,10 +3,11 @@
 
 mod checks;
 mod faults;
-mod load;
+pub(crate) mod load;
 mod procedures;
 mod readme;
 mod stage;
+mod tilt;
 
 use std::process::ExitCode;
 
@@ -42,7 +43,7 @@ pub(crate) enum Provider {
 type Check = fn(&mut Stage, &Progress) -> Result<()>;
 
 /// In this order: each leaves the release as it found it, ready and with all of its messages.
-const CHECKS: [(&str, Check); 21] = [
+const CHECKS: [(&str, Check); 22] = [
     ("every values file", checks::values_files),
     ("install", checks::install),
     ("helm test", checks::helm_test),
@@ -63,6 +64,7 @@ const CHECKS: [(&str, Check); 21] = [
     ("bad value", faults::bad_value),
     ("autoscaling", checks::autoscaling),
     ("backup and restore", procedures::backup_and_restore),
+    ("tilt loop", tilt::tilt_loop),
     ("uninstall", procedures::uninstall),
 ];
 

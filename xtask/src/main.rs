@@ -11,11 +11,13 @@ mod go_tools;
 mod image;
 mod kind;
 mod kubernetes;
+mod load;
 mod prepare;
 mod signals;
 mod soak;
 mod steps;
 mod test;
+mod tiltfile;
 mod workspace;
 
 use std::process::ExitCode;
@@ -55,6 +57,8 @@ enum Command {
     Cluster(cluster::Args),
     /// The same through kind, where Docker is
     Kind(kind::Args),
+    /// Let people talk to a service that runs already; none of their requests may fail
+    Load(load::Args),
     /// Install, upgrade, attack, roll back and remove the chart on a real cluster, under load
     E2e(e2e::Args),
     /// Write Grafana's dashboards, or ask a Prometheus whether every panel has data
@@ -73,6 +77,7 @@ fn main() -> ExitCode {
         Command::Image(args) => image::run(&args),
         Command::Cluster(args) => cluster::run(&args),
         Command::Kind(args) => kind::run(&args),
+        Command::Load(args) => load::run(&args),
         Command::E2e(args) => e2e::run(&args),
         Command::Dashboards(args) => dashboards::run(&args),
         Command::Ci => ci::run(),

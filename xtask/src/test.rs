@@ -12,12 +12,17 @@ use crate::workspace::{cargo, in_ci, offline_cargo};
 use crate::{prepare, signals, workspace};
 
 pub(crate) mod chart;
+mod dev;
+mod tiltfile;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Only what concerns the Helm chart
     #[arg(long, conflicts_with = "cargo_test")]
     chart: bool,
+    /// Only what concerns the developer's loop: the Tiltfile, kind, the workflows
+    #[arg(long, conflicts_with_all = ["cargo_test", "chart"])]
+    dev: bool,
     /// Arguments for `cargo test`; with any, only the tests run, without the other checks
     #[arg(last = true)]
     cargo_test: Vec<String>,
@@ -36,6 +41,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let mut tally = Tally::default();
     if args.chart {
         chart::check(&mut tally);
+    } else if args.dev {
+        tiltfile::check(&mut tally);
+        dev::check(&mut tally);
     } else if args.cargo_test.is_empty() {
         all(&mut tally)?;
     } else {
@@ -60,6 +68,8 @@ pub(crate) fn all(tally: &mut Tally) -> Result<()> {
     });
     check_dependencies(tally);
     chart::check(tally);
+    tiltfile::check(tally);
+    dev::check(tally);
     build_and_test(tally, servers.as_ref(), &[])
 }
 

@@ -18,6 +18,8 @@ use crate::workspace;
 /// What the kubelet sets for the whole machine, namespaces or not.
 const SYSCTLS: [&str; 4] =
     ["vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops"];
+/// Every cluster of kubeadm's calls it so, and a Tiltfile that allows it would allow all of them.
+const KUBEADMS_CONTEXT: &str = "kubernetes-super-admin@kubernetes";
 const CGROUP: &str = "chat-service-cluster";
 
 /// All that the node keeps.
@@ -155,8 +157,8 @@ pub(super) fn write_kubeconfig(api: &str) -> Result<bool> {
     let made = data()?.join("pki/kubelet.conf").exists();
     let Ok(inside) = fs::read_to_string(data()?.join("pki/super-admin.conf")) else { return Ok(false) };
     let path = super::kubeconfig()?;
-    fs::write(&path, inside.replace("10.213.255.1:6443", api))
-        .with_context(|| format!("write {}", path.display()))?;
+    let outside = inside.replace("10.213.255.1:6443", api).replace(KUBEADMS_CONTEXT, super::CONTEXT);
+    fs::write(&path, outside).with_context(|| format!("write {}", path.display()))?;
     Ok(made)
 }
 

@@ -15,11 +15,11 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// Of so many requests, one comes over a connection of its own.
 const FRESH_EVERY: usize = 4;
 const FAILURES_SHOWN: usize = 8;
-pub(super) const PASSWORD: &str = "correct horse battery";
+pub(crate) const PASSWORD: &str = "correct horse battery";
 
 /// Two users and their conversation.
 #[derive(Debug)]
-pub(super) struct Pair {
+pub(crate) struct Pair {
     names: [String; 2],
     ids: [String; 2],
     tokens: [String; 2],
@@ -29,15 +29,15 @@ pub(super) struct Pair {
 
 /// What a load came to.
 #[derive(Debug, Default)]
-pub(super) struct Report {
-    pub(super) requests: usize,
-    pub(super) failures: Vec<String>,
+pub(crate) struct Report {
+    pub(crate) requests: usize,
+    pub(crate) failures: Vec<String>,
     slowest: Duration,
 }
 
 impl Report {
     /// A line of it, or what failed.
-    pub(super) fn verdict(&self) -> Result<String> {
+    pub(crate) fn verdict(&self) -> Result<String> {
         let Self { requests, failures, slowest } = self;
         if !failures.is_empty() {
             let shown = failures.iter().take(FAILURES_SHOWN).map(|line| format!("\n    {line}"));
@@ -50,7 +50,7 @@ impl Report {
 
 impl Pair {
     /// Registers both and logs them in.
-    pub(super) fn new(address: SocketAddr, name: &str) -> Result<Self> {
+    pub(crate) fn new(address: SocketAddr, name: &str) -> Result<Self> {
         let mut client = Client::new(address);
         let mut pair = Self {
             names: ["a", "b"].map(|side| format!("{name}-{side}")),
@@ -69,7 +69,7 @@ impl Pair {
         Ok(pair)
     }
 
-    pub(super) fn log_in(&mut self, address: SocketAddr) -> Result<()> {
+    pub(crate) fn log_in(&mut self, address: SocketAddr) -> Result<()> {
         let mut client = Client::new(address);
         for (name, token) in self.names.iter().zip(&mut self.tokens) {
             let body = json!({"username": name, "password": PASSWORD}).to_string();
@@ -78,13 +78,13 @@ impl Pair {
         Ok(())
     }
 
-    pub(super) fn token(&self) -> &str {
+    pub(crate) fn token(&self) -> &str {
         &self.tokens[0]
     }
 
     /// Reads the whole conversation, upwards from its beginning: every acknowledged message, once, in order. Then it may
     /// hold one more, if `open`: sent, and never answered.
-    pub(super) fn verify(&mut self, address: SocketAddr) -> Result<usize> {
+    pub(crate) fn verify(&mut self, address: SocketAddr) -> Result<usize> {
         let mut client = Client::new(address);
         let mut seen = 0;
         loop {
@@ -168,7 +168,7 @@ impl Pair {
 }
 
 /// Lets all pairs talk while `work` is done.
-pub(super) fn during<T>(
+pub(crate) fn during<T>(
     pairs: &mut [Pair],
     address: SocketAddr,
     pause: Duration,
@@ -200,7 +200,7 @@ pub(super) fn during<T>(
 }
 
 /// One request; its status has to be the expected one.
-pub(super) fn expect(
+pub(crate) fn expect(
     client: &mut Client,
     status: u16,
     method: &str,
@@ -214,7 +214,7 @@ pub(super) fn expect(
     serde_json::from_str(&said).with_context(|| format!("{method} {path} answers JSON"))
 }
 
-pub(super) fn ask(
+pub(crate) fn ask(
     client: &mut Client,
     method: &str,
     path: &str,

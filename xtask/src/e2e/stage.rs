@@ -41,7 +41,8 @@ pub(super) struct Stage {
     pub(super) pairs: Vec<Pair>,
     /// The image that is installed now.
     pub(super) tag: &'static str,
-    helm: PathBuf,
+    pub(super) provider: Provider,
+    pub(super) helm: PathBuf,
     kubeconfig: PathBuf,
 }
 
@@ -68,7 +69,10 @@ impl Stage {
     /// Brings up what is missing, and empties the namespace.
     pub(super) fn set(provider: Provider, same_image: bool) -> Result<Self> {
         let (kubeconfig, helm) = match provider {
-            Provider::Kind => (kind::up()?, PathBuf::from("helm")),
+            Provider::Kind => (
+                kind::up(kind::Extras { metrics_server: true, ..kind::Extras::default() })?,
+                PathBuf::from("helm"),
+            ),
             Provider::Cluster => (cluster::up()?, step("build helm", |progress| HELM.build(progress))?),
         };
         step("image", |progress| put_image(progress, provider, same_image))?;
@@ -80,6 +84,7 @@ impl Stage {
             address: SocketAddr::from(([127, 0, 0, 1], cluster::NODE_PORT)),
             pairs: Vec::new(),
             tag: IMAGES[0],
+            provider,
             helm,
             kubeconfig,
         };

@@ -157,10 +157,7 @@ struct Tools {
 }
 
 pub(super) fn check(tally: &mut Tally) {
-    if let Err(error) = go_tools::go()
-        && !in_ci()
-    {
-        println!("  {:24}skipped: {error:#}", "chart");
+    if !can_check("chart") {
         return;
     }
     let Some(tools) = tally.check("chart: tools", "", build) else { return };
@@ -186,6 +183,17 @@ pub(super) fn check(tally: &mut Tally) {
             lint.args(["lint", "--config", "deploy/lint/kube-linter.yaml"]).args(&files);
             progress.run(at_top(&mut lint))
         });
+    }
+}
+
+/// Whether Go is there; says so if not. In CI a check fails instead of being left out.
+pub(super) fn can_check(what: &str) -> bool {
+    match go_tools::go() {
+        Err(error) if !in_ci() => {
+            println!("  {what:24}skipped: {error:#}");
+            false
+        }
+        _ => true,
     }
 }
 
@@ -487,19 +495,7 @@ impl Tools {
 
     /// Against the schemas that the API server itself goes by.
     fn conform(&self, progress: &Progress, files: &[PathBuf]) -> Result<()> {
-        let schemas = self.out.join("schemas");
-        let _ = fs::remove_dir_all(&schemas);
-        let mut make = Command::new(&self.schemas);
-        make.arg(&schemas);
-        for (module, paths) in SCHEMA_SOURCES {
-            let folder = module_folder(progress, module)?;
-            make.args(paths.iter().map(|path| folder.join(path)));
-        }
-        progress.run(at_top(&mut make))?;
-        let location = format!(
-            "{}/{{{{.Group}}}}/{{{{.ResourceAPIVersion}}}}/{{{{.ResourceKind}}}}.json",
-            schemas.display()
-        );
+        let location = schemas(progress, &self.schemas, &self.out)?;
         let conform = |files: &[PathBuf]| {
             let mut conform = Command::new(&self.kubeconform);
             conform.args(["-strict", "-summary", "-schema-location", &location]).args(files);
@@ -516,6 +512,29 @@ impl Tools {
         }
         Ok(())
     }
+}
+
+/// The API server's schemas in files, as kubeconform finds them.
+fn schemas(progress: &Progress, program: &Path, out: &Path) -> Result<String> {
+    let schemas = out.join("schemas");
+    let _ = fs::remove_dir_all(&schemas);
+    let mut make = Command::new(program);
+    make.arg(&schemas);
+    for (module, paths) in SCHEMA_SOURCES {
+        let folder = module_folder(progress, module)?;
+        make.args(paths.iter().map(|path| folder.join(path)));
+    }
+    progress.run(at_top(&mut make))?;
+    Ok(format!("{}/{{{{.Group}}}}/{{{{.ResourceAPIVersion}}}}/{{{{.ResourceKind}}}}.json", schemas.display()))
+}
+
+/// Objects that are not the chart's, against the same schemas.
+pub(super) fn conform_to_kubernetes(progress: &Progress, file: &Path) -> Result<()> {
+    let out = places::target_dir()?.join("chart");
+    let location = schemas(progress, &SCHEMAS.build(progress)?, &out)?;
+    let mut conform = Command::new(KUBECONFORM.build(progress)?);
+    conform.args(["-strict", "-summary", "-schema-location", &location]).arg(file);
+    progress.run(at_top(&mut conform)).map(drop)
 }
 
 /// `chat/chat-chat-service-test[Pod] => chat/chat-chat-service[Deployment] : TCP 8000` as `test => server : TCP 8000`.

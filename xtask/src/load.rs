@@ -1,0 +1,60 @@
+//! `cargo xtask load`: people talk to a service that runs already, and none of their requests may fail.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::e2e::load::{self, Pair};
+use crate::signals;
+use crate::steps::step;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Where its public port is, on this machine or near it
+    #[arg(long, default_value = "127.0.0.1:8000", value_name = "HOST:PORT")]
+    address: String,
+    /// For how long
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=600))]
+    seconds: u64,
+    /// How many conversations at a time
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=50))]
+    conversations: u16,
+    /// How long each rests between two requests, in milliseconds
+    #[arg(long, default_value_t = 10, value_name = "MS")]
+    pause: u64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    signals::listen()?;
+    let address: SocketAddr = args
+        .address
+        .to_socket_addrs()
+        .with_context(|| format!("{} is no address: HOST:PORT", args.address))?
+        .next()
+        .with_context(|| format!("{} is nowhere", args.address))?;
+    let mut pairs = step("people", |_| {
+        let name = |number| format!("load-{:08x}-{number}", tests::history::random_seed() as u32);
+        (0..args.conversations).map(|number| Pair::new(address, &name(number))).collect::<Result<Vec<_>>>()
+    })
+    .with_context(|| {
+        format!("nobody can register at {address}: does the service run, without rate limits?")
+    })?;
+    let end = Instant::now() + Duration::from_secs(args.seconds);
+    let pause = Duration::from_millis(args.pause);
+    let ((), report) = step("talk", |progress| {
+        load::during(&mut pairs, address, pause, || {
+            while Instant::now() < end && !signals::asked_to_end() {
+                progress.say("Ctrl-C ends it early");
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            Ok(())
+        })
+    })?;
+    let messages =
+        step("read it all", |_| pairs.iter_mut().map(|pair| pair.verify(address)).sum::<Result<usize>>())?;
+    ensure!(messages > 0, "no message was stored");
+    println!("\n{}; {messages} messages, gapless and as acknowledged", report.verdict()?);
+    Ok(ExitCode::SUCCESS)
+}
