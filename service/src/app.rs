@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::auth::Tokens;
 use crate::config::Config;
+use crate::db::Database;
 use crate::health::Health;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
@@ -25,7 +25,7 @@ pub struct App {
     /// For migrations, which need a connection without the pool's limits.
     pub connect_options: PgConnectOptions,
     /// Postgres, the only source of truth.
-    pub pool: PgPool,
+    pub database: Database,
     /// Redis, for what may be lost.
     pub redis: Arc<Redis>,
     /// The way of every message into Postgres.
@@ -54,12 +54,13 @@ impl App {
     /// Builds the application and starts its tasks. Neither Postgres nor Redis needs to be there.
     pub fn start(config: Config, stop: &watch::Receiver<bool>) -> anyhow::Result<(Arc<Self>, Tasks)> {
         let connect_options = db::connect_options(&config).map_err(anyhow::Error::msg)?;
-        let pool = db::pool(&config, connect_options.clone());
         let metrics = Metrics::new()?;
-        let redis = Redis::new(&config, Recent::scripts())?;
-        let recent = Recent::new(&config, Arc::clone(&redis), pool.clone());
+        let pool = db::pool(&config, connect_options.clone());
+        let database = Database::new(pool, Arc::clone(&metrics));
+        let redis = Redis::new(&config, Recent::scripts(), Arc::clone(&metrics))?;
+        let recent = Recent::new(&config, Arc::clone(&redis), database.clone());
         let health = Health::new();
-        let (outbox, writers) = Outbox::start(&config, &pool, &recent, &metrics, stop);
+        let (outbox, writers) = Outbox::start(&config, &database, &recent, &metrics, stop);
 
         let mut supervisors = JoinSet::new();
         supervisors.spawn(Arc::clone(&redis).supervise());
@@ -70,7 +71,7 @@ impl App {
             tokens: Tokens::new(&config),
             passwords: Passwords::start(Arc::clone(&metrics))?,
             connect_options,
-            pool,
+            database,
             redis,
             outbox,
             recent,
@@ -83,7 +84,7 @@ impl App {
 
     /// Starts the tasks that make sense once Postgres was migrated, or found away.
     pub fn watch_postgres(&self, tasks: &mut Tasks) {
-        tasks.supervisors.spawn(Arc::clone(&self.health).supervise(self.pool.clone()));
-        tasks.supervisors.spawn(sweep::expired_idempotency_keys(self.pool.clone()));
+        tasks.supervisors.spawn(Arc::clone(&self.health).supervise(self.database.clone()));
+        tasks.supervisors.spawn(sweep::expired_idempotency_keys(self.database.clone()));
     }
 }

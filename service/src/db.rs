@@ -1,15 +1,19 @@
 //! Postgres: how to reach it, the pool, the migrations and the schema's version.
 
 use std::str::FromStr as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use secrecy::ExposeSecret as _;
 use sqlx::migrate::{Migrate as _, MigrateError, Migrator};
+use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection as _, PgConnection, PgPool};
+use sqlx::{Connection as _, PgConnection, PgPool, Postgres};
 use tokio::time::Instant;
 
+use crate::call::Call;
 use crate::config::Config;
+use crate::metrics::Metrics;
 
 /// The migrations that this binary was built with.
 static MIGRATIONS: Migrator = sqlx::migrate!("./migrations");
@@ -27,6 +31,16 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Between two attempts to reach a Postgres that is waited for.
 const WAIT_RETRY: Duration = Duration::from_secs(1);
+
+/// The pool's name in the metrics.
+pub const POOL_NAME: &str = "chat";
+
+/// The pool, and what is told of its use.
+#[derive(Clone, Debug)]
+pub struct Database {
+    pool: PgPool,
+    metrics: Arc<Metrics>,
+}
 
 /// How the schema stands against what this binary needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +97,35 @@ pub fn pool(config: &Config, options: PgConnectOptions) -> PgPool {
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .idle_timeout(Duration::from_secs(600))
         .connect_lazy_with(options.options([("statement_timeout", timeout)]))
+}
+
+impl Database {
+    pub fn new(pool: PgPool, metrics: Arc<Metrics>) -> Self {
+        Self { pool, metrics }
+    }
+
+    pub fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    /// A connection, waited for no longer than [`ACQUIRE_TIMEOUT`].
+    pub async fn acquire(&self) -> Result<PoolConnection<Postgres>, sqlx::Error> {
+        self.pool.acquire().await.inspect_err(|error| {
+            if matches!(error, sqlx::Error::PoolTimedOut) {
+                self.metrics.pool_timed_out();
+            }
+        })
+    }
+
+    /// Does the work of a call, timed.
+    pub async fn run<T>(
+        &self,
+        call: Call,
+        work: impl Future<Output = Result<T, sqlx::Error>>,
+    ) -> Result<T, sqlx::Error> {
+        let _timer = self.metrics.call_started(call);
+        work.await
+    }
 }
 
 /// The version of the newest migration that this binary knows.
@@ -143,9 +186,11 @@ pub async fn connect(options: &PgConnectOptions) -> Result<PgConnection, sqlx::E
 }
 
 /// Asks Postgres for the schema's version; this is what readiness stands on.
-pub async fn schema(pool: &PgPool) -> Result<Schema, sqlx::Error> {
+pub async fn schema(database: &Database) -> Result<Schema, sqlx::Error> {
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success");
     let version: Result<Option<i64>, _> =
-        sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success").fetch_one(pool).await;
+        database.run(Call::CheckSchema, query.fetch_one(&mut *connection)).await;
     let version = match version {
         Ok(version) => version.unwrap_or(0),
         Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01") => 0, // undefined_table

@@ -3,10 +3,12 @@
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::Config;
-use crate::db::{self, Schema};
+use crate::db::{self, Database, Schema};
+use crate::metrics::Metrics;
 use crate::redis::Redis;
 
 const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(3);
@@ -30,6 +32,7 @@ pub async fn doctor(config: &Config) -> anyhow::Result<ExitCode> {
             Ok("SECRET_KEY is long enough".into())
         },
     );
+    let metrics = Metrics::new()?;
     let options = db::connect_options(config).map_err(anyhow::Error::msg)?;
     let place = format!("{}:{}", options.get_host(), options.get_port());
     match db::connect(&options).await {
@@ -39,10 +42,11 @@ pub async fn doctor(config: &Config) -> anyhow::Result<ExitCode> {
         }
         Ok(_) => {
             report("postgres", Ok(format!("{place} answers")));
-            report("schema", schema(config, options).await);
+            let database = Database::new(db::pool(config, options), Arc::clone(&metrics));
+            report("schema", schema(&database).await);
         }
     }
-    let redis = Redis::new(config, Vec::new())?;
+    let redis = Redis::new(config, Vec::new(), metrics)?;
     report(
         "redis",
         redis.check().await.map(|()| "answers and takes writes".to_owned()).map_err(|error| {
@@ -52,9 +56,9 @@ pub async fn doctor(config: &Config) -> anyhow::Result<ExitCode> {
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-async fn schema(config: &Config, options: sqlx::postgres::PgConnectOptions) -> Result<String, String> {
+async fn schema(database: &Database) -> Result<String, String> {
     let known = db::known_version();
-    match db::schema(&db::pool(config, options)).await {
+    match db::schema(database).await {
         Ok(Schema::Current { version }) if version > known => Err(format!(
             "version {version}, newer than this binary, which knows {known}: run the newer release"
         )),

@@ -7,19 +7,16 @@ use std::time::Instant;
 
 use futures_util::FutureExt as _;
 use salvo::http::header::{CONNECTION, HeaderValue};
-use salvo::http::{Method, ResBody, StatusCode, Version};
+use salvo::http::{ResBody, StatusCode, Version};
 use salvo::{Depot, FlowCtrl, Handler, Request, Response, async_trait};
 use tracing::{Instrument as _, Span};
 
 use crate::app::App;
 use crate::error::{Error, render_bare_status};
 use crate::log_format::{RequestIds, SERVING};
-use crate::metrics::InFlight;
+use crate::metrics::{Endpoint, InFlight};
 use crate::request_id::{RequestId, X_REQUEST_ID};
 use crate::telemetry;
-
-/// The label of every path that is none of ours, so that nobody can make up labels.
-const UNMATCHED: &str = "unmatched";
 
 /// Stands before everything else, on 404 and 405 too.
 #[derive(Debug)]
@@ -87,8 +84,7 @@ impl Handler for Edge {
 /// Logs and counts the request when it ends, also when the client went away and the handler was dropped.
 struct Record<'a> {
     app: &'a App,
-    method: &'static str,
-    route: String,
+    endpoint: &'a Endpoint,
     started: Instant,
     ids: RequestIds,
     span: Span,
@@ -98,12 +94,11 @@ struct Record<'a> {
 
 impl<'a> Record<'a> {
     fn open(app: &'a App, req: &Request, id: &RequestId) -> Self {
-        let method = method_label(req.method());
-        let route = route_label(req.matched_path());
-        let span = telemetry::request_span(req, method, &route);
+        let endpoint = app.metrics.endpoint(req.method(), req.matched_path());
+        let span = telemetry::request_span(req, endpoint.method, endpoint.route);
         let ids = RequestIds { request: id.clone(), trace: telemetry::trace_id(&span) };
         let _in_flight = app.metrics.request_started();
-        Self { app, method, route, started: Instant::now(), ids, span, status: None, _in_flight }
+        Self { app, endpoint, started: Instant::now(), ids, span, status: None, _in_flight }
     }
 }
 
@@ -113,11 +108,11 @@ impl Drop for Record<'_> {
         // nginx's number for a client that did not wait for the answer.
         let status = self.status.or_else(|| StatusCode::from_u16(499).ok()).unwrap_or_default();
         telemetry::close(&self.span, status);
-        self.app.metrics.request_finished(self.method, &self.route, status, duration);
+        self.app.metrics.request_finished(self.endpoint, status, duration);
         SERVING.sync_scope(self.ids.clone(), || {
             tracing::info!(
-                method = self.method,
-                route = self.route,
+                method = self.endpoint.method,
+                route = self.endpoint.route,
                 status = status.as_u16(),
                 duration_ms = duration.as_micros() as f64 / 1000.0,
                 "request"
@@ -128,23 +123,4 @@ impl Drop for Record<'_> {
 
 fn has_body(res: &Response) -> bool {
     !matches!(res.body, ResBody::None | ResBody::Error(_))
-}
-
-/// A method of the standard, or one label for everything that a client may invent.
-fn method_label(method: &Method) -> &'static str {
-    match method.as_str() {
-        "GET" => "GET",
-        "POST" => "POST",
-        "PUT" => "PUT",
-        "DELETE" => "DELETE",
-        "HEAD" => "HEAD",
-        "OPTIONS" => "OPTIONS",
-        "PATCH" => "PATCH",
-        _ => "_OTHER",
-    }
-}
-
-/// The route's template.
-fn route_label(matched: &str) -> String {
-    if matched.is_empty() { UNMATCHED.to_owned() } else { format!("/{matched}") }
 }

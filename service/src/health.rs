@@ -10,10 +10,9 @@ use salvo::http::StatusCode;
 use salvo::http::header::{HeaderValue, RETRY_AFTER};
 use salvo_oapi::{ToSchema, endpoint};
 use serde::Serialize;
-use sqlx::PgPool;
 use tokio::sync::watch;
 
-use crate::db::{self, Schema};
+use crate::db::{self, Database, Schema};
 use crate::error::Error;
 use crate::input::app;
 use crate::reply::Reply;
@@ -92,6 +91,11 @@ impl Health {
         }
     }
 
+    /// What `/healthz` answers: Redis is not needed for it.
+    pub fn is_ready(&self) -> bool {
+        matches!(*self.postgres.borrow(), Postgres::Answers(Schema::Current { .. })) && !self.is_draining()
+    }
+
     /// From now on not ready: the process is about to end.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
@@ -102,8 +106,8 @@ impl Health {
     }
 
     /// Asks Postgres once and remembers the answer.
-    pub async fn ask(&self, pool: &PgPool) {
-        let answer = tokio::time::timeout(TIMEOUT, db::schema(pool)).await;
+    pub async fn ask(&self, database: &Database) {
+        let answer = tokio::time::timeout(TIMEOUT, db::schema(database)).await;
         let (postgres, fault) = match answer {
             Ok(Ok(schema)) => (Postgres::Answers(schema), None),
             Ok(Err(error)) => (Postgres::Away, Some(error.to_string())),
@@ -133,9 +137,9 @@ impl Health {
     }
 
     /// Asks again and again, until the process ends.
-    pub async fn supervise(self: Arc<Self>, pool: PgPool) {
+    pub async fn supervise(self: Arc<Self>, database: Database) {
         loop {
-            self.ask(&pool).await;
+            self.ask(&database).await;
             tokio::time::sleep(INTERVAL).await;
         }
     }
@@ -153,8 +157,7 @@ impl Health {
             redis: if redis_answers { "ok" } else { "away" },
             process: if draining { "draining" } else { "serving" },
         };
-        let ready = matches!(postgres, Postgres::Answers(Schema::Current { .. })) && !draining;
-        match (ready, redis_answers) {
+        match (self.is_ready(), redis_answers) {
             (true, true) => (StatusCode::OK, Readiness { status: "ok", checks }),
             (true, false) => (StatusCode::OK, Readiness { status: "degraded", checks }),
             (false, _) => (StatusCode::SERVICE_UNAVAILABLE, Readiness { status: "unavailable", checks }),

@@ -2,6 +2,7 @@
 
 pub mod app;
 pub mod auth;
+pub mod call;
 pub mod config;
 pub mod create_secret;
 pub mod db;
@@ -16,6 +17,7 @@ pub mod log_writer;
 pub mod messages;
 pub mod metrics;
 pub mod openapi;
+
 pub mod outbox;
 pub mod passwords;
 pub mod recent;

@@ -16,6 +16,7 @@ use salvo::{Depot, Request};
 use salvo_oapi::{Components, EndpointArgRegister, Operation};
 
 use crate::auth::Caller;
+use crate::call::Call;
 use crate::config::Config;
 use crate::error::{self, Error};
 use crate::input::app;
@@ -145,13 +146,13 @@ impl Limits {
         let key = format!("chat:limit:{}:{window}:{shard}", limit.name());
         let mut pipeline = redis::Pipeline::with_capacity(1);
         pipeline.cmd("HINCRBY").arg(&key).arg(subject).arg(1);
-        let (used,): (u32,) = self.redis.run(&live, &pipeline).await.ok()?;
+        let (used,): (u32,) = self.redis.run(&live, Call::CountAttempt, &pipeline).await.ok()?;
         if used == 1 {
             // Whoever counts a subject for the first time sees to it that the counters go away. Should this
             // process die just here, the next subject's first attempt does it.
             let mut pipeline = redis::Pipeline::with_capacity(1);
             pipeline.cmd("PEXPIRE").arg(&key).arg(KEY_TTL.as_millis() as u64).ignore();
-            self.redis.run::<()>(&live, &pipeline).await.ok()?;
+            self.redis.run::<()>(&live, Call::CountAttempt, &pipeline).await.ok()?;
         }
         Some(used)
     }

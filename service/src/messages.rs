@@ -8,12 +8,13 @@ use salvo::http::header::{HeaderName, HeaderValue, LINK, WARNING};
 use salvo::{Depot, Request, Writer};
 use salvo_oapi::{BasicType, Components, EndpointArgRegister, Object, Operation, ToSchema, endpoint};
 use serde::{Deserialize, Serialize};
-use sqlx::PgPool;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::app::App;
 use crate::auth::Caller;
+use crate::call::Call;
+use crate::db::Database;
 use crate::error::{self, Error, Problem, is_unavailable};
 use crate::input::{Body, Faults, Text, app, document_query, query_number, query_text};
 use crate::limits::SendPermit;
@@ -339,7 +340,7 @@ async fn read(app: &App, caller: Caller, page: &Page) -> Result<Answer, Error> {
     if app.health.postgres_is_away() {
         return stale(page, miss.unchecked);
     }
-    let loaded = match load(&app.pool, caller.id, &wanted, miss.known).await {
+    let loaded = match load(&app.database, caller.id, &wanted, miss.known).await {
         Ok(loaded) => loaded,
         Err(error) if is_unavailable(&error) => return stale(page, miss.unchecked),
         Err(error) => return Err(error.into()),
@@ -397,7 +398,12 @@ struct Loaded {
 /// One statement, one snapshot: whether both users exist, whether windows are suspended, the conversation's
 /// last seq, and the page, which is one range of the primary key whatever the offset. The messages are left
 /// out where the last seq is `known`.
-async fn load(pool: &PgPool, caller: Uuid, page: &Page, known: Option<i64>) -> Result<Loaded, sqlx::Error> {
+async fn load(
+    database: &Database,
+    caller: Uuid,
+    page: &Page,
+    known: Option<i64>,
+) -> Result<Loaded, sqlx::Error> {
     let pair = Pair::new(caller, page.peer);
     // The range's top is at most `top` and what `offset` leaves of the last seq; its floor is given by `after`, or
     // lies `limit` below the top. No seq is near the largest number, so halving an offset keeps it beyond all.
@@ -406,7 +412,8 @@ async fn load(pool: &PgPool, caller: Uuid, page: &Page, known: Option<i64>) -> R
         Position::Before(seq) => (Some(seq - 1), 0, None),
         Position::After(seq) => (Some(seq.saturating_add(page.limit)), 0, Some(seq)),
     };
-    let rows = sqlx::query!(
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query!(
         r#"SELECT EXISTS (SELECT FROM users WHERE id = $1) AS "caller_exists!",
                   EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
                   EXISTS (SELECT FROM window_suspension WHERE suspended_until > clock_timestamp()) AS "suspended!",
@@ -434,9 +441,10 @@ async fn load(pool: &PgPool, caller: Uuid, page: &Page, known: Option<i64>) -> R
         floor,
         page.limit,
         known,
-    )
-    .fetch_all(pool)
-    .await?;
+    );
+    let rows = database.run(Call::ReadMessages, query.fetch_all(&mut *connection)).await?;
+    // Settling the window, which follows, needs none.
+    drop(connection);
     let mut loaded = Loaded {
         caller_exists: false,
         peer_exists: false,

@@ -15,14 +15,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
-use sqlx::{Connection as _, PgPool, Postgres};
+use sqlx::{Connection as _, Postgres};
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::call::Call;
 use crate::config::Config;
+use crate::db::Database;
 use crate::error::{Error, is_unavailable};
 use crate::messages::{Message, Pair};
 use crate::metrics::{Metrics, SendOutcome};
@@ -85,7 +87,7 @@ struct Writer {
     queue: mpsc::Receiver<Entry>,
     /// Taken but not yet written, oldest first.
     pending: VecDeque<Entry>,
-    pool: PgPool,
+    database: Database,
     /// Kept between batches: the pool's own check would cost each batch a round trip.
     connection: Option<PoolConnection<Postgres>>,
     last_used: Instant,
@@ -113,7 +115,7 @@ impl Outbox {
     /// has failed, and the process should too.
     pub fn start(
         config: &Config,
-        pool: &PgPool,
+        database: &Database,
         recent: &Arc<Recent>,
         metrics: &Arc<Metrics>,
         stop: &watch::Receiver<bool>,
@@ -127,7 +129,7 @@ impl Outbox {
                 let writer = Writer {
                     queue,
                     pending: VecDeque::new(),
-                    pool: pool.clone(),
+                    database: database.clone(),
                     connection: None,
                     last_used: Instant::now(),
                     statement_timeout: config.statement_timeout() + STATEMENT_MARGIN,
@@ -160,6 +162,11 @@ impl Outbox {
             Err(_) => SendOutcome::Rejected,
         });
         answer
+    }
+
+    /// Messages that may wait for a writer.
+    pub fn capacity(&self) -> usize {
+        self.queues.iter().map(mpsc::Sender::max_capacity).sum()
     }
 
     /// Messages waiting for a writer.
@@ -269,8 +276,9 @@ impl Writer {
     async fn execute(&mut self, messages: &[Outgoing]) -> Result<Vec<Row>, sqlx::Error> {
         let timeout = self.statement_timeout;
         let work = async {
+            let database = self.database.clone();
             let connection = self.ready_connection().await?;
-            insert(connection, messages).await
+            database.run(Call::StoreMessages, insert(connection, messages)).await
         };
         let outcome = tokio::time::timeout(timeout, work).await.unwrap_or(Err(sqlx::Error::PoolTimedOut));
         self.last_used = Instant::now();
@@ -291,7 +299,7 @@ impl Writer {
             connection.close_on_drop();
         }
         if self.connection.is_none() {
-            let mut connection = self.pool.acquire().await?;
+            let mut connection = self.database.acquire().await?;
             // A batch joins a few keys to large tables. Whatever the statistics say of tables that were empty
             // a minute ago, the primary keys are the way, and planning anew for each batch finds nothing else.
             sqlx::raw_sql(

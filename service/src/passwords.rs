@@ -50,6 +50,7 @@ const PAUSE_MAX: u32 = 4;
 /// Hashes passwords one per core at a time, behind a bounded queue.
 pub struct Passwords {
     queue: Arc<Queue>,
+    threads: usize,
     metrics: Arc<Metrics>,
 }
 
@@ -93,7 +94,12 @@ impl Passwords {
             queue.spawn_worker(&format!("argon2-{number}"), share)?;
         }
         queue.spawn_worker("argon2-starved", Share::Starved)?;
-        Ok(Self { queue, metrics })
+        Ok(Self { queue, threads: cores + 1, metrics })
+    }
+
+    /// Passwords that are hashed, or wait, at the very most.
+    pub fn capacity(&self) -> usize {
+        self.queue.capacity + self.threads
     }
 
     /// Told of every request that comes with a token.

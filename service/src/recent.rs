@@ -66,12 +66,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_redis::redis::{Pipeline, Script};
-use sqlx::PgPool;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::call::Call;
 use crate::config::Config;
+use crate::db::Database;
 use crate::messages::Pair;
 use crate::redis::{Away, Live, Redis};
 use crate::sabotage::{self, Sabotage};
@@ -208,7 +209,7 @@ impl Miss {
 
 pub struct Recent {
     redis: Arc<Redis>,
-    pool: PgPool,
+    database: Database,
     window: usize,
     ttl_ms: u64,
     append: Script,
@@ -224,10 +225,10 @@ struct Suspension {
 }
 
 impl Recent {
-    pub fn new(config: &Config, redis: Arc<Redis>, pool: PgPool) -> Arc<Self> {
+    pub fn new(config: &Config, redis: Arc<Redis>, database: Database) -> Arc<Self> {
         Arc::new(Self {
             redis,
-            pool,
+            database,
             window: config.cache_window as usize,
             ttl_ms: u64::from(config.cache_ttl_seconds) * 1000,
             append: Script::new(APPEND),
@@ -258,7 +259,9 @@ impl Recent {
         let mut pipeline = Pipeline::with_capacity(2);
         pipeline.cmd("GET").arg(&lease);
         pipeline.cmd("LRANGE").arg(&list).arg(0).arg(wanted.saturating_sub(1));
-        let Ok((lease, found)) = self.redis.run::<(Option<i64>, Vec<Vec<u8>>)>(&live, &pipeline).await else {
+        let Ok((lease, found)) =
+            self.redis.run::<(Option<i64>, Vec<Vec<u8>>)>(&live, Call::LookUpWindow, &pipeline).await
+        else {
             return Lookup::Miss(Miss::default());
         };
         let mut elements: Vec<Element> = found.into_iter().filter_map(Element::parse).collect();
@@ -300,7 +303,7 @@ impl Recent {
         for element in elements {
             pipeline.arg(element.render());
         }
-        if self.redis.run::<()>(&live, pipeline.ignore()).await.is_err() {
+        if self.redis.run::<()>(&live, Call::SettleWindow, pipeline.ignore()).await.is_err() {
             self.outwait_leases(read_at).await;
         }
     }
@@ -329,7 +332,7 @@ impl Recent {
             }
             pipeline.ignore();
         }
-        let outcome: Result<(), Away> = self.redis.run(&live, &pipeline).await;
+        let outcome: Result<(), Away> = self.redis.run(&live, Call::AppendWindow, &pipeline).await;
         if outcome.is_err() {
             self.outwait_leases(committed_at).await;
         }
@@ -354,7 +357,7 @@ impl Recent {
         let token = Uuid::new_v4().simple().to_string();
         let mut pipeline = Pipeline::with_capacity(1);
         pipeline.cmd("SET").arg(key).arg(&token).arg("NX").arg("PX").arg(LEASE.as_millis() as u64);
-        let (taken,): (Option<String>,) = self.redis.run(live, &pipeline).await.ok()?;
+        let (taken,): (Option<String>,) = self.redis.run(live, Call::ClaimWindow, &pipeline).await.ok()?;
         taken.map(|_| token)
     }
 
@@ -378,15 +381,19 @@ impl Recent {
     /// Writes the suspension into Postgres; returns when to do so again.
     async fn suspend(&self) -> Duration {
         let asked = Instant::now();
-        let written = sqlx::query!(
+        let query = sqlx::query!(
             "INSERT INTO window_suspension AS held (suspended_until)
              VALUES (clock_timestamp() + make_interval(secs => $1))
              ON CONFLICT (only_row) DO UPDATE
              SET suspended_until = greatest(held.suspended_until, excluded.suspended_until)",
             SUSPENSION.as_secs_f64(),
-        )
-        .execute(&self.pool)
-        .await;
+        );
+        let written = match self.database.acquire().await {
+            Ok(mut connection) => {
+                self.database.run(Call::SuspendWindows, query.execute(&mut *connection)).await
+            }
+            Err(error) => Err(error),
+        };
         if let Err(error) = written {
             tracing::debug!(%error, "the windows could not be suspended");
             return Duration::from_millis(500);

@@ -18,7 +18,9 @@ use secrecy::ExposeSecret as _;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
+use crate::call::Call;
 use crate::config::{Config, RedisMode};
+use crate::metrics::Metrics;
 
 /// How long one round trip may take before Redis counts as away. Far above a healthy one (well under 1 ms),
 /// far below what a request may take.
@@ -46,6 +48,7 @@ pub struct Redis {
     away: watch::Sender<bool>,
     /// Loaded at each connect, so that a call can name them by digest.
     scripts: Vec<Script>,
+    metrics: Arc<Metrics>,
 }
 
 /// A working connection. Cloning is cheap, and the clones share one socket.
@@ -77,7 +80,7 @@ enum Source {
 }
 
 impl Redis {
-    pub fn new(config: &Config, scripts: Vec<Script>) -> anyhow::Result<Arc<Self>> {
+    pub fn new(config: &Config, scripts: Vec<Script>, metrics: Arc<Metrics>) -> anyhow::Result<Arc<Self>> {
         let source = Source::new(config)?;
         Ok(Arc::new(Self {
             source,
@@ -85,6 +88,7 @@ impl Redis {
             lost: Notify::new(),
             away: watch::Sender::new(true),
             scripts,
+            metrics,
         }))
     }
 
@@ -100,7 +104,13 @@ impl Redis {
 
     /// Runs the commands in one round trip. Any failure means that Redis is away: a time-out, a broken
     /// connection, but also an answer such as OOM, READONLY or LOADING, after which nothing can be relied on.
-    pub async fn run<T: FromRedisValue>(&self, live: &Live, pipeline: &Pipeline) -> Result<T, Away> {
+    pub async fn run<T: FromRedisValue>(
+        &self,
+        live: &Live,
+        call: Call,
+        pipeline: &Pipeline,
+    ) -> Result<T, Away> {
+        let _timer = self.metrics.call_started(call);
         let mut connection = live.connection.clone();
         pipeline.query_async(&mut connection).await.map_err(|error| {
             self.give_up(live, &error);

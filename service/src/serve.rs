@@ -178,7 +178,7 @@ impl Running {
             tracing::warn!("the grace is over: ending with requests in flight");
         }
         self.tasks.supervisors.shutdown().await;
-        tokio::time::timeout(Duration::from_secs(1), self.app.pool.close()).await.ok();
+        tokio::time::timeout(Duration::from_secs(1), self.app.database.pool().close()).await.ok();
     }
 
     /// Returns when something has failed that this process cannot mend.
@@ -220,7 +220,7 @@ async fn first_answers(app: &Arc<App>) -> anyhow::Result<JoinSet<MigrationError>
     }
     let postgres = async {
         first_outcome.await.ok();
-        app.health.ask(&app.pool).await;
+        app.health.ask(&app.database).await;
     };
     let redis = async {
         while app.redis.live().is_none() && !*app.redis.watch_away().borrow() {

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use sqlx::PgPool;
+use crate::call::Call;
+use crate::db::Database;
 
 const INTERVAL: Duration = Duration::from_secs(60);
 
@@ -10,9 +11,9 @@ const INTERVAL: Duration = Duration::from_secs(60);
 const STEP_ROWS: i64 = 1000;
 
 /// Runs until the process ends. Replicas do not disturb one another: each skips the rows that another holds.
-pub async fn expired_idempotency_keys(pool: PgPool) {
+pub async fn expired_idempotency_keys(database: Database) {
     loop {
-        match remove_step(&pool).await {
+        match remove_step(&database).await {
             // There may be more: go on after a short breath.
             Ok(removed) if removed >= STEP_ROWS as u64 => {
                 tokio::time::sleep(Duration::from_millis(100)).await
@@ -27,8 +28,9 @@ pub async fn expired_idempotency_keys(pool: PgPool) {
     }
 }
 
-async fn remove_step(pool: &PgPool) -> Result<u64, sqlx::Error> {
-    let removed = sqlx::query!(
+async fn remove_step(database: &Database) -> Result<u64, sqlx::Error> {
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query!(
         "DELETE FROM idempotency_keys WHERE (sender_id, key) IN (
              SELECT sender_id, key FROM idempotency_keys
              WHERE created_at < now() - interval '24 hours'
@@ -36,8 +38,7 @@ async fn remove_step(pool: &PgPool) -> Result<u64, sqlx::Error> {
              FOR UPDATE SKIP LOCKED
          )",
         STEP_ROWS,
-    )
-    .execute(pool)
-    .await?;
+    );
+    let removed = database.run(Call::DeleteExpiredKeys, query.execute(&mut *connection)).await?;
     Ok(removed.rows_affected())
 }

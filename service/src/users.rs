@@ -6,11 +6,12 @@ use salvo::http::StatusCode;
 use salvo::{Depot, Request, Writer};
 use salvo_oapi::{ToSchema, endpoint};
 use serde::{Deserialize, Serialize};
-use sqlx::PgPool;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::auth::Caller;
+use crate::call::Call;
+use crate::db::Database;
 use crate::error::{Error, Problem};
 use crate::input::{Body, Faults, Text, app};
 use crate::limits::{LoginPermit, RegisterPermit};
@@ -104,12 +105,12 @@ pub async fn register(
     let password = faults.take("password", password, valid_password);
     faults.check()?;
     // Before the costly hash; the constraints decide in the end.
-    if let Some(taken) = find_taken(&app.pool, &username, &email).await? {
+    if let Some(taken) = find_taken(&app.database, &username, &email).await? {
         app.metrics.auth_attempt(AuthKind::Register, false);
         return Err(taken);
     }
     let password_hash = app.passwords.hash(password).await?;
-    let user = insert_user(&app.pool, username, email, &password_hash).await;
+    let user = insert_user(&app.database, username, email, &password_hash).await;
     app.metrics.auth_attempt(AuthKind::Register, user.is_ok());
     Reply::json(StatusCode::CREATED, &user?)
 }
@@ -131,7 +132,7 @@ pub async fn login(_permit: LoginPermit, body: Body<Login>, depot: &mut Depot) -
     let username = faults.take("username", username, Ok);
     let password = faults.take("password", password, Ok);
     faults.check()?;
-    let known = find_credentials(&app.pool, &username).await?;
+    let known = find_credentials(&app.database, &username).await?;
     let (id, hash) = known.map(|known| (known.id, known.password_hash)).unzip();
     let matches = app.passwords.verify(password, hash).await?;
     app.metrics.auth_attempt(AuthKind::Login, matches);
@@ -149,7 +150,7 @@ pub async fn login(_permit: LoginPermit, body: Body<Login>, depot: &mut Depot) -
     responses((status_code = 200, description = "The user", body = User))
 )]
 pub async fn me(caller: Caller, depot: &mut Depot) -> Result<Reply, Error> {
-    let user = find_user(&app(depot)?.pool, caller.id).await?;
+    let user = find_user(&app(depot)?.database, caller.id).await?;
     Reply::json(StatusCode::OK, &user.ok_or(GONE)?)
 }
 
@@ -167,7 +168,7 @@ pub async fn me(caller: Caller, depot: &mut Depot) -> Result<Reply, Error> {
 )]
 pub async fn find(caller: Caller, req: &mut Request, depot: &mut Depot) -> Result<Reply, Error> {
     let username = req.param::<String>("username").unwrap_or_default();
-    let (caller_exists, user) = find_by_username(&app(depot)?.pool, caller.id, &username).await?;
+    let (caller_exists, user) = find_by_username(&app(depot)?.database, caller.id, &username).await?;
     if !caller_exists {
         return Err(GONE);
     }
@@ -213,15 +214,15 @@ struct Credentials {
     password_hash: String,
 }
 
-async fn find_taken(pool: &PgPool, username: &str, email: &str) -> Result<Option<Error>, Error> {
-    let taken = sqlx::query!(
+async fn find_taken(database: &Database, username: &str, email: &str) -> Result<Option<Error>, Error> {
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query!(
         r#"SELECT EXISTS (SELECT FROM users WHERE username_key = $1) AS "username!",
                   EXISTS (SELECT FROM users WHERE email_key = $2) AS "email!""#,
         username.to_lowercase(),
         email.to_lowercase(),
-    )
-    .fetch_one(pool)
-    .await?;
+    );
+    let taken = database.run(Call::CheckTaken, query.fetch_one(&mut *connection)).await?;
     Ok(match (taken.username, taken.email) {
         (true, _) => Some(USERNAME_TAKEN),
         (_, true) => Some(EMAIL_TAKEN),
@@ -233,13 +234,14 @@ const USERNAME_TAKEN: Error = Error::Conflict("the username is taken: choose ano
 const EMAIL_TAKEN: Error = Error::Conflict("the email is taken: log in, or use another");
 
 async fn insert_user(
-    pool: &PgPool,
+    database: &Database,
     username: String,
     email: String,
     password_hash: &str,
 ) -> Result<User, Error> {
     let id = Uuid::now_v7();
-    let inserted = sqlx::query_scalar!(
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query_scalar!(
         "INSERT INTO users (id, username, username_key, email, email_key, password_hash)
          VALUES ($1, $2, $3, $4, $5, $6) RETURNING created_at",
         id,
@@ -248,10 +250,8 @@ async fn insert_user(
         email,
         email.to_lowercase(),
         password_hash,
-    )
-    .fetch_one(pool)
-    .await;
-    match inserted {
+    );
+    match database.run(Call::InsertUser, query.fetch_one(&mut *connection)).await {
         Ok(created_at) => Ok(User { id, username, email, created_at }),
         Err(sqlx::Error::Database(error)) if error.constraint() == Some("users_username_taken") => {
             Err(USERNAME_TAKEN)
@@ -263,40 +263,40 @@ async fn insert_user(
     }
 }
 
-async fn find_credentials(pool: &PgPool, username: &str) -> Result<Option<Credentials>, sqlx::Error> {
+async fn find_credentials(database: &Database, username: &str) -> Result<Option<Credentials>, sqlx::Error> {
     // Postgres refuses NUL in a text; no username has one.
     if username.contains('\0') {
         return Ok(None);
     }
-    sqlx::query_as!(
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query_as!(
         Credentials,
         "SELECT id, password_hash FROM users WHERE username_key = $1",
         username.to_lowercase()
-    )
-    .fetch_optional(pool)
-    .await
+    );
+    database.run(Call::FindCredentials, query.fetch_optional(&mut *connection)).await
 }
 
-async fn find_user(pool: &PgPool, id: Uuid) -> Result<Option<User>, sqlx::Error> {
-    sqlx::query_as!(User, "SELECT id, username, email, created_at FROM users WHERE id = $1", id)
-        .fetch_optional(pool)
-        .await
+async fn find_user(database: &Database, id: Uuid) -> Result<Option<User>, sqlx::Error> {
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query_as!(User, "SELECT id, username, email, created_at FROM users WHERE id = $1", id);
+    database.run(Call::FindUser, query.fetch_optional(&mut *connection)).await
 }
 
 /// Whether the caller still exists, and the user of that name.
 async fn find_by_username(
-    pool: &PgPool,
+    database: &Database,
     caller: Uuid,
     username: &str,
 ) -> Result<(bool, Option<PublicUser>), sqlx::Error> {
-    let found = sqlx::query!(
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query!(
         r#"SELECT EXISTS (SELECT FROM users WHERE id = $1) AS "caller!", u.id AS "id?", u.username AS "username?"
            FROM (VALUES (1)) AS one LEFT JOIN users u ON u.username_key = $2"#,
         caller,
         username.to_lowercase().replace('\0', "?"),
-    )
-    .fetch_one(pool)
-    .await?;
+    );
+    let found = database.run(Call::FindUser, query.fetch_one(&mut *connection)).await?;
     let user = found.id.zip(found.username).map(|(id, username)| PublicUser { id, username });
     Ok((found.caller, user))
 }

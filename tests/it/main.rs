@@ -11,6 +11,7 @@ mod idempotency;
 mod limits;
 mod login;
 mod messages;
+mod metrics;
 mod migrations;
 mod process;
 mod properties;

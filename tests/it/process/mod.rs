@@ -5,6 +5,7 @@ mod configuration;
 mod faults;
 mod jobs;
 mod lifecycle;
+mod metrics;
 mod postgres_away;
 mod readme;
 mod redis_away;
