@@ -12,6 +12,7 @@ use crate::workspace::{cargo, in_ci, offline_cargo};
 use crate::{prepare, signals, workspace};
 
 pub(crate) mod chart;
+mod dashboards;
 mod dev;
 mod tiltfile;
 
@@ -23,6 +24,9 @@ pub(crate) struct Args {
     /// Only what concerns the developer's loop: the Tiltfile, kind, the workflows
     #[arg(long, conflicts_with_all = ["cargo_test", "chart"])]
     dev: bool,
+    /// Only what concerns the dashboards
+    #[arg(long, conflicts_with_all = ["cargo_test", "chart"])]
+    monitoring: bool,
     /// Arguments for `cargo test`; with any, only the tests run, without the other checks
     #[arg(last = true)]
     cargo_test: Vec<String>,
@@ -44,6 +48,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     } else if args.dev {
         tiltfile::check(&mut tally);
         dev::check(&mut tally);
+    } else if args.monitoring {
+        monitoring(&mut tally);
     } else if args.cargo_test.is_empty() {
         all(&mut tally)?;
     } else {
@@ -51,6 +57,15 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         build_and_test(&mut tally, servers.as_ref(), &args.cargo_test)?;
     }
     Ok(tally.close())
+}
+
+/// What SREs look at.
+fn monitoring(tally: &mut Tally) {
+    dashboards::check(tally);
+    let servers = tally.check("Postgres and Redis", "", start_servers);
+    if let (Some(servers), Some(_)) = (servers, build(tally)) {
+        dashboards::check_metrics(tally, &servers.postgres, &servers.redis);
+    }
 }
 
 /// Every check. A failed one does not keep the later ones from running.
@@ -70,6 +85,7 @@ pub(crate) fn all(tally: &mut Tally) -> Result<()> {
     chart::check(tally);
     tiltfile::check(tally);
     dev::check(tally);
+    dashboards::check(tally);
     build_and_test(tally, servers.as_ref(), &[])
 }
 
@@ -101,9 +117,12 @@ fn lint(tally: &mut Tally, servers: Option<&Servers>) {
     }
 }
 
+fn build(tally: &mut Tally) -> Option<String> {
+    tally.check("build", "", |progress| progress.run(offline_cargo(&["build", "-p", "chat-service"])))
+}
+
 fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String]) -> Result<()> {
-    let built =
-        tally.check("build", "", |progress| progress.run(offline_cargo(&["build", "-p", "chat-service"])));
+    let built = build(tally);
     if signals::asked_to_end() {
         return Ok(());
     }
@@ -112,6 +131,9 @@ fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String])
         tally.failed += 1;
         return Ok(());
     };
+    if args.is_empty() {
+        dashboards::check_metrics(tally, &servers.postgres, &servers.redis);
+    }
     let mut command = offline_cargo(&["test", "--workspace", "--no-fail-fast"]);
     command.args(args);
     command.env("TEST_DATABASE_URL", servers.postgres.url("postgres"));

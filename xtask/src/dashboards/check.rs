@@ -142,7 +142,6 @@ pub(crate) fn fill(expr: &str, scope: &Scope) -> String {
 /// One line of a graph.
 #[derive(Clone, Debug)]
 pub(crate) struct Series {
-    pub(crate) labels: serde_json::Map<String, Value>,
     /// Seconds since 1970, and the value.
     pub(crate) points: Vec<(f64, f64)>,
 }
@@ -153,7 +152,6 @@ impl Series {
     }
 
     fn parse(result: &Value) -> Result<Self> {
-        let labels = result["metric"].as_object().context("a series without labels")?.clone();
         let point = |pair: &Value| -> Result<(f64, f64)> {
             let time = pair[0].as_f64().context("a point without a time")?;
             Ok((time, pair[1].as_str().context("a point without a value")?.parse()?))
@@ -162,7 +160,7 @@ impl Series {
             Some(values) => values.iter().map(point).collect::<Result<_>>()?,
             None => vec![point(&result["value"])?],
         };
-        Ok(Self { labels, points })
+        Ok(Self { points })
     }
 }
 

@@ -131,7 +131,7 @@ fn process() -> Row {
             )
             .query("{{pod}}", "sum by (pod) (process_threads{OURS})")
             .width(8),
-            lines("Running since", "s", "Age of the process.")
+            lines("Running since", "s", "Age of the process. A fall to 0 is a restart.")
                 .query("{{pod}}", "max by (pod) (time() - process_start_time_seconds{OURS})")
                 .width(8),
         ],

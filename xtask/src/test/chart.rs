@@ -59,7 +59,7 @@ pub(crate) const SCHEMA_SOURCES: [(&str, &[&str]); 3] = [
 ];
 
 /// Values that must be refused, and what the refusal must speak of.
-const REFUSED: [(&str, &str); 21] = [
+const REFUSED: [(&str, &str); 20] = [
     ("replicaCuont=1", "replicaCuont"),
     ("image.tga=1", "tga"),
     ("postgres.persistence.sise=1Gi", "sise"),
@@ -80,7 +80,6 @@ const REFUSED: [(&str, &str); 21] = [
     ("externalRedis.host=cache", "redis.enabled=false"),
     ("replicaCount=20", "max_connections"),
     ("terminationGracePeriodSeconds=30", "35"),
-    ("prometheusRule.enabled=true,dashboards.enabled=true", "without files/"),
 ];
 
 /// Variables that the chart sets out of other values.
