@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::config::Config;
 use crate::db::{self, Database, Schema};
@@ -12,6 +12,7 @@ use crate::metrics::Metrics;
 use crate::redis::Redis;
 
 const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(3);
+const HEALTHCHECK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Checks the configuration, Postgres, the schema and Redis; every failure names its fix.
 pub async fn doctor(config: &Config) -> anyhow::Result<ExitCode> {
@@ -83,24 +84,29 @@ fn postgres_fix(error: &sqlx::Error) -> &'static str {
     }
 }
 
-/// Asks a running instance on this machine for its readiness, for images that have no shell and no curl.
-pub fn healthcheck(config: &Config) -> ExitCode {
+/// Asks a running instance on this machine for its readiness, for images that have no shell and no curl; again and again
+/// for as long as it may wait.
+pub fn healthcheck(config: &Config, wait: Duration) -> ExitCode {
     let host = match config.host {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => IpAddr::V4(Ipv4Addr::LOCALHOST),
         IpAddr::V6(Ipv6Addr::UNSPECIFIED) => IpAddr::V6(Ipv6Addr::LOCALHOST),
         host => host,
     };
     let address = SocketAddr::new(host, config.ops_port);
-    match ask(address) {
-        Ok(status) if status.contains(" 200 ") => ExitCode::SUCCESS,
-        Ok(status) => {
-            eprintln!("not ready: http://{address}/healthz answers {status}");
-            ExitCode::FAILURE
+    let deadline = Instant::now() + wait;
+    loop {
+        let fault = match ask(address) {
+            Ok(status) if status.contains(" 200 ") => return ExitCode::SUCCESS,
+            Ok(status) => format!("not ready: http://{address}/healthz answers {status}"),
+            Err(error) => {
+                format!("no answer from http://{address}/healthz: {error}; is OPS_PORT the instance's?")
+            }
+        };
+        if Instant::now() >= deadline {
+            eprintln!("{fault}");
+            return ExitCode::FAILURE;
         }
-        Err(error) => {
-            eprintln!("no answer from http://{address}/healthz: {error}; is OPS_PORT the instance's?");
-            ExitCode::FAILURE
-        }
+        std::thread::sleep(HEALTHCHECK_INTERVAL);
     }
 }
 

@@ -29,7 +29,7 @@ enum Command {
     /// Bring the database's schema up to date, and exit
     Migrate(MigrateArgs),
     /// Ask the instance on this machine whether it is ready: exit code 0 or 1
-    Healthcheck,
+    Healthcheck(HealthcheckArgs),
     /// Print the OpenAPI document
     Openapi,
     /// Check the configuration, Postgres, the schema and Redis; every failure names its fix
@@ -38,6 +38,13 @@ enum Command {
     SmokeTest(smoke_test::Args),
     /// In a pod: create a Kubernetes Secret with random values, or add the keys that it lacks
     CreateSecret(create_secret::Args),
+}
+
+#[derive(clap::Args)]
+struct HealthcheckArgs {
+    /// How long to wait for an instance that is not ready
+    #[arg(long, default_value_t = 0, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=86_400))]
+    wait: u32,
 }
 
 #[derive(clap::Args)]
@@ -79,8 +86,8 @@ fn run_configured(command: &Command) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(EXIT_CONFIG));
         }
     };
-    if matches!(command, Command::Healthcheck) {
-        return Ok(doctor::healthcheck(&config));
+    if let Command::Healthcheck(args) = command {
+        return Ok(doctor::healthcheck(&config, Duration::from_secs(args.wait.into())));
     }
     // OpenTelemetry reads its standard variables from the environment alone. What is there already stays, and no
     // other thread runs yet.

@@ -1,8 +1,9 @@
 //! The subcommands: what they print, and how they exit.
 
 use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::Value;
 
 use super::support::{Answer, Database, LIMIT, STRONG_KEY, Start, closed_port};
@@ -31,8 +32,18 @@ fn healthcheck_exits_with_zero_while_the_instance_is_ready_and_with_one_when_not
     service.becomes("unavailable")?;
     let unready = check.run()?;
     ensure!(unready.code == 1 && unready.stderr.contains("503"), "{unready:?}");
+    let asked = Instant::now();
+    let in_vain = check.clone().args(&["healthcheck", "--wait", "1"]).run()?;
+    ensure!(in_vain.code == 1 && in_vain.stderr.lines().count() == 1, "{in_vain:?}");
+    ensure!(asked.elapsed() >= Duration::from_secs(1), "{in_vain:?} after {:?}", asked.elapsed());
+    let waits = check.clone().args(&["healthcheck", "--wait", "20"]);
+    let waiting = thread::spawn(move || waits.run());
+    thread::sleep(Duration::from_millis(500));
+    ensure!(!waiting.is_finished(), "{:?}", waiting.join());
     held.release();
     service.becomes("ok")?;
+    let in_time = waiting.join().map_err(|_| anyhow!("panicked"))??;
+    ensure!(in_time.code == 0 && in_time.stderr.is_empty(), "{in_time:?}");
     service.stop()?;
     let gone = check.run()?;
     ensure!(gone.code == 1 && gone.stderr.contains(&port) && gone.stderr.contains("OPS_PORT"), "{gone:?}");
