@@ -45,7 +45,7 @@ fn ask_at_random(service: &Service, requests: usize, seed: u64) -> Result<()> {
 #[test]
 fn ten_thousand_random_paths_make_no_series() -> Result<()> {
     let database = Database::create()?;
-    let service = Start::on(&database).env("RUST_LOG", "warn").ready()?;
+    let service = Start::on(&database).ready()?;
     let before = series(&service)?;
     ask_at_random(&service, 10_000, tests::history::random_seed())?;
     let after = series(&service)?;
