@@ -20,7 +20,7 @@ use crate::input::{Body, Faults, Text, app, document_query, query_number, query_
 use crate::limits::SendPermit;
 use crate::metrics::CacheOutcome;
 use crate::outbox::{Accepted, Outgoing};
-use crate::recent::{Element, Found, Lookup};
+use crate::recent::{Element, Found, Lookup, Miss};
 use crate::reply::Reply;
 use crate::sabotage::{self, Sabotage};
 use crate::users::GONE;
@@ -330,6 +330,13 @@ async fn read(app: &App, caller: Caller, page: &Page) -> Result<Answer, Error> {
         }
         Position::Before(_) | Position::After(_) => app.recent.pass_by(),
     };
+    // In a box of its own: as a part of every read, what talks to Postgres would make all of them move and allocate
+    // the eight times it takes.
+    Box::pin(read_in_postgres(app, caller, page, miss)).await
+}
+
+async fn read_in_postgres(app: &App, caller: Caller, page: &Page, miss: Miss) -> Result<Answer, Error> {
+    let pair = Pair::new(caller.id, page.peer);
     app.metrics.cache_lookup(if miss.may_store() { CacheOutcome::Miss } else { CacheOutcome::Bypass });
     // A reader that may store reads the whole window instead of the page.
     let wanted = if miss.may_store() {

@@ -69,6 +69,7 @@ use deadpool_redis::redis::{Pipeline, Script};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use uuid::Uuid;
+use uuid::fmt::Simple;
 
 use crate::call::Call;
 use crate::config::Config;
@@ -456,10 +457,13 @@ fn call(pipeline: &mut Pipeline, script: &Script, pairs: impl ExactSizeIterator<
     }
 }
 
-/// The braces put a conversation's keys into one slot of a cluster.
+/// The braces put a conversation's keys into one slot of a cluster. Every read needs them, and the formatting macros
+/// would take six times as long.
 fn keys(pair: Pair) -> [String; 3] {
-    let name = format!("{}.{}", pair.low().simple(), pair.high().simple());
-    ["lease", "list", "token"].map(|part| format!("chat:recent:{{{name}}}:{part}"))
+    let (mut low, mut high) = ([0; Simple::LENGTH], [0; Simple::LENGTH]);
+    let low: &str = pair.low().simple().encode_lower(&mut low);
+    let high: &str = pair.high().simple().encode_lower(&mut high);
+    ["lease", "list", "token"].map(|part| ["chat:recent:{", low, ".", high, "}:", part].concat())
 }
 
 impl std::fmt::Debug for Recent {
@@ -474,6 +478,13 @@ mod tests {
 
     fn element(seq: i64) -> Element {
         Element { seq, json: br#"{"content":"1 2 3"}"#.to_vec() }
+    }
+
+    #[test]
+    fn the_keys_of_a_conversation_share_a_slot() {
+        let keys = keys(Pair::new(Uuid::from_u128(0xab), Uuid::from_u128(1)));
+        let name = "{00000000000000000000000000000001.000000000000000000000000000000ab}";
+        assert_eq!(keys, ["lease", "list", "token"].map(|part| format!("chat:recent:{name}:{part}")));
     }
 
     #[test]
