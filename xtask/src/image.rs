@@ -178,6 +178,21 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The release's image and SBOM, as files of `dir`.
+pub(crate) fn for_release(version: &str, dir: &Path, progress: &Progress) -> Result<[PathBuf; 2]> {
+    let options = Options::tagged(version);
+    let image = build(&options, progress)?;
+    let sbom = sbom::write(&options, &image, progress)?;
+    let mut files = [image.archive, sbom];
+    for file in &mut files {
+        let name = file.file_name().context("a file name")?;
+        let kept = dir.join(name);
+        copy(file, &kept)?;
+        *file = kept;
+    }
+    Ok(files)
+}
+
 /// Builds the binary and the image around it, and leaves the image in `target/image`.
 pub(crate) fn build(options: &Options, progress: &Progress) -> Result<Image> {
     let engine = engine::find(options.engine, progress)?;

@@ -9,7 +9,7 @@ use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch, install, pl
 
 use crate::steps::{Progress, Tally};
 use crate::workspace::{cargo, in_ci, offline_cargo};
-use crate::{prepare, signals, workspace};
+use crate::{migrate, prepare, signals, workspace};
 
 pub(crate) mod chart;
 mod dashboards;
@@ -133,6 +133,7 @@ fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String])
     };
     if args.is_empty() {
         dashboards::check_metrics(tally, &servers.postgres, &servers.redis);
+        migrate::check(tally, &servers.postgres, &servers.redis);
     }
     let mut command = offline_cargo(&["test", "--workspace", "--no-fail-fast"]);
     command.args(args);

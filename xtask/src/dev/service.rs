@@ -38,6 +38,14 @@ pub(crate) struct Addresses {
     pub(crate) ops_port: u16,
 }
 
+impl Addresses {
+    /// Where the API is.
+    pub(crate) fn api(&self) -> String {
+        let Self { host, port, .. } = self;
+        if host.contains(':') { format!("http://[{host}]:{port}") } else { format!("http://{host}:{port}") }
+    }
+}
+
 impl Service {
     pub(crate) fn new(binary: PathBuf, dir: &Path, settings: &Settings, backends: &Backends) -> Result<Self> {
         let host = match settings.get("HOST") {
