@@ -26,8 +26,9 @@ enum Completed {
 /// Cargo's own completion knows no aliases: where the word after `cargo` is `xtask`, the words are handed on without
 /// `cargo`, and everywhere else cargo's completion goes on as before.
 const BASH: &str = r#"
-_cargo_xtask_before=$(complete -p cargo 2>/dev/null | sed -n 's/.* -F \([^ ]*\) .*/\1/p')
-[ "$_cargo_xtask_before" = _cargo_xtask_first ] && _cargo_xtask_before=
+_cargo_xtask_now=$(complete -p cargo 2>/dev/null | sed -n 's/.* -F \([^ ]*\) .*/\1/p')
+# Read twice, it must not take itself for what was there before.
+[ "$_cargo_xtask_now" = _cargo_xtask_first ] || _cargo_xtask_before=$_cargo_xtask_now
 _cargo_xtask_first() {
     if [ "${COMP_WORDS[1]}" = xtask ] && [ "$COMP_CWORD" -gt 1 ]; then
         COMP_WORDS=("${COMP_WORDS[@]:1}")

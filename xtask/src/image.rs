@@ -27,6 +27,11 @@ const AUTHORITIES: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask image                            chat-service:VERSION, in target/image
+  cargo xtask image --tag try --load kind      for the cluster of `cargo xtask kind up`
+  cargo xtask image --sbom --push registry.example.com/team/chat-service
+  cargo xtask image --dry-run                  the commands, as a script")]
 pub(crate) struct Args {
     /// The image's tag; what the chart asks for unless told otherwise is the version
     #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]

@@ -57,6 +57,8 @@ enum Command {
     /// Check formatting, lints, documentation, dependencies and SQL, and run the tests on private servers
     Test(test::Args),
     /// Renew .sqlx, the data by which SQL is checked without a database
+    #[command(after_help = "Examples:
+  cargo xtask prepare            then commit .sqlx with the change")]
     Prepare,
     /// Measure the service against what the machine can do, in ratios
     Bench(bench::Args),
@@ -87,6 +89,8 @@ enum Command {
     /// Print a shell's completions: see its --help
     Completions(completions::Args),
     /// What .ci/run runs
+    #[command(after_help = "Examples:
+  CI=true cargo xtask ci         nothing is skipped: what is missing is installed, or is a failure")]
     Ci,
 }
 

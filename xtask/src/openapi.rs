@@ -1,12 +1,13 @@
 //! `cargo xtask openapi`: the committed copy of the API's document, which a test holds the service to.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use ::tests::places;
+use ::tests::servers::daemon;
 use anyhow::{Context, Result, bail};
-use tests::places;
-use tests::servers::daemon;
 
 use crate::steps::step;
 use crate::{signals, workspace};
@@ -29,19 +30,23 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let mut print = Command::new(places::target_dir()?.join("debug/chat-service"));
     print.arg("openapi");
     let document = daemon::run_ok(print, Duration::from_secs(20))? + "\n";
-    let file = workspace::root().join(SNAPSHOT);
-    let committed = fs::read_to_string(&file).unwrap_or_default();
-    match first_difference(&committed, &document) {
-        None => println!("{SNAPSHOT} is what the service prints"),
-        Some(difference) if args.check => {
+    println!("{}", settle(&workspace::root().join(SNAPSHOT), &document, args.check)?);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes the file be the document, or only says where it is not.
+fn settle(file: &Path, document: &str, check: bool) -> Result<String> {
+    let committed = fs::read_to_string(file).unwrap_or_default();
+    match first_difference(&committed, document) {
+        None => Ok(format!("{SNAPSHOT} is what the service prints")),
+        Some(difference) if check => {
             bail!("{SNAPSHOT} is not what the service prints, first {difference}\n  fix: cargo xtask openapi")
         }
         Some(difference) => {
-            fs::write(&file, document).with_context(|| format!("write {SNAPSHOT}"))?;
-            println!("{SNAPSHOT} is renewed, first {difference}");
+            fs::write(file, document).with_context(|| format!("write {SNAPSHOT}"))?;
+            Ok(format!("{SNAPSHOT} is renewed, first {difference}"))
         }
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 /// Where the two part, for a reader.
@@ -62,8 +67,22 @@ fn first_difference(old: &str, new: &str) -> Option<String> {
 }
 
 #[cfg(test)]
-mod of_differences {
-    use super::first_difference;
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_check_changes_nothing_and_names_the_fix_and_the_command_without_it_mends() {
+        let scratch = ::tests::Scratch::new("openapi").expect("a directory");
+        let file = scratch.path().join("openapi.json");
+        let committed = || fs::read_to_string(&file).expect("the file");
+        fs::write(&file, "{\n}\n").expect("written");
+        let error = settle(&file, "{ }\n", true).expect_err("they differ").to_string();
+        assert!(error.contains("line 1") && error.contains("fix: cargo xtask openapi"), "{error}");
+        assert_eq!(committed(), "{\n}\n");
+        settle(&file, "{ }\n", false).expect("renewed");
+        assert_eq!(committed(), "{ }\n");
+        settle(&file, "{ }\n", true).expect("it is what it should be");
+    }
 
     #[test]
     fn the_first_difference_is_named_with_its_line() {

@@ -60,6 +60,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             tagged == head,
             "{tag} is released already: take a higher version, or check it out to build it again"
         );
+        let named = workspace::version()?;
+        ensure!(named == args.version, "the tag is {tag}, but Cargo.toml says {named}");
         return artefacts(args);
     }
     let used = git::ask(&["tag", "--list", "v*"]).unwrap_or_default();
@@ -82,25 +84,19 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         command.args(args).current_dir(workspace::root());
         command
     });
-    let mut again = workspace::cargo(&["xtask", "release", &args.version]);
-    again.args(args.without_image.then_some("--without-image"));
     if !args.commit {
         println!("\nLook at `git diff`, then:\n");
-        for command in commands.iter().chain([&again]) {
+        for command in &commands {
             println!("  {}", dry_run::shell_line(command));
         }
+        let option = if args.without_image { " --without-image" } else { "" };
+        println!("  cargo xtask release {}{option}", args.version);
         return Ok(ExitCode::SUCCESS);
     }
     step("commit and tag", |progress| {
         commands.into_iter().try_for_each(|command| progress.run(command).map(drop))
     })?;
-    if dry_run::is_on() {
-        println!("{}", dry_run::shell_line(&again));
-        return Ok(ExitCode::SUCCESS);
-    }
-    // By a new build of this program: the version is compiled into it.
-    let status = again.status().context("build the artefacts")?;
-    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    artefacts(args)
 }
 
 /// Pre-releases are no business of a product with one line of releases.
@@ -116,7 +112,7 @@ fn parse(text: &str) -> Result<Version> {
 
 /// Writes the version into every file that has it.
 fn edit(version: &str) -> Result<()> {
-    let current = env!("CARGO_PKG_VERSION");
+    let current = &workspace::version()?;
     let entries = changes()?;
     let date = {
         let mut date = Command::new("date");
@@ -184,11 +180,6 @@ fn write(progress: &Progress, file: &str, text: &str) -> Result<()> {
 /// All that is published, with checksums, from the tagged commit.
 fn artefacts(args: &Args) -> Result<ExitCode> {
     let version = &args.version;
-    ensure!(
-        version == env!("CARGO_PKG_VERSION"),
-        "the tag is {version}, but Cargo.toml says {}",
-        env!("CARGO_PKG_VERSION")
-    );
     let dir = places::target_dir()?.join(format!("release-{version}"));
     if !dry_run::is_on() {
         let _ = fs::remove_dir_all(&dir);

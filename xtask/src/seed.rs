@@ -26,9 +26,8 @@ use crate::{dev, signals};
   cargo xtask seed --seed 2                        other users
   cargo xtask seed --url http://127.0.0.1:30080    another service
 
-A service with rate limits takes its time over it: five logins a minute. To lift them:
-  LOGIN_RATE_LIMIT_PER_MINUTE=0 REGISTER_RATE_LIMIT_PER_MINUTE=0 SEND_RATE_LIMIT_PER_MINUTE=0 cargo xtask dev
-(values-dev.yaml of the chart has lifted them.)")]
+Beside `cargo xtask dev` it starts another replica for so long, which limits nobody. Elsewhere it keeps to the
+service's rate limits, and five logins a minute take their time; values-dev.yaml of the chart has lifted them.")]
 pub(crate) struct Args {
     /// How many users
     #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u32).range(2..=10_000))]
@@ -118,13 +117,35 @@ struct Seeding<'a> {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
-    let url = match &args.url {
-        Some(url) => url.clone(),
-        None => dev::running("API_URL")?.unwrap_or_else(|| "http://127.0.0.1:8000".to_owned()),
-    };
-    let address = address(&url)?;
-    let ready = Client::new(address).request("GET", "/healthz", &[], "", PATIENCE);
-    match ready {
+    let Some(url) = &args.url else { return at_home(args) };
+    let seeded = seed(args, url)?;
+    println!("{}", seeded.summary);
+    print!("{}", seeded.to_try(url));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The service of this clone, through another replica of it: its own limits would make minutes of seconds.
+fn at_home(args: &Args) -> Result<ExitCode> {
+    let url = dev::running("API_URL")?.unwrap_or_else(|| "http://127.0.0.1:8000".to_owned());
+    let mut replica = dev::replica_without_limits()?;
+    let through = replica.as_ref().map_or_else(|| url.clone(), |replica| replica.addresses().api());
+    let seeded = seed(args, &through)?;
+    replica.as_mut().map_or(Ok(()), dev::Service::stop)?;
+    println!("{}", seeded.summary);
+    print!("{}", seeded.to_try(&url));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What there is now.
+struct Seeded {
+    summary: String,
+    plan: Vec<Conversation>,
+    users: Vec<User>,
+}
+
+fn seed(args: &Args, url: &str) -> Result<Seeded> {
+    let address = address(url)?;
+    match Client::new(address).request("GET", "/healthz", &[], "", PATIENCE) {
         Ok(answer) if answer.status == 200 => {}
         Ok(answer) => bail!("{url}/healthz answers {}: see what the service logs", answer.status),
         Err(lost) => {
@@ -148,14 +169,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     talked.inspect_err(|_| seeding.bar.abandon())?;
     seeding.bar.finish_and_clear();
     let (registered, sent) = (seeding.registered.into_inner(), seeding.sent.into_inner());
-    println!(
-        "{registered} users and {sent} messages added in {:.1} s; {} and {} were there",
+    let summary = format!(
+        "{registered} users and {sent} messages added in {:.1} s; {} users and {} messages were there",
         started.elapsed().as_secs_f32(),
         u64::from(args.users) - registered,
         u64::from(args.messages).saturating_sub(sent),
     );
-    print!("{}", to_try(&url, &plan, &users));
-    Ok(ExitCode::SUCCESS)
+    Ok(Seeded { summary, plan, users })
 }
 
 fn bar(total: u64) -> ProgressBar {
@@ -375,30 +395,75 @@ fn field(answer: &Answer, status: u16, path: &str, name: &str) -> Result<String>
     Ok(body[name].as_str().with_context(|| format!("{path} has no {name}"))?.to_owned())
 }
 
-/// Logins, and the liveliest conversation to paste.
-fn to_try(url: &str, plan: &[Conversation], users: &[User]) -> String {
-    let logins: Vec<&str> = users.iter().take(4).map(|user| user.name.as_str()).collect();
-    let (one, other) = plan.first().map_or((0, 1), |conversation| conversation.users);
-    let url = url.trim_end_matches('/');
-    format!(
-        "
+impl Seeded {
+    /// Logins, and the liveliest conversation to paste.
+    fn to_try(&self, url: &str) -> String {
+        let Self { plan, users, .. } = self;
+        let logins: Vec<&str> = users.iter().take(4).map(|user| user.name.as_str()).collect();
+        let (one, other) = plan.first().map_or((0, 1), |conversation| conversation.users);
+        let url = url.trim_end_matches('/');
+        format!(
+            "
   Logins, all with the password `{PASSWORD}`: {}
 
 token=$(curl -sS {url}/login -H 'Content-Type: application/json' -d '{{\"username\":\"{}\",\"password\":\"{PASSWORD}\"}}' | \
-         sed 's/.*\"access_token\":\"\\([^\"]*\\)\".*/\\1/')
+             sed 's/.*\"access_token\":\"\\([^\"]*\\)\".*/\\1/')
 curl -sS \"{url}/messages?peer_id={}\" -H \"Authorization: Bearer $token\"; echo
 ",
-        logins.join(", "),
-        users[one].name,
-        users[other].id,
-    )
+            logins.join(", "),
+            users[one].name,
+            users[other].id,
+        )
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
+    use ::tests::{Postgres, PostgresOptions, Scratch, service_binary};
+
     use super::*;
+
+    #[test]
+    fn what_was_asked_for_is_there_afterwards_and_what_is_there_is_not_added_again() {
+        let scratch = Scratch::new("seed").expect("a directory");
+        let postgres = Postgres::start(&scratch.path().join("postgres"), PostgresOptions::fast());
+        let postgres = postgres.expect("Postgres");
+        postgres.create_database("chat").expect("a database");
+        let variables = vec![
+            ("DATABASE_URL", postgres.url("chat")),
+            // Nobody listens there: it does without.
+            ("REDIS_URL", "redis://127.0.0.1:1/0".to_owned()),
+            ("SECRET_KEY", "of-the-test-alone-and-long-enough-for-it".to_owned()),
+        ];
+        let binary = service_binary().expect("the service");
+        let mut service = dev::Service::without_limits(binary, variables).expect("ports");
+        service.start().expect("it is ready");
+        let url = service.addresses().api();
+        let count = |table: &str| -> String {
+            let rows = postgres.query("chat", &format!("SELECT count(*) FROM {table}")).expect("a count");
+            rows[0][0].clone().expect("a number")
+        };
+        let first = seed(&args(6, 60, 1), &url).expect("seeded");
+        assert!(first.summary.starts_with("6 users and 60 messages added"), "{}", first.summary);
+        assert_eq!((count("users"), count("messages")), ("6".to_owned(), "60".to_owned()));
+        let again = seed(&args(6, 60, 1), &url).expect("seeded");
+        assert!(again.summary.starts_with("0 users and 0 messages added"), "{}", again.summary);
+        assert_eq!(count("messages"), "60");
+        // What it prints to paste works as pasted.
+        let shell = std::process::Command::new("bash").arg("-c").arg(pasted(&again.to_try(&url))).output();
+        let page: Value = serde_json::from_slice(&shell.expect("bash").stdout).expect("a page of messages");
+        assert_eq!(page.as_array().map(Vec::len), Some(5), "{page}");
+        let taken = seed(&args(2, 0, 1), "http://127.0.0.1:1").err().expect("nobody is there");
+        assert!(format!("{taken:#}").contains("cargo xtask dev"), "{taken:#}");
+        service.stop().expect("it ends");
+    }
+
+    /// The commands of the text, from the first line at the margin on.
+    fn pasted(text: &str) -> &str {
+        text.find("\ntoken=").map_or("", |at| &text[at..])
+    }
 
     fn args(users: u32, messages: u32, seed: u64) -> Args {
         Args { users, messages, url: None, seed }
