@@ -76,7 +76,10 @@ pub(super) fn check(
     let before = release.or_else(|| before(&scripts[known].file));
     let statements = before.map(|commit| statements_at(&commit)).unwrap_or_default();
     accepts(postgres, &statements)?;
-    progress.note(&format!("{} statements of before are accepted after", statements.len()));
+    progress.note(&match statements.len() {
+        0 => "no statement is older than it".to_owned(),
+        count => format!("{count} statements of before are accepted after"),
+    });
     Ok(())
 }
 
