@@ -198,6 +198,8 @@ mod tests {
             found.iter().map(|script| script.file.rsplit('/').next().expect("a name")).collect();
         assert_eq!(names, ["0001_first.sql", "0002_second_2.sql"]);
         assert!(rules::broken(&found[1].sql).is_empty());
+        // What it says of reasons is none.
+        assert_eq!(rules::broken(&format!("{}DROP TABLE users;", found[1].sql)).len(), 1);
         for name in ["Second", "2nd", "a-b", "", "../x"] {
             let error = create(dir, name).expect_err("a bad name").to_string();
             assert!(error.contains("message_reactions"), "{error}");

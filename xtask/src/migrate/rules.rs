@@ -76,9 +76,10 @@ fn has_reason_anywhere(lines: &[&str]) -> bool {
     lines.iter().any(|line| line.trim_start().starts_with("--") && gives_reason(line))
 }
 
-/// A word or two is none.
+/// A word or two is none, and neither is a comment that only speaks of reasons.
 fn gives_reason(comment: &str) -> bool {
-    comment.split_once(REASON).is_some_and(|(_, reason)| reason.split_whitespace().count() >= 3)
+    let text = comment.trim_start().trim_start_matches('-').trim_start();
+    text.strip_prefix(REASON).is_some_and(|reason| reason.split_whitespace().count() >= 3)
 }
 
 /// Postgres builds an index concurrently only outside a transaction, which several statements together are, too.
@@ -295,6 +296,7 @@ mod tests {
         let sql = "TRUNCATE messages;\n-- Old.\n-- reason: the table is empty in every installation\nDROP TABLE old;\n";
         assert_eq!(broken(sql).len(), 1, "{:?}", broken(sql));
         assert!(broken("-- reason: because\nDROP TABLE old;")[0].contains("DROP TABLE old"), "too short");
+        assert_eq!(broken("-- It needs `-- reason: ...` above it, one says.\nDROP TABLE old;").len(), 1);
         assert_eq!(broken("DROP TABLE old;\n-- reason: that is far below it\n").len(), 1);
     }
 

@@ -128,6 +128,13 @@ fn prepare(postgres: &Postgres, binary: &Path, scripts: &[Script], known: usize)
         postgres.create_database(database)?;
     }
     migrate(binary, &postgres.url(REFERENCE))?;
+    let newest = postgres.query(REFERENCE, "SELECT max(version) FROM _sqlx_migrations")?;
+    let newest = newest.first().and_then(|row| row.first()?.clone()).unwrap_or_default();
+    let expected = scripts.last().map_or(0, |script| script.version);
+    ensure!(
+        newest == expected.to_string(),
+        "the binary knows migration {newest}, not {expected}: cargo build -p chat-service"
+    );
     let table = "CREATE TABLE _sqlx_migrations (version bigint PRIMARY KEY, description text NOT NULL, installed_on \
                  timestamptz NOT NULL DEFAULT now(), success boolean NOT NULL, checksum bytea NOT NULL, execution_time \
                  bigint NOT NULL)";
@@ -453,6 +460,10 @@ mod tests {
         assert!(format!("{refused:#}").contains(&statement), "{refused:#}");
         let locked = "BEGIN; LOCK TABLE messages IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(4); COMMIT";
         verdict(locked).expect_err("requests wait for the lock");
+        let mut more = scripts.clone();
+        more.push(Script { version: 9999, ..scripts[0].clone() });
+        let unknown = prepare(&postgres, &binary, &more, scripts.len()).expect_err("it is not in the binary");
+        assert!(format!("{unknown:#}").contains("not 9999"), "{unknown:#}");
         // And the wait for the newest migration, which is what the check does before the first release.
         prepare(&postgres, &binary, &scripts, scripts.len() - 1).expect("a database");
         trial.wait_through(&binary, || trial.migrate(&binary)).expect("it waits");

@@ -108,6 +108,10 @@ fn completions(progress: &Progress) -> Result<()> {
             ("xtask completions z", "zsh"),
             ("cargo ", "cargos-own"),
         ] {
+            // What clap writes for fish knows no values of arguments without a name.
+            if shell == "fish" && expected == "zsh" {
+                continue;
+            }
             let is_it = |answer: &&&str| answer.starts_with(line) && answer.contains(expected);
             ensure!(
                 answers.iter().any(|answer| is_it(&answer)),
@@ -135,8 +139,7 @@ fn doctor(progress: &Progress) -> Result<()> {
     ensure!(output.status.code() == Some(1), "exit code {:?} without any program: {said}", output.status);
     let lines: Vec<&str> = said.lines().collect();
     for name in ["git", "Docker", "kind", "kubectl", "helm", "tilt", "cargo-deny"] {
-        let at =
-            lines.iter().position(|line| line.starts_with("FAIL") && line.contains(&format!(" {name} ")));
+        let at = lines.iter().position(|line| line.split_whitespace().take(2).eq(["FAIL", name]));
         let at = at.with_context(|| format!("{name} is not missed: {said}"))?;
         let fix = lines.get(at + 1).and_then(|line| line.trim().strip_prefix("fix: ")).unwrap_or_default();
         ensure!(fix.len() > 10, "{name} has no fix: {said}");
