@@ -199,6 +199,46 @@ pub async fn schema(database: &Database) -> Result<Schema, sqlx::Error> {
     Ok(if version < known_version() { Schema::Behind { version } } else { Schema::Current { version } })
 }
 
+/// How one migration stands in a database.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    Applied,
+    Pending,
+    /// Its script is not the one that was applied.
+    Modified,
+    /// Applied by a newer release: this binary does not know it.
+    Unknown,
+}
+
+/// Every migration that this binary or the database knows: its version, what it is called, how it stands.
+pub async fn standings(options: &PgConnectOptions) -> Result<Vec<(i64, String, Standing)>, sqlx::Error> {
+    let mut connection = connect(options).await?;
+    let rows: Result<Vec<(i64, String, Vec<u8>)>, _> = sqlx::query_as(
+        "SELECT version, description, checksum FROM _sqlx_migrations WHERE success ORDER BY version",
+    )
+    .fetch_all(&mut connection)
+    .await;
+    let applied = match rows {
+        Ok(rows) => rows,
+        Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01") => Vec::new(), // undefined_table
+        Err(error) => return Err(error),
+    };
+    connection.close().await.ok();
+    let known = MIGRATIONS.iter().map(|migration| {
+        let row = applied.iter().find(|(version, ..)| *version == migration.version);
+        let standing = match row {
+            None => Standing::Pending,
+            Some((.., checksum)) if *checksum == *migration.checksum => Standing::Applied,
+            Some(_) => Standing::Modified,
+        };
+        (migration.version, migration.description.to_string(), standing)
+    });
+    let is_unknown = |version: i64| MIGRATIONS.iter().all(|migration| migration.version != version);
+    let unknown = applied.iter().filter(|(version, ..)| is_unknown(*version));
+    let unknown = unknown.map(|(version, description, _)| (*version, description.clone(), Standing::Unknown));
+    Ok(known.chain(unknown).collect())
+}
+
 async fn explain(connection: &mut PgConnection, error: MigrateError) -> MigrationError {
     match error {
         MigrateError::VersionMissing(_) => {

@@ -3,11 +3,13 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use chat_service::config::{Config, EXIT_CONFIG};
-use chat_service::db::MigrationError;
+use chat_service::db::{MigrationError, Standing};
 use chat_service::telemetry::Telemetry;
 use chat_service::{create_secret, db, doctor, openapi, serve, smoke_test};
 use clap::{Parser, Subcommand};
+use sqlx::postgres::PgConnectOptions;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -55,6 +57,9 @@ struct MigrateArgs {
     /// Leave a schema that is newer than this binary as it is, and succeed: for going back to an older release
     #[arg(long)]
     allow_newer: bool,
+    /// Change nothing; show each migration as applied, pending, modified or unknown. Exit code 1 for the last two
+    #[arg(long, conflicts_with_all = ["wait", "allow_newer"])]
+    status: bool,
 }
 
 fn main() -> ExitCode {
@@ -109,6 +114,9 @@ fn run_configured(command: &Command) -> anyhow::Result<ExitCode> {
 
 async fn migrate(config: &Config, args: &MigrateArgs) -> anyhow::Result<ExitCode> {
     let options = db::connect_options(config).map_err(anyhow::Error::msg)?;
+    if args.status {
+        return status(&options).await;
+    }
     match db::migrate_patiently(&options, Duration::from_secs(args.wait.into())).await {
         Ok(version) => println!("the schema is at version {version}"),
         Err(MigrationError::DatabaseIsNewer { applied, known }) if args.allow_newer && applied > known => {
@@ -119,4 +127,22 @@ async fn migrate(config: &Config, args: &MigrateArgs) -> anyhow::Result<ExitCode
         Err(error) => return Err(error.into()),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn status(options: &PgConnectOptions) -> anyhow::Result<ExitCode> {
+    let standings = db::standings(options).await.context("Postgres cannot be asked")?;
+    let mut sound = true;
+    for (version, description, standing) in standings {
+        let (word, fix) = match standing {
+            Standing::Applied => ("applied", ""),
+            Standing::Pending => ("pending", ""),
+            Standing::Modified => {
+                ("modified", ": undo the edit; a migration is never changed, add a new one")
+            }
+            Standing::Unknown => ("unknown", ": applied by a newer release"),
+        };
+        sound &= matches!(standing, Standing::Applied | Standing::Pending);
+        println!("{version:04}  {word:<8}  {description}{fix}");
+    }
+    Ok(ExitCode::from(u8::from(!sound)))
 }

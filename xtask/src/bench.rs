@@ -28,6 +28,10 @@ use rig::Rig;
 const USERS: usize = 512;
 
 #[derive(ClapArgs)]
+#[command(after_help = "Examples:
+  cargo xtask bench                        all of it, about ten minutes on a quiet machine
+  cargo xtask bench --only send,messages   two of the measurements
+  cargo xtask bench --only send --rounds 3 --seconds 2 --json")]
 pub(crate) struct Args {
     /// Only these: send, messages, login, storm, startup, memory, connections, replicas, conversations, depth
     #[arg(long, value_name = "NAME", value_delimiter = ',')]

@@ -23,6 +23,10 @@ use crate::{signals, workspace};
 pub(crate) use images::{load, stand_ins, tag};
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask cluster up               as root, on Linux; prints how to reach it
+  cargo xtask cluster status
+  cargo xtask cluster down")]
 pub(crate) struct Args {
     #[command(subcommand)]
     command: ClusterCommand,

@@ -29,6 +29,9 @@ pub(crate) const FOLDER: &str = "deploy/grafana";
 const FROM_FOLDER_TO_CHART: &str = "../../helm/chat-service/files/dashboards";
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask dashboards               after a change in xtask/src/dashboards: write the JSON files
+  cargo xtask dashboards --check http://127.0.0.1:9090")]
 pub(crate) struct Args {
     /// Instead of writing the files, ask this Prometheus every panel's query and list those without data
     #[arg(long, value_name = "URL")]

@@ -7,7 +7,9 @@ mod guide;
 mod service;
 mod settings;
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -18,10 +20,15 @@ use tests::{places, servers};
 use crate::steps::step;
 use crate::{signals, workspace};
 use backends::Backends;
-use service::Service;
+pub(crate) use service::Service;
 use settings::Settings;
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask dev                everything that is needed, on data of its own, until Ctrl-C
+  cargo xtask dev --reset        the same, from empty data
+  RUST_LOG=debug cargo xtask dev --release
+  DATABASE_URL=postgres://... cargo xtask dev    on a Postgres of yours")]
 pub(crate) struct Args {
     /// Empty the private Postgres and Redis first
     #[arg(long)]
@@ -54,6 +61,7 @@ fn serve(args: &Args) -> Result<ExitCode> {
     let backends = backends::start(&dir, &settings)?;
     let binary = build(args.release)?;
     let mut service = Service::new(binary, &dir, &settings, &backends)?;
+    write_environment(&dir, &service, &backends)?;
     step("migrations", |progress| service.migrate(progress))?;
     // Without a progress line: the service's own log says what it does.
     service.start()?;
@@ -90,6 +98,70 @@ fn lock(dir: &Path) -> Result<File> {
         }
         Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("lock {}", path.display())),
     }
+}
+
+/// What runs, for the commands that work on it, such as `cargo xtask seed`. It holds only while the lock is held.
+const ENVIRONMENT: &str = "environment";
+
+fn write_environment(dir: &Path, service: &Service, backends: &Backends) -> Result<()> {
+    let mut lines = format!("API_URL={}\nBINARY={}\n", service.addresses().api(), service.binary().display());
+    for (name, url) in [("DATABASE_URL", backends.postgres.url()), ("REDIS_URL", backends.redis.url())] {
+        lines += &url.map(|url| format!("{name}={url}\n")).unwrap_or_default();
+    }
+    let file = dir.join(ENVIRONMENT);
+    let mut options = OpenOptions::new();
+    // The URLs hold passwords.
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let mut open = options.open(&file).with_context(|| format!("create {}", file.display()))?;
+    Ok(open.write_all(lines.as_bytes())?)
+}
+
+/// A value of the `cargo xtask dev` that runs in this clone; `None` when none runs.
+pub(crate) fn running(name: &str) -> Result<Option<String>> {
+    let dir = places::target_dir()?.join("dev");
+    if !dir.exists() || lock(&dir).is_ok() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(dir.join(ENVIRONMENT)).unwrap_or_default();
+    let value = |line: &str| line.strip_prefix(name)?.strip_prefix('=').map(str::to_owned);
+    Ok(text.lines().find_map(value))
+}
+
+/// Another replica of the service that runs in this clone, for a command that would otherwise wait for its rate limits.
+/// `None` when none runs, or it runs on a Postgres that we do not know.
+pub(crate) fn replica_without_limits() -> Result<Option<Service>> {
+    let (Some(binary), Some(database)) = (running("BINARY")?, running("DATABASE_URL")?) else {
+        return Ok(None);
+    };
+    let mut variables = vec![("DATABASE_URL", database)];
+    variables.extend(running("REDIS_URL")?.map(|url| ("REDIS_URL", url)));
+    let settings = Settings::read(&workspace::root().join(".env"))?;
+    if settings.get("SECRET_KEY").is_none() {
+        variables.push(("SECRET_KEY", service::secret_key(&places::target_dir()?.join("dev/secret_key"))?));
+    }
+    let mut replica = Service::without_limits(PathBuf::from(binary), variables)?;
+    replica.start()?;
+    Ok(Some(replica))
+}
+
+/// Lets `work` have the database: the user's own, which the service finds by itself (`None`), that of a running
+/// `cargo xtask dev`, or else the private one, which runs for so long.
+pub(crate) fn with_database<T>(work: impl FnOnce(Option<String>) -> Result<T>) -> Result<T> {
+    let settings = Settings::read(&workspace::root().join(".env"))?;
+    let own = ["DATABASE_URL", "DB_HOST", "DB_PORT", "DB_NAME", "DB_USER", "DB_PASSWORD"];
+    if own.iter().any(|name| settings.get(name).is_some()) {
+        return work(None);
+    }
+    if let Some(url) = running("DATABASE_URL")? {
+        return work(Some(url));
+    }
+    let dir = places::target_dir()?.join("dev");
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let _lock = lock(&dir)?;
+    let postgres = step("Postgres", |progress| backends::start_postgres(&dir, None, progress))?;
+    let outcome = work(postgres.url());
+    postgres.stop()?;
+    outcome
 }
 
 fn reset(dir: &Path) -> Result<()> {

@@ -19,6 +19,10 @@ use crate::{cluster, kind, signals};
 use stage::Stage;
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask e2e                      all of it, on a cluster of its own
+  cargo xtask e2e --only upgrade --keep    one check, and the cluster stays
+  cargo xtask e2e --same-image         after a change of the chart alone")]
 pub(crate) struct Args {
     /// Where to run; kind where a Docker engine answers, else a node of our own
     #[arg(long)]

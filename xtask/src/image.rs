@@ -27,6 +27,11 @@ const AUTHORITIES: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask image                            chat-service:VERSION, in target/image
+  cargo xtask image --tag try --load kind      for the cluster of `cargo xtask kind up`
+  cargo xtask image --sbom --push registry.example.com/team/chat-service
+  cargo xtask image --dry-run                  the commands, as a script")]
 pub(crate) struct Args {
     /// The image's tag; what the chart asks for unless told otherwise is the version
     #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]
@@ -176,6 +181,21 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     println!("\n{}  {:.1} MiB  sha256:{}", image.name, image.bytes as f64 / MIB, image.id);
     println!("{}: `docker load -i` takes it, and so do podman and ctr", workspace::shown(&image.archive));
     Ok(ExitCode::SUCCESS)
+}
+
+/// The release's image and SBOM, as files of `dir`.
+pub(crate) fn for_release(version: &str, dir: &Path, progress: &Progress) -> Result<[PathBuf; 2]> {
+    let options = Options::tagged(version);
+    let image = build(&options, progress)?;
+    let sbom = sbom::write(&options, &image, progress)?;
+    let mut files = [image.archive, sbom];
+    for file in &mut files {
+        let name = file.file_name().context("a file name")?;
+        let kept = dir.join(name);
+        copy(file, &kept)?;
+        *file = kept;
+    }
+    Ok(files)
 }
 
 /// Builds the binary and the image around it, and leaves the image in `target/image`.

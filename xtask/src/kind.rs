@@ -14,6 +14,11 @@ use crate::steps::{Progress, step};
 use crate::{signals, workspace};
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask kind up && tilt up       the developer's loop
+  cargo xtask kind up --metrics-server --prometheus-crds
+  cargo xtask kind up --dry-run        the commands, as a script
+  cargo xtask kind down")]
 pub(crate) struct Args {
     #[command(subcommand)]
     command: KindCommand,

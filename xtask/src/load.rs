@@ -11,6 +11,10 @@ use crate::signals;
 use crate::steps::step;
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask load                                 20 s of three conversations, at port 8000
+  cargo xtask load --seconds 120 --conversations 10
+  cargo xtask load --address 127.0.0.1:30080       the service in a cluster")]
 pub(crate) struct Args {
     /// Where its public port is, on this machine or near it
     #[arg(long, default_value = "127.0.0.1:8000", value_name = "HOST:PORT")]

@@ -3,16 +3,23 @@
 mod bench;
 mod ci;
 mod cluster;
+mod completions;
 mod dashboards;
 mod dev;
+mod doctor;
 mod dry_run;
 mod e2e;
+mod git;
 mod go_tools;
 mod image;
 mod kind;
 mod kubernetes;
 mod load;
+mod migrate;
+mod openapi;
 mod prepare;
+mod release;
+mod seed;
 mod signals;
 mod soak;
 mod steps;
@@ -22,7 +29,7 @@ mod workspace;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask", about, max_term_width = 100, after_help = EXAMPLES)]
@@ -37,7 +44,11 @@ const EXAMPLES: &str = "Examples:
   PORT=8080 cargo xtask dev           every variable of the service works here, also in .env
   cargo xtask test                    everything that a change has to pass
   cargo xtask test -- messages        only the tests with that in their name
-  cargo xtask prepare                 after a change of SQL: renew .sqlx";
+  cargo xtask prepare                 after a change of SQL: renew .sqlx
+  cargo xtask migrate new NAME        the next migration
+  cargo xtask seed                    users and conversations for the running service
+  cargo xtask doctor                  what this machine lacks
+Each command's own --help has more. CONTRIBUTING.md tells how they go together.";
 
 #[derive(Subcommand)]
 enum Command {
@@ -46,6 +57,8 @@ enum Command {
     /// Check formatting, lints, documentation, dependencies and SQL, and run the tests on private servers
     Test(test::Args),
     /// Renew .sqlx, the data by which SQL is checked without a database
+    #[command(after_help = "Examples:
+  cargo xtask prepare            then commit .sqlx with the change")]
     Prepare,
     /// Measure the service against what the machine can do, in ratios
     Bench(bench::Args),
@@ -63,7 +76,21 @@ enum Command {
     E2e(e2e::Args),
     /// Write Grafana's dashboards, or ask a Prometheus whether every panel has data
     Dashboards(dashboards::Args),
+    /// Apply, create, show and check the migrations of the schema
+    Migrate(migrate::Args),
+    /// Renew or check the committed copy of the API's document
+    Openapi(openapi::Args),
+    /// Fill a running service with users and conversations
+    Seed(seed::Args),
+    /// Tell what this machine lacks for which command, and how to get it
+    Doctor(doctor::Args),
+    /// Make a version: edit, commit, tag, image, SBOM, packaged chart, checksums
+    Release(release::Args),
+    /// Print a shell's completions: see its --help
+    Completions(completions::Args),
     /// What .ci/run runs
+    #[command(after_help = "Examples:
+  CI=true cargo xtask ci         nothing is skipped: what is missing is installed, or is a failure")]
     Ci,
 }
 
@@ -80,6 +107,12 @@ fn main() -> ExitCode {
         Command::Load(args) => load::run(&args),
         Command::E2e(args) => e2e::run(&args),
         Command::Dashboards(args) => dashboards::run(&args),
+        Command::Migrate(args) => migrate::run(&args),
+        Command::Openapi(args) => openapi::run(&args),
+        Command::Seed(args) => seed::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Release(args) => release::run(&args),
+        Command::Completions(args) => completions::run(&args, Cli::command()),
         Command::Ci => ci::run(),
     };
     outcome.unwrap_or_else(|error| {

@@ -15,6 +15,10 @@ use crate::steps::{Progress, Tally, step};
 use crate::workspace::offline_cargo;
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask soak                     ten minutes of faults, each answer checked
+  cargo xtask soak --minutes 60        an hour
+  cargo xtask soak --seed 42           the choices of an earlier run")]
 pub(crate) struct Args {
     /// How long faults happen
     #[arg(long, default_value_t = 10.0, value_name = "N", value_parser = minutes)]

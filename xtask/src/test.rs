@@ -9,19 +9,26 @@ use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch, install, pl
 
 use crate::steps::{Progress, Tally};
 use crate::workspace::{cargo, in_ci, offline_cargo};
-use crate::{prepare, signals, workspace};
+use crate::{migrate, prepare, signals, workspace};
 
 pub(crate) mod chart;
+mod commands;
 mod dashboards;
 mod dev;
 mod tiltfile;
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask test                         everything that a change has to pass
+  cargo xtask test -- messages             only the tests with that in their name
+  cargo xtask test -- --test it limits     only the integration tests of one module
+  cargo xtask test --chart                 only the chart
+  cargo xtask test --dev                   only the developer's loop, and these commands")]
 pub(crate) struct Args {
     /// Only what concerns the Helm chart
     #[arg(long, conflicts_with = "cargo_test")]
     chart: bool,
-    /// Only what concerns the developer's loop: the Tiltfile, kind, the workflows
+    /// Only what concerns the developer's loop: the Tiltfile, kind, the workflows, the commands
     #[arg(long, conflicts_with_all = ["cargo_test", "chart"])]
     dev: bool,
     /// Only what concerns the dashboards
@@ -48,6 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     } else if args.dev {
         tiltfile::check(&mut tally);
         dev::check(&mut tally);
+        commands::check(&mut tally);
     } else if args.monitoring {
         monitoring(&mut tally);
     } else if args.cargo_test.is_empty() {
@@ -85,6 +93,7 @@ pub(crate) fn all(tally: &mut Tally) -> Result<()> {
     chart::check(tally);
     tiltfile::check(tally);
     dev::check(tally);
+    commands::check(tally);
     dashboards::check(tally);
     build_and_test(tally, servers.as_ref(), &[])
 }
@@ -133,6 +142,7 @@ fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String])
     };
     if args.is_empty() {
         dashboards::check_metrics(tally, &servers.postgres, &servers.redis);
+        migrate::check(tally, &servers.postgres, &servers.redis);
     }
     let mut command = offline_cargo(&["test", "--workspace", "--no-fail-fast"]);
     command.args(args);

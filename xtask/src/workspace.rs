@@ -5,14 +5,22 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use ::tests::places;
 use anyhow::{Context, Result};
-use tests::places;
 
 /// The clone's top: cargo says where this package is, one level below.
 pub(crate) fn root() -> PathBuf {
     let package = env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
     package.parent().map_or_else(|| package.clone(), Path::to_owned)
+}
+
+/// The version in Cargo.toml, as it is now: this program may have been built before it was changed.
+pub(crate) fn version() -> Result<String> {
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).context("read Cargo.toml")?;
+    let mut lines = manifest.lines().skip_while(|line| line.trim() != "[workspace.package]");
+    let version = lines.find_map(|line| line.strip_prefix("version = \"")?.strip_suffix('"'));
+    Ok(version.context("Cargo.toml names no version of the workspace")?.to_owned())
 }
 
 /// A cargo command in the clone's top.
@@ -45,4 +53,12 @@ pub(crate) fn shown(path: &Path) -> String {
 /// CI installs what it lacks and skips nothing.
 pub(crate) fn in_ci() -> bool {
     env::var("CI").is_ok_and(|value| !["", "0", "false"].contains(&value.as_str()))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_version_is_the_one_that_cargo_reads() {
+        assert_eq!(super::version().expect("a version"), env!("CARGO_PKG_VERSION"));
+    }
 }

@@ -62,6 +62,33 @@ fn openapi_prints_what_is_served_and_needs_no_configuration() -> Result<()> {
 }
 
 #[test]
+fn migrate_status_tells_how_each_migration_stands_and_changes_nothing() -> Result<()> {
+    let database = Database::create()?;
+    let start = Start::on(&database);
+    let status = start.clone().args(&["migrate", "--status"]);
+    let fresh = status.run()?;
+    ensure!(fresh.code == 0 && fresh.stdout.lines().all(|line| line.contains("pending")), "{fresh:?}");
+    ensure!(fresh.stdout.starts_with("0001  pending   users\n"), "{fresh:?}");
+    ensure!(status.run()?.stdout == fresh.stdout, "asking changed something");
+    ensure!(start.args(&["migrate"]).run()?.code == 0);
+    let migrated = status.run()?;
+    ensure!(
+        migrated.code == 0 && migrated.stdout == fresh.stdout.replace("pending", "applied"),
+        "{migrated:?}"
+    );
+    database.query("UPDATE _sqlx_migrations SET checksum = '\\x00' WHERE version = 1")?;
+    let modified = status.run()?;
+    ensure!(
+        modified.code == 1 && modified.stdout.contains("0001  modified  users: undo the edit"),
+        "{modified:?}"
+    );
+    add_a_migration_of_the_future(&database)?;
+    let newer = status.run()?;
+    ensure!(newer.code == 1 && newer.stdout.contains("9999  unknown   of the future"), "{newer:?}");
+    Ok(())
+}
+
+#[test]
 fn doctor_finds_nothing_wrong_with_a_healthy_installation() -> Result<()> {
     let database = Database::create()?;
     let start = Start::on(&database).env("SECRET_KEY", STRONG_KEY);

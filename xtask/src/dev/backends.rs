@@ -101,7 +101,7 @@ pub(crate) fn start(dir: &Path, settings: &Settings) -> Result<Backends> {
     Ok(Backends { postgres, redis })
 }
 
-fn start_postgres(dir: &Path, engine: Option<&Engine>, progress: &Progress) -> Result<Backend> {
+pub(crate) fn start_postgres(dir: &Path, engine: Option<&Engine>, progress: &Progress) -> Result<Backend> {
     let mut options = PostgresOptions::durable();
     if ports::is_free(POSTGRES_PORT) {
         options = options.port(POSTGRES_PORT);

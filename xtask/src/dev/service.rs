@@ -21,6 +21,8 @@ const READY_LIMIT: Duration = Duration::from_secs(60);
 /// On top of the service's own grace.
 const END_MARGIN: Duration = Duration::from_secs(10);
 const REQUEST_LIMIT: Duration = Duration::from_secs(2);
+const LIMITS: [&str; 3] =
+    ["LOGIN_RATE_LIMIT_PER_MINUTE", "REGISTER_RATE_LIMIT_PER_MINUTE", "SEND_RATE_LIMIT_PER_MINUTE"];
 
 pub(crate) struct Service {
     binary: PathBuf,
@@ -36,6 +38,14 @@ pub(crate) struct Addresses {
     pub(crate) host: String,
     pub(crate) port: u16,
     pub(crate) ops_port: u16,
+}
+
+impl Addresses {
+    /// Where the API is.
+    pub(crate) fn api(&self) -> String {
+        let Self { host, port, .. } = self;
+        if host.contains(':') { format!("http://[{host}]:{port}") } else { format!("http://{host}:{port}") }
+    }
 }
 
 impl Service {
@@ -68,6 +78,27 @@ impl Service {
         }
         let grace = settings.get("SHUTDOWN_GRACE_SECONDS").and_then(|text| text.parse().ok()).unwrap_or(20);
         Ok(Self { binary, variables, addresses, grace: Duration::from_secs(grace), child: None })
+    }
+
+    /// One more on the loopback address, on ports of its own, that limits nobody and says only what is wrong.
+    pub(crate) fn without_limits(
+        binary: PathBuf,
+        mut variables: Vec<(&'static str, String)>,
+    ) -> Result<Self> {
+        let host = "127.0.0.1".to_owned();
+        let addresses = Addresses { host, port: ports::free()?, ops_port: ports::free()? };
+        variables.extend([
+            ("HOST", addresses.host.clone()),
+            ("PORT", addresses.port.to_string()),
+            ("OPS_PORT", addresses.ops_port.to_string()),
+            ("RUST_LOG", "warn".to_owned()),
+        ]);
+        variables.extend(LIMITS.map(|limit| (limit, "0".to_owned())));
+        Ok(Self { binary, variables, addresses, grace: Duration::from_secs(20), child: None })
+    }
+
+    pub(crate) fn binary(&self) -> &Path {
+        &self.binary
     }
 
     pub(crate) fn addresses(&self) -> Addresses {
@@ -139,7 +170,7 @@ impl Drop for Service {
 }
 
 /// Kept, so that a token outlives a restart.
-fn secret_key(file: &Path) -> Result<String> {
+pub(super) fn secret_key(file: &Path) -> Result<String> {
     if let Ok(key) = fs::read_to_string(file) {
         return Ok(key);
     }

@@ -11,7 +11,7 @@ use tests::{install, places};
 
 use super::{Options, Platform};
 use crate::steps::Progress;
-use crate::workspace;
+use crate::{git, workspace};
 
 /// Where `deploy/Dockerfile` has the sources and cargo's own folder: a binary built elsewhere names the same.
 const SOURCES: &str = "/src";
@@ -31,22 +31,16 @@ pub(crate) struct Origin {
 impl Origin {
     /// Sources without their history, as from an archive, have neither name nor time.
     pub(crate) fn of_this_clone() -> Result<Self> {
-        let describe = git(&["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]);
+        let describe = git::ask(&["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]);
         let Some(revision) = describe else {
             let created = "1970-01-01T00:00:00Z".to_owned();
             return Ok(Self { revision: "unknown".to_owned(), epoch: 0, created });
         };
-        let log = |format: &str| git(&["log", "-1", "--date=format-local:%Y-%m-%dT%H:%M:%SZ", format]);
+        let log = |format: &str| git::ask(&["log", "-1", "--date=format-local:%Y-%m-%dT%H:%M:%SZ", format]);
         let epoch =
             log("--format=%ct").and_then(|seconds| seconds.parse().ok()).context("git log has no time")?;
         Ok(Self { revision, epoch, created: log("--format=%cd").context("git log has no date")? })
     }
-}
-
-fn git(args: &[&str]) -> Option<String> {
-    let output =
-        Command::new("git").args(args).current_dir(workspace::root()).env("TZ", "UTC").output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 /// Rust's name of the platform.

@@ -107,9 +107,9 @@ impl Engine {
             Self::Podman | Self::Buildah => build.args(["--timestamp", &epoch]),
         };
         build.args(["--platform", options.platform.name(), "--tag", name]).arg("--file").arg(dockerfile);
-        let version = env!("CARGO_PKG_VERSION");
+        let version = workspace::version()?;
         for (argument, value) in
-            [("VERSION", version), ("REVISION", &origin.revision), ("CREATED", &origin.created)]
+            [("VERSION", &version), ("REVISION", &origin.revision), ("CREATED", &origin.created)]
         {
             build.arg("--build-arg").arg(format!("{argument}={value}"));
         }

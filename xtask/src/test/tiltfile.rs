@@ -254,9 +254,11 @@ fn broken(progress: &Progress, helm: &Path, file: &Path) -> Result<()> {
             .with_context(|| format!("{instead:?} instead of {part:?}"))?;
     }
     // What only the comparison with the programs can find.
-    for (part, instead) in
-        [("'load', '--address'", "'load', '--adress'"), ("'smoke-test', '--url", "'smoke', '--url")]
-    {
+    for (part, instead) in [
+        ("'load', '--address'", "'load', '--adress'"),
+        ("'seed', '--url'", "'sead', '--url'"),
+        ("'smoke-test', '--url", "'smoke', '--url"),
+    ] {
         ensure!(text.contains(part), "the Tiltfile has no {part:?} to break");
         fs::write(&copy, text.replace(part, instead))?;
         let all = plan(progress, helm, &copy, Scenario::up(KIND))?;
