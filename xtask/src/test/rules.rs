@@ -6,8 +6,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use ::tests::places;
 use anyhow::{Context, Result, bail, ensure};
-use tests::places;
 
 use super::scrape::Metrics;
 use super::{metrics, parse_queries};
