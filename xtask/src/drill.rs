@@ -55,6 +55,8 @@ const UNIT_TEST_ONLY: [&str; 6] = [
 const FIRE_LIMIT: Duration = Duration::from_secs(3 * 3600 / scale::FACTOR as u64 + 60);
 /// From the end of the fault to the end of the alert: the longest window that has to forget it, six hours, and a minute.
 const RESOLVE_LIMIT: Duration = Duration::from_secs(6 * 3600 / scale::FACTOR as u64 + 60);
+/// For all queries of all panels.
+const PANELS_LIMIT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(250);
 
 /// How a drill went.
@@ -163,8 +165,8 @@ fn play(tally: &mut Tally, args: &Args) -> Result<()> {
         match outcome.times {
             Ok(times) => tally.passed += times.len() as u64,
             Err(error) => {
-                tally.failed += 1;
-                println!("  {}: {error:#}", outcome.drill.alerts.join(", "));
+                tally.failed += outcome.drill.alerts.len() as u64;
+                println!("  {}: {error:#}", outcome.drill.fault);
                 println!("  fix: cargo xtask drill {} --keep", outcome.drill.alerts[0]);
             }
         }
@@ -181,8 +183,11 @@ fn play(tally: &mut Tally, args: &Args) -> Result<()> {
 
 /// Every panel of the dashboards has data of all that happened.
 fn check_panels(progress: &Progress, prometheus: &Prometheus, range: Duration) -> Result<()> {
-    // As Grafana: four scrapes at least.
-    let scope = Scope { rate_interval: scale::SCRAPE_INTERVAL * 4, range, ..Scope::default() };
+    // The first fault is still within the range of the last query.
+    let range = range + PANELS_LIMIT;
+    // As Grafana has it: no scrape is between two points of a graph.
+    let rate_interval = (scale::SCRAPE_INTERVAL * 4).max(range / check::POINTS + scale::SCRAPE_INTERVAL);
+    let scope = Scope { rate_interval, range, ..Scope::default() };
     let report = check::check_panels(&prometheus.url(), &scope)?;
     for line in report.to_string().lines() {
         progress.note(line.trim_start());
@@ -290,14 +295,13 @@ impl Show<'_> {
 
     fn fire_and_resolve(&self, rig: &Rig, drill: &'static Drill) -> Result<Vec<Times>> {
         // An alert that another fault has left would prove nothing.
-        self.wait(RESOLVE_LIMIT, "it fires before its fault", |history| {
-            drill.alerts.iter().all(|alert| !history.fires(alert, rig.namespace)).then_some(())
+        self.wait(RESOLVE_LIMIT, "fires before its fault", drill, |history, alert| {
+            (!history.fires(alert, rig.namespace)).then_some(())
         })?;
         let injected = Instant::now();
         let outcome = (drill.inject)(rig).context("inject the fault").and_then(|()| {
-            self.wait(FIRE_LIMIT, "did not fire", |history| {
-                let fired = |alert: &&'static str| Some(history.since(injected, alert, rig.namespace)?.0);
-                drill.alerts.iter().map(fired).collect::<Option<Vec<_>>>()
+            self.wait(FIRE_LIMIT, "did not fire", drill, |history, alert| {
+                Some(history.since(injected, alert, rig.namespace)?.0)
             })
         });
         // Whatever came of it, the next drill finds a sound service.
@@ -305,9 +309,8 @@ impl Show<'_> {
         (drill.heal)(rig).context("heal the fault")?;
         rig.await_ready()?;
         let fired = outcome?;
-        let resolved = self.wait(RESOLVE_LIMIT, "did not resolve", |history| {
-            let resolved = |alert: &&'static str| history.since(injected, alert, rig.namespace)?.1;
-            drill.alerts.iter().map(resolved).collect::<Option<Vec<_>>>()
+        let resolved = self.wait(RESOLVE_LIMIT, "did not resolve", drill, |history, alert| {
+            history.since(injected, alert, rig.namespace)?.1
         })?;
         let times = drill.alerts.iter().zip(fired.into_iter().zip(resolved));
         Ok(times
@@ -319,15 +322,28 @@ impl Show<'_> {
             .collect())
     }
 
-    fn wait<T>(&self, limit: Duration, what: &str, ask: impl Fn(&History) -> Option<T>) -> Result<T> {
+    /// Until there is an answer for each alert of the drill; else the error names those without.
+    fn wait<T>(
+        &self,
+        limit: Duration,
+        what: &str,
+        drill: &'static Drill,
+        ask: impl Fn(&History, &'static str) -> Option<T>,
+    ) -> Result<Vec<T>> {
         let deadline = Instant::now() + limit;
         loop {
             signals::check()?;
-            if let Some(answer) = ask(&lock(&self.history)) {
-                return Ok(answer);
+            let answers: Vec<Option<T>> = {
+                let history = lock(&self.history);
+                drill.alerts.iter().map(|alert| ask(&history, alert)).collect()
+            };
+            let unanswered = drill.alerts.iter().zip(&answers).filter(|(_, answer)| answer.is_none());
+            let missing = unanswered.map(|(alert, _)| *alert).collect::<Vec<_>>().join(", ");
+            if missing.is_empty() {
+                return Ok(answers.into_iter().flatten().collect());
             }
             if Instant::now() >= deadline {
-                bail!("{what} within {} s", limit.as_secs());
+                bail!("{missing} {what} within {} s", limit.as_secs());
             }
             thread::sleep(POLL);
         }
@@ -338,7 +354,9 @@ fn print_table(outcomes: &[Outcome]) {
     println!("\n  {:<32}{:<42}{:>8}{:>11}", "alert", "fault", "fires", "resolves");
     for Outcome { drill, times, others } in outcomes {
         let Ok(times) = times else {
-            println!("  {:<32}{:<42}{:>8}", drill.alerts.join(", "), drill.fault, "FAILED");
+            for alert in drill.alerts {
+                println!("  {alert:<32}{:<42}{:>8}", drill.fault, "FAILED");
+            }
             continue;
         };
         for times in times {

@@ -82,7 +82,7 @@ impl Prometheus {
         command.arg(format!("--config.file={}", file.display()));
         command.arg(format!("--storage.tsdb.path={}", dir.join("data").display()));
         command.arg(format!("--web.listen-address=127.0.0.1:{port}"));
-        command.arg(format!("--query.lookback-delta={}", scale::render(scale::lookback())));
+        command.arg(format!("--query.lookback-delta={}", scale::render(scale::LOOKBACK)));
         command.current_dir(dir).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let child = daemon::spawn(command).context("start prometheus")?;
         let mut prometheus = Self { child, port };
