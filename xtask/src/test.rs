@@ -97,16 +97,15 @@ fn check_metrics(tally: &mut Tally, promtool: Option<&Path>, servers: &Servers) 
     }
 }
 
-/// Reads every query with Prometheus's own parser, which takes it for a recording rule.
-fn parse_queries(progress: &Progress, promtool: &Path, exprs: &[String]) -> Result<()> {
-    let rule =
-        |(number, expr): (usize, &String)| json!({ "record": format!("query:number{number}"), "expr": expr });
-    let rules: Vec<Value> = exprs.iter().enumerate().map(rule).collect();
+/// Reads every query with Prometheus's own parser, which takes it for a recording rule of that name.
+fn parse_queries(progress: &Progress, promtool: &Path, queries: &[(String, String)]) -> Result<()> {
+    let rule = |(name, expr): &(String, String)| json!({ "record": name, "expr": expr });
+    let rules: Vec<Value> = queries.iter().map(rule).collect();
     let file = places::target_dir()?.join("xtask/queries.yaml");
     // JSON is YAML.
     fs::write(&file, json!({ "groups": [{ "name": "queries", "rules": rules }] }).to_string())?;
     let mut judge = Command::new(promtool);
-    judge.args(["check", "rules"]).arg(&file);
+    judge.args(["check", "rules", "--lint=none"]).arg(&file);
     progress.run(judge).map(drop)
 }
 

@@ -10,7 +10,8 @@
 //! | `for: 5m` | 2.5 s | ten evaluations |
 //!
 //! A share of errors, a rate and a latency do not depend on the length of the window, so the thresholds stay as they are.
-//! How far back Prometheus looks for the newest sample is not scaled as much ([`LOOKBACK`]). A window under four scrapes would make `rate` a matter of luck: the rules may have none, or the drill does not start.
+//! How far back Prometheus looks for the newest sample is not scaled as much ([`LOOKBACK`]). A window under four scrapes
+//! would make `rate` a matter of luck: the rules may have none, or the drill does not start.
 //!
 //! What is not scaled is the service: it notices a Postgres that is gone after two seconds, here as anywhere.
 

@@ -75,10 +75,11 @@ fn model(progress: &Progress) -> Result<()> {
 
 /// Every query is one to Prometheus's own parser.
 fn parse(progress: &Progress, promtool: &Path) -> Result<()> {
-    let exprs: Vec<String> = questions().into_iter().map(|question| question.expr).collect();
-    ensure!(!exprs.is_empty(), "no query");
-    parse_queries(progress, promtool, &exprs)?;
-    match parse_queries(progress, promtool, &["sum by (le (up)".to_owned()]) {
+    let named = |(number, question): (usize, check::Question)| (format!("query{number}"), question.expr);
+    let queries: Vec<(String, String)> = questions().into_iter().enumerate().map(named).collect();
+    ensure!(!queries.is_empty(), "no query");
+    parse_queries(progress, promtool, &queries)?;
+    match parse_queries(progress, promtool, &[("broken".to_owned(), "sum by (le (up)".to_owned())]) {
         Ok(()) => bail!("a query that cannot be read was taken"),
         Err(error) => ensure!(format!("{error:#}").contains("parse"), "{error:#}"),
     }

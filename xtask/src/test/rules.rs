@@ -201,7 +201,8 @@ fn mentioned(text: &str) -> impl Iterator<Item = &str> {
 /// Prometheus's own parser reads every query of the runbooks.
 fn parse(progress: &Progress, promtool: &Path) -> Result<()> {
     let runbooks = runbooks()?;
-    let queries: Vec<String> = queries(&runbooks).into_iter().map(|(_, query)| query).collect();
+    let queries: Vec<(String, String)> =
+        queries(&runbooks).into_iter().map(|(name, query)| (name.to_owned(), query)).collect();
     ensure!(!queries.is_empty(), "no query in {RUNBOOKS}");
     parse_queries(progress, promtool, &queries)
 }
