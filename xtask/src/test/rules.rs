@@ -209,20 +209,21 @@ fn parse(progress: &Progress, promtool: &Path) -> Result<()> {
 
 /// Whatever a rule or a runbook names is exported, recorded, or another exporter's.
 fn exist(there: &Metrics) -> Result<()> {
+    let mut named: Vec<(String, String)> = Vec::new();
     for rule in rules::all()? {
-        let name = rule.alert.as_ref().or(rule.record.as_ref()).context("a rule without a name")?;
-        let missing = metrics::of(&rule.expr).into_iter().find(|metric| !there.have(metric));
-        ensure!(missing.is_none(), "{name}: there is no metric {missing:?}");
+        let name = rule.alert.or(rule.record).context("a rule without a name")?;
+        named.extend(metrics::of(&rule.expr).into_iter().map(|metric| (name.clone(), metric)));
     }
     let runbooks = runbooks()?;
     for (name, query) in queries(&runbooks) {
-        let missing = metrics::of(&query).into_iter().find(|metric| !there.have(metric));
-        ensure!(missing.is_none(), "{RUNBOOKS}/{name}.md: there is no metric {missing:?}");
+        named.extend(metrics::of(&query).into_iter().map(|metric| (format!("{RUNBOOKS}/{name}.md"), metric)));
     }
     for (name, text) in &runbooks {
-        let known = |metric: &str| there.have(metric) || there.is_histogram(metric);
-        let missing = mentioned(text).find(|metric| !known(metric));
-        ensure!(missing.is_none(), "{RUNBOOKS}/{name}.md: there is no metric {missing:?}");
+        let said = mentioned(text).filter(|metric| !there.is_histogram(metric));
+        named.extend(said.map(|metric| (format!("{RUNBOOKS}/{name}.md"), metric.to_owned())));
+    }
+    for (place, metric) in named {
+        ensure!(there.have(&metric), "{place}: there is no metric {metric}");
     }
     Ok(())
 }
