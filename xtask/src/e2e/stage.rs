@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -203,6 +203,20 @@ impl Stage {
         self.apply(progress, "upgrade", tag, sets, "4m")
     }
 
+    /// An upgrade that is not waited for, and may leave what does not work.
+    pub(super) fn change(&self, progress: &Progress, sets: &[&str]) -> Result<String> {
+        let tag = format!("image.tag={}", self.tag);
+        let mut args = vec!["upgrade", RELEASE, "helm/chat-service", "--values", VALUES, "--set", &tag];
+        for set in sets {
+            args.extend(["--set", set]);
+        }
+        self.helm(progress, &args)
+    }
+
+    pub(super) fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
     /// The release as it was installed, whatever a failed check has left.
     pub(super) fn mend(&self, progress: &Progress) -> Result<()> {
         self.kubernetes.cordon(false)?;
@@ -279,7 +293,7 @@ impl Stage {
         Ok(())
     }
 
-    fn is_healthy(&self) -> bool {
+    pub(super) fn is_healthy(&self) -> bool {
         let mut client = tests::history::http::Client::new(self.address);
         let answer = client.request("GET", "/healthz", &[], "", Duration::from_secs(5));
         answer.is_ok_and(|answer| answer.status == 200)
