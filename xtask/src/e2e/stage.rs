@@ -293,7 +293,7 @@ impl Stage {
         Ok(())
     }
 
-    pub(super) fn is_healthy(&self) -> bool {
+    fn is_healthy(&self) -> bool {
         let mut client = tests::history::http::Client::new(self.address);
         let answer = client.request("GET", "/healthz", &[], "", Duration::from_secs(5));
         answer.is_ok_and(|answer| answer.status == 200)
