@@ -19,8 +19,7 @@ pub const ADVICE: &str = "\
 or set DATABASE_URL and REDIS_URL, or start Docker or Podman";
 
 /// What to type for Prometheus.
-const PROMETHEUS_ADVICE: &str = "\
-  Debian, Ubuntu:  sudo apt-get install prometheus
+const PROMETHEUS_ADVICE: &str = "  Debian, Ubuntu:  sudo apt-get install prometheus
   Fedora:          sudo dnf install prometheus
   macOS:           brew install prometheus
 or put the programs of https://prometheus.io/download on PATH";
