@@ -1,6 +1,7 @@
 //! `cargo xtask e2e`: the chart and the image on a real cluster, through what a platform team does with them and what
 //! happens to them.
 
+mod alerts;
 mod checks;
 mod faults;
 pub(crate) mod load;
@@ -47,7 +48,7 @@ pub(crate) enum Provider {
 type Check = fn(&mut Stage, &Progress) -> Result<()>;
 
 /// In this order: each leaves the release as it found it, ready and with all of its messages.
-const CHECKS: [(&str, Check); 22] = [
+const CHECKS: [(&str, Check); 23] = [
     ("every values file", checks::values_files),
     ("install", checks::install),
     ("helm test", checks::helm_test),
@@ -67,10 +68,14 @@ const CHECKS: [(&str, Check); 22] = [
     ("broken image", faults::broken_image),
     ("bad value", faults::bad_value),
     ("autoscaling", checks::autoscaling),
+    (ALERTS.0, alerts::all),
     ("backup and restore", procedures::backup_and_restore),
     ("tilt loop", tilt::tilt_loop),
     ("uninstall", procedures::uninstall),
 ];
+
+/// The check that sees alerts fire and resolve, and which: what only a cluster can show.
+pub(crate) const ALERTS: (&str, &[&str]) = ("alerts", &alerts::ALERTS);
 
 /// Without these the others have nothing to look at.
 const ALWAYS: &str = "install";

@@ -7,6 +7,7 @@ mod completions;
 mod dashboards;
 mod dev;
 mod doctor;
+mod drill;
 mod dry_run;
 mod e2e;
 mod git;
@@ -19,6 +20,7 @@ mod migrate;
 mod openapi;
 mod prepare;
 mod release;
+mod rules;
 mod seed;
 mod signals;
 mod soak;
@@ -74,6 +76,8 @@ enum Command {
     Load(load::Args),
     /// Install, upgrade, attack, roll back and remove the chart on a real cluster, under load
     E2e(e2e::Args),
+    /// Inject each alert's fault, and see it fire and resolve on a real Prometheus
+    Drill(drill::Args),
     /// Write Grafana's dashboards, or ask a Prometheus whether every panel has data
     Dashboards(dashboards::Args),
     /// Apply, create, show and check the migrations of the schema
@@ -106,6 +110,7 @@ fn main() -> ExitCode {
         Command::Kind(args) => kind::run(&args),
         Command::Load(args) => load::run(&args),
         Command::E2e(args) => e2e::run(&args),
+        Command::Drill(args) => drill::run(&args),
         Command::Dashboards(args) => dashboards::run(&args),
         Command::Migrate(args) => migrate::run(&args),
         Command::Openapi(args) => openapi::run(&args),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -201,6 +201,20 @@ impl Stage {
     /// An upgrade that has to work.
     pub(super) fn upgrade(&self, progress: &Progress, tag: &str, sets: &[&str]) -> Result<String> {
         self.apply(progress, "upgrade", tag, sets, "4m")
+    }
+
+    /// An upgrade that is not waited for, and may leave what does not work.
+    pub(super) fn change(&self, progress: &Progress, sets: &[&str]) -> Result<String> {
+        let tag = format!("image.tag={}", self.tag);
+        let mut args = vec!["upgrade", RELEASE, "helm/chat-service", "--values", VALUES, "--set", &tag];
+        for set in sets {
+            args.extend(["--set", set]);
+        }
+        self.helm(progress, &args)
+    }
+
+    pub(super) fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
     }
 
     /// The release as it was installed, whatever a failed check has left.
