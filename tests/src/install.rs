@@ -1,6 +1,6 @@
 //! Installs the server programs where that needs no question: Debian or Ubuntu, as root or with password-less sudo.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -17,6 +17,23 @@ pub const ADVICE: &str = "\
   Fedora:          sudo dnf install postgresql-server valkey
   macOS:           brew install postgresql@17 redis
 or set DATABASE_URL and REDIS_URL, or start Docker or Podman";
+
+/// What to type for Prometheus.
+const PROMETHEUS_ADVICE: &str = "\
+  Debian, Ubuntu:  sudo apt-get install prometheus
+  Fedora:          sudo dnf install prometheus
+  macOS:           brew install prometheus
+or put the programs of https://prometheus.io/download on PATH";
+
+/// Debian 12's: the first with the checks and functions that the rules and their tests use.
+const PROMETHEUS_OLDEST: (u32, u32) = (2, 42);
+
+/// The programs of one Prometheus.
+#[derive(Clone, Debug)]
+pub struct Prometheus {
+    pub server: PathBuf,
+    pub promtool: PathBuf,
+}
 
 /// The packages start their servers on the standard ports unless a policy forbids it. One that is there already is
 /// the administrator's; ours goes away again, whatever happens.
@@ -65,6 +82,35 @@ pub fn ensure_programs(say: impl FnOnce(&str)) -> Result<()> {
     }
     say(&format!("installing {} with apt-get", missing.join(" and ")));
     install(&missing)
+}
+
+/// Makes sure that Prometheus and promtool are there. `say` is told before anything is installed.
+pub fn ensure_prometheus(say: impl FnOnce(&str)) -> Result<Prometheus> {
+    let find = || Some(Prometheus { server: programs::prometheus()?, promtool: programs::promtool()? });
+    let found = match find() {
+        Some(found) => found,
+        None if can_install() => {
+            say("installing prometheus with apt-get");
+            install(&["prometheus"])?;
+            find().with_context(|| {
+                format!("the package prometheus has no promtool. Install by hand:\n{PROMETHEUS_ADVICE}")
+            })?
+        }
+        None => bail!("prometheus and promtool are not installed. Install by hand:\n{PROMETHEUS_ADVICE}"),
+    };
+    for program in [&found.server, &found.promtool] {
+        let version = programs::prometheus_version(program)
+            .with_context(|| format!("{} --version says no version", program.display()))?;
+        if version < PROMETHEUS_OLDEST {
+            let ((major, minor), (oldest_major, oldest_minor)) = (version, PROMETHEUS_OLDEST);
+            bail!(
+                "{} is version {major}.{minor}, at least {oldest_major}.{oldest_minor} is needed. \
+                 Install by hand:\n{PROMETHEUS_ADVICE}",
+                program.display()
+            );
+        }
+    }
+    Ok(found)
 }
 
 /// Installs the packages without leaving their services running.

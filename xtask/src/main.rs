@@ -5,6 +5,7 @@ mod ci;
 mod cluster;
 mod dashboards;
 mod dev;
+mod drill;
 mod dry_run;
 mod e2e;
 mod go_tools;
@@ -13,6 +14,7 @@ mod kind;
 mod kubernetes;
 mod load;
 mod prepare;
+mod rules;
 mod signals;
 mod soak;
 mod steps;
@@ -61,6 +63,8 @@ enum Command {
     Load(load::Args),
     /// Install, upgrade, attack, roll back and remove the chart on a real cluster, under load
     E2e(e2e::Args),
+    /// Inject each alert's fault, and see it fire and resolve on a real Prometheus
+    Drill(drill::Args),
     /// Write Grafana's dashboards, or ask a Prometheus whether every panel has data
     Dashboards(dashboards::Args),
     /// What .ci/run runs
@@ -79,6 +83,7 @@ fn main() -> ExitCode {
         Command::Kind(args) => kind::run(&args),
         Command::Load(args) => load::run(&args),
         Command::E2e(args) => e2e::run(&args),
+        Command::Drill(args) => drill::run(&args),
         Command::Dashboards(args) => dashboards::run(&args),
         Command::Ci => ci::run(),
     };

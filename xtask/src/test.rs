@@ -1,9 +1,12 @@
 //! `cargo xtask test`: everything that a change has to pass, on servers that it starts by itself.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Result, bail};
+use scrape::Metrics;
+use serde_json::{Value, json};
 use tests::servers::{daemon, programs};
 use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch, install, places};
 
@@ -14,6 +17,9 @@ use crate::{prepare, signals, workspace};
 pub(crate) mod chart;
 mod dashboards;
 mod dev;
+mod metrics;
+mod rules;
+mod scrape;
 mod tiltfile;
 
 #[derive(clap::Args)]
@@ -24,7 +30,7 @@ pub(crate) struct Args {
     /// Only what concerns the developer's loop: the Tiltfile, kind, the workflows
     #[arg(long, conflicts_with_all = ["cargo_test", "chart"])]
     dev: bool,
-    /// Only what concerns the dashboards
+    /// Only what concerns the dashboards, the rules for Prometheus and the runbooks
     #[arg(long, conflicts_with_all = ["cargo_test", "chart"])]
     monitoring: bool,
     /// Arguments for `cargo test`; with any, only the tests run, without the other checks
@@ -54,18 +60,54 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         all(&mut tally)?;
     } else {
         let servers = tally.check("Postgres and Redis", "", start_servers);
-        build_and_test(&mut tally, servers.as_ref(), &args.cargo_test)?;
+        build_and_test(&mut tally, servers.as_ref(), None, &args.cargo_test)?;
     }
     Ok(tally.close())
 }
 
 /// What SREs look at.
 fn monitoring(tally: &mut Tally) {
-    dashboards::check(tally);
+    let promtool = check_monitoring(tally);
     let servers = tally.check("Postgres and Redis", "", start_servers);
     if let (Some(servers), Some(_)) = (servers, build(tally)) {
-        dashboards::check_metrics(tally, &servers.postgres, &servers.redis);
+        check_metrics(tally, promtool.as_deref(), &servers);
     }
+}
+
+/// What of that needs no running service. Returns promtool, for the rest.
+fn check_monitoring(tally: &mut Tally) -> Option<PathBuf> {
+    let promtool = if in_ci() || programs::promtool().is_some() || install::can_install() {
+        let found = |progress: &Progress| install::ensure_prometheus(|line| progress.note(line));
+        tally.check("Prometheus", "", found).map(|programs| programs.promtool)
+    } else {
+        println!("  {:24}skipped: what needs promtool (Debian: apt-get install prometheus)", "Prometheus");
+        None
+    };
+    dashboards::check(tally, promtool.as_deref());
+    rules::check(tally, promtool.as_deref());
+    promtool
+}
+
+/// Which metrics there are is asked of the built service.
+fn check_metrics(tally: &mut Tally, promtool: Option<&Path>, servers: &Servers) {
+    let find = |progress: &Progress| Metrics::find(progress, &servers.postgres, &servers.redis);
+    if let Some(there) = tally.check("metrics: scrape", "", find) {
+        dashboards::check_metrics(tally, &there);
+        rules::check_metrics(tally, promtool, &there);
+    }
+}
+
+/// Reads every query with Prometheus's own parser, which takes it for a recording rule.
+fn parse_queries(progress: &Progress, promtool: &Path, exprs: &[String]) -> Result<()> {
+    let rule =
+        |(number, expr): (usize, &String)| json!({ "record": format!("query:number{number}"), "expr": expr });
+    let rules: Vec<Value> = exprs.iter().enumerate().map(rule).collect();
+    let file = places::target_dir()?.join("xtask/queries.yaml");
+    // JSON is YAML.
+    fs::write(&file, json!({ "groups": [{ "name": "queries", "rules": rules }] }).to_string())?;
+    let mut judge = Command::new(promtool);
+    judge.args(["check", "rules"]).arg(&file);
+    progress.run(judge).map(drop)
 }
 
 /// Every check. A failed one does not keep the later ones from running.
@@ -85,8 +127,8 @@ pub(crate) fn all(tally: &mut Tally) -> Result<()> {
     chart::check(tally);
     tiltfile::check(tally);
     dev::check(tally);
-    dashboards::check(tally);
-    build_and_test(tally, servers.as_ref(), &[])
+    let promtool = check_monitoring(tally);
+    build_and_test(tally, servers.as_ref(), promtool.as_deref(), &[])
 }
 
 fn start_servers(progress: &Progress) -> Result<Servers> {
@@ -121,7 +163,12 @@ fn build(tally: &mut Tally) -> Option<String> {
     tally.check("build", "", |progress| progress.run(offline_cargo(&["build", "-p", "chat-service"])))
 }
 
-fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String]) -> Result<()> {
+fn build_and_test(
+    tally: &mut Tally,
+    servers: Option<&Servers>,
+    promtool: Option<&Path>,
+    args: &[String],
+) -> Result<()> {
     let built = build(tally);
     if signals::asked_to_end() {
         return Ok(());
@@ -132,7 +179,7 @@ fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String])
         return Ok(());
     };
     if args.is_empty() {
-        dashboards::check_metrics(tally, &servers.postgres, &servers.redis);
+        check_metrics(tally, promtool, servers);
     }
     let mut command = offline_cargo(&["test", "--workspace", "--no-fail-fast"]);
     command.args(args);

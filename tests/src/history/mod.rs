@@ -9,7 +9,7 @@ pub mod check;
 pub mod http;
 mod memory;
 mod plan;
-mod proxy;
+pub mod proxy;
 mod rig;
 mod run;
 

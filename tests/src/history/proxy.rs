@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use crate::servers::ports;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Line {
+pub enum Line {
     Open,
     /// Connections break, new ones at once.
     Cut,
@@ -26,7 +26,7 @@ pub(super) enum Line {
 }
 
 #[derive(Debug)]
-pub(super) struct Proxy {
+pub struct Proxy {
     port: u16,
     line: watch::Sender<Line>,
 }
@@ -37,7 +37,7 @@ const CHUNK_BYTES: usize = 16 * 1024;
 
 impl Proxy {
     /// Listens on a port of its own and leads to another on the loopback address.
-    pub(super) fn start(runtime: &Handle, server: u16) -> Result<Self> {
+    pub fn start(runtime: &Handle, server: u16) -> Result<Self> {
         let port = ports::free()?;
         let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, port)));
         let listener = listener.with_context(|| format!("listen on port {port}"))?;
@@ -50,11 +50,11 @@ impl Proxy {
         Ok(Self { port, line })
     }
 
-    pub(super) fn port(&self) -> u16 {
+    pub fn port(&self) -> u16 {
         self.port
     }
 
-    pub(super) fn set(&self, line: Line) {
+    pub fn set(&self, line: Line) {
         self.line.send_replace(line);
     }
 }

@@ -58,6 +58,25 @@ pub fn redis_cli() -> Option<PathBuf> {
     find_any(&["redis-cli", "valkey-cli"])
 }
 
+/// Prometheus's server.
+pub fn prometheus() -> Option<PathBuf> {
+    find_any(&["prometheus"])
+}
+
+/// What judges rules and metrics; it comes with the server.
+pub fn promtool() -> Option<PathBuf> {
+    find_any(&["promtool"])
+}
+
+/// Major and minor version, as either of the two says it: `prometheus, version 2.42.0+ds (...)`.
+pub fn prometheus_version(program: &Path) -> Option<(u32, u32)> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    // Versions before 2.46 say it on stderr.
+    let text = String::from_utf8([output.stdout, output.stderr].concat()).ok()?;
+    let mut numbers = text.split_once(", version ")?.1.split('.');
+    Some((leading_number(numbers.next()?)?, leading_number(numbers.next()?)?))
+}
+
 fn find_any(names: &[&str]) -> Option<PathBuf> {
     // sbin and Homebrew are often missing from PATH.
     let places =

@@ -12,7 +12,7 @@ use super::model::{Dashboard, Kind, Panel, version_annotation};
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// Points of a graph. Prometheus gives at most 11,000.
-const POINTS: u32 = 120;
+pub(crate) const POINTS: u32 = 120;
 
 /// What the variables stand for, and the time that is looked at: up to now.
 #[derive(Clone, Debug)]
