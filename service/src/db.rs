@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use crate::call::Call;
 use crate::config::Config;
 use crate::metrics::Metrics;
+use crate::trace::{self, Place};
 
 /// The migrations that this binary was built with.
 static MIGRATIONS: Migrator = sqlx::migrate!("./migrations");
@@ -39,6 +40,7 @@ pub const POOL_NAME: &str = "chat";
 #[derive(Clone, Debug)]
 pub struct Database {
     pool: PgPool,
+    place: Place,
     metrics: Arc<Metrics>,
 }
 
@@ -101,7 +103,10 @@ pub fn pool(config: &Config, options: PgConnectOptions) -> PgPool {
 
 impl Database {
     pub fn new(pool: PgPool, metrics: Arc<Metrics>) -> Self {
-        Self { pool, metrics }
+        let options = pool.connect_options();
+        let database = options.get_database().unwrap_or_else(|| options.get_username());
+        let place = Place::new(options.get_host(), options.get_port(), database);
+        Self { pool, place, metrics }
     }
 
     pub fn pool(&self) -> &PgPool {
@@ -117,14 +122,23 @@ impl Database {
         })
     }
 
-    /// Does the work of a call, timed.
+    /// Does the work of a call, timed and traced.
     pub async fn run<T>(
         &self,
         call: Call,
         work: impl Future<Output = Result<T, sqlx::Error>>,
     ) -> Result<T, sqlx::Error> {
         let _timer = self.metrics.call_started(call);
-        work.await
+        let span = trace::call(call, &self.place);
+        let outcome = work.await;
+        if let (Some(span), Err(error)) = (&span, &outcome) {
+            match error {
+                sqlx::Error::Database(error) => span.call_failed(error.code().as_deref(), "database"),
+                sqlx::Error::Io(_) => span.call_failed(None, "io"),
+                _ => span.call_failed(None, "_OTHER"),
+            }
+        }
+        outcome
     }
 }
 

@@ -6,17 +6,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures_util::FutureExt as _;
-use salvo::http::header::{CONNECTION, HeaderValue};
+use salvo::http::header::{CONNECTION, HeaderName, HeaderValue};
 use salvo::http::{ResBody, StatusCode, Version};
 use salvo::{Depot, FlowCtrl, Handler, Request, Response, async_trait};
-use tracing::{Instrument as _, Span};
 
 use crate::app::App;
 use crate::error::{Error, render_bare_status};
 use crate::log_format::{RequestIds, SERVING};
 use crate::metrics::{Endpoint, InFlight};
 use crate::request_id::{RequestId, X_REQUEST_ID};
-use crate::telemetry;
+use crate::trace::{self, Span};
+
+/// Where a request that is traced is found, in the form of W3C's Trace Context.
+const TRACERESPONSE: HeaderName = HeaderName::from_static("traceresponse");
 
 /// Stands before everything else, on 404 and 405 too.
 #[derive(Debug)]
@@ -61,8 +63,8 @@ impl Handler for Edge {
         match &record {
             None => self.answer(req, depot, res, ctrl).await,
             Some(Record { ids, span, .. }) => {
-                let (ids, span) = (ids.clone(), span.clone());
-                SERVING.scope(ids, self.answer(req, depot, res, ctrl)).instrument(span).await;
+                let work = SERVING.scope(ids.clone(), self.answer(req, depot, res, ctrl));
+                trace::under(span.as_ref(), work).await;
             }
         }
         let status = *res.status_code.get_or_insert(StatusCode::OK);
@@ -77,6 +79,9 @@ impl Handler for Edge {
         }
         if let Some(record) = &mut record {
             record.status = Some(status);
+            if let Some(header) = record.span.as_ref().and_then(Span::traceresponse) {
+                res.headers_mut().insert(TRACERESPONSE, header);
+            }
         }
     }
 }
@@ -87,7 +92,7 @@ struct Record<'a> {
     endpoint: &'a Endpoint,
     started: Instant,
     ids: RequestIds,
-    span: Span,
+    span: Option<Span>,
     status: Option<StatusCode>,
     _in_flight: InFlight,
 }
@@ -95,8 +100,9 @@ struct Record<'a> {
 impl<'a> Record<'a> {
     fn open(app: &'a App, req: &Request, id: &RequestId) -> Self {
         let endpoint = app.metrics.endpoint(req.method(), req.matched_path());
-        let span = telemetry::request_span(req, endpoint.method, endpoint.route);
-        let ids = RequestIds { request: id.clone(), trace: telemetry::trace_id(&span) };
+        let traced = trace::request(req, endpoint);
+        let ids = RequestIds { request: id.clone(), trace: traced.as_ref().map(|traced| traced.trace) };
+        let span = traced.and_then(|traced| traced.span);
         let _in_flight = app.metrics.request_started();
         Self { app, endpoint, started: Instant::now(), ids, span, status: None, _in_flight }
     }
@@ -107,7 +113,9 @@ impl Drop for Record<'_> {
         let duration = self.started.elapsed();
         // nginx's number for a client that did not wait for the answer.
         let status = self.status.or_else(|| StatusCode::from_u16(499).ok()).unwrap_or_default();
-        telemetry::close(&self.span, status);
+        if let Some(span) = &self.span {
+            span.answered(status);
+        }
         self.app.metrics.request_finished(self.endpoint, status, duration);
         SERVING.sync_scope(self.ids.clone(), || {
             tracing::info!(

@@ -31,4 +31,5 @@ pub mod smoke_test;
 pub mod span_counter;
 pub mod sweep;
 pub mod telemetry;
+pub mod trace;
 pub mod users;

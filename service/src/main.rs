@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use chat_service::config::{Config, EXIT_CONFIG};
 use chat_service::db::{MigrationError, Standing};
-use chat_service::telemetry::Telemetry;
+use chat_service::telemetry::{BadVariable, Telemetry};
 use chat_service::{create_secret, db, doctor, openapi, serve, smoke_test};
 use clap::{Parser, Subcommand};
 use sqlx::postgres::PgConnectOptions;
@@ -97,7 +97,14 @@ fn run_configured(command: &Command) -> anyhow::Result<ExitCode> {
     // OpenTelemetry reads its standard variables from the environment alone. What is there already stays, and no
     // other thread runs yet.
     dotenvy::from_path(".env").ok();
-    let telemetry = Telemetry::start(&config)?;
+    let telemetry = match Telemetry::start(&config) {
+        Ok(telemetry) => telemetry,
+        Err(error) if error.is::<BadVariable>() => {
+            eprintln!("chat-service: {error}");
+            return Ok(ExitCode::from(EXIT_CONFIG));
+        }
+        Err(error) => return Err(error),
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let code = runtime.block_on(async {
         match command {

@@ -3,6 +3,7 @@
 //! What an alert may read exists from the first scrape on, at 0. Numbers that something else keeps anyway, such
 //! as the pool's size, are read when Prometheus asks.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -64,6 +65,8 @@ pub struct Endpoint {
     pub method: &'static str,
     /// The template, or [`UNMATCHED`].
     pub route: &'static str,
+    /// Of its spans.
+    pub span_name: Cow<'static, str>,
     /// What most requests end with, found without a look-up.
     usual: (StatusCode, Histogram),
 }
@@ -315,7 +318,9 @@ impl Endpoint {
             series(StatusCode::INTERNAL_SERVER_ERROR);
             series(StatusCode::SERVICE_UNAVAILABLE);
         }
-        Self { method, route, usual: (usual, series(usual)) }
+        let span_name =
+            if route == UNMATCHED { Cow::from(method) } else { format!("{method} {route}").into() };
+        Self { method, route, span_name, usual: (usual, series(usual)) }
     }
 }
 

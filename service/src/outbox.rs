@@ -30,6 +30,7 @@ use crate::messages::{Message, Pair};
 use crate::metrics::{Metrics, SendOutcome};
 use crate::recent::{Element, Recent};
 use crate::sabotage::{self, Sabotage};
+use crate::trace::{self, Span};
 use crate::users::GONE;
 
 /// While one writer waits for its flush, or tells the windows, the other works. More only make the batches smaller,
@@ -81,6 +82,8 @@ pub struct Outbox {
 struct Entry {
     message: Outgoing,
     reply: oneshot::Sender<Result<Accepted, Error>>,
+    /// Of the request, where it is traced.
+    span: Option<Span>,
 }
 
 struct Writer {
@@ -150,7 +153,7 @@ impl Outbox {
         let hash = BuildHasherDefault::<DefaultHasher>::default().hash_one(pair);
         let queue = &self.queues[hash as usize % self.queues.len()];
         let (reply, answer) = oneshot::channel();
-        if queue.try_send(Entry { message, reply }).is_err() {
+        if queue.try_send(Entry { message, reply, span: trace::current() }).is_err() {
             self.metrics.message_sent(SendOutcome::Refused);
             return Err(Error::Unavailable("too many messages are waiting to be stored: try again"));
         }
@@ -204,9 +207,26 @@ impl Writer {
 
     /// Writes a batch and answers everyone in it.
     async fn write(&mut self, batch: Vec<Entry>) {
+        let span = trace::batch(batch.iter().filter_map(|entry| entry.span.as_ref()), batch.len());
         let (messages, replies): (Vec<_>, Vec<_>) =
             batch.into_iter().map(|entry| (entry.message, entry.reply)).unzip();
         self.metrics.batch_written(messages.len());
+        let answers = trace::under(span.as_ref(), self.commit(messages)).await;
+        // Before the answers, so that no batch outlives the requests that it belongs to.
+        drop(span);
+        for (reply, answer) in replies.into_iter().zip(answers) {
+            reply.send(answer).ok();
+        }
+        if sabotage::is_on(Sabotage::AckBeforeCommit)
+            && let Some(connection) = &mut self.connection
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            sqlx::raw_sql("COMMIT").execute(&mut **connection).await.ok();
+        }
+    }
+
+    /// Stores a batch and brings it into the windows; the answers come in the messages' order.
+    async fn commit(&mut self, messages: Vec<Outgoing>) -> Vec<Result<Accepted, Error>> {
         let outcomes = self.store(&messages).await;
         let mut shown = Vec::with_capacity(messages.len());
         let mut answers = Vec::with_capacity(messages.len());
@@ -223,15 +243,7 @@ impl Writer {
         if !shown.is_empty() {
             self.recent.append(&runs(shown)).await;
         }
-        for (reply, answer) in replies.into_iter().zip(answers) {
-            reply.send(answer).ok();
-        }
-        if sabotage::is_on(Sabotage::AckBeforeCommit)
-            && let Some(connection) = &mut self.connection
-        {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            sqlx::raw_sql("COMMIT").execute(&mut **connection).await.ok();
-        }
+        answers
     }
 
     /// One statement for all; when it fails without a doubt that nothing was committed, one for each, so that a

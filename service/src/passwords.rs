@@ -23,6 +23,7 @@ use tokio::sync::oneshot;
 
 use crate::error::Error;
 use crate::metrics::Metrics;
+use crate::trace;
 
 /// OWASP's parameters for argon2id: 19 MiB, two passes, one lane; about 15 ms of a core.
 const ARGON2_PARAMS: (u32, u32, u32) = (19_456, 2, 1);
@@ -131,8 +132,13 @@ impl Passwords {
     ) -> Result<T, Error> {
         let (answer, answered) = oneshot::channel();
         let waiting = self.metrics.hashing_started();
+        let span = trace::work("hash password");
+        let hashed = span.clone();
         let job: Job = Box::new(move |argon2| {
             let _waiting = waiting;
+            if let Some(span) = hashed {
+                span.event("taken from the queue");
+            }
             // Whoever gave up waiting needs no hash.
             if !answer.is_closed() {
                 answer.send(job(argon2)).ok();
@@ -141,7 +147,14 @@ impl Passwords {
         if !self.queue.push(job) {
             return Err(Error::Unavailable("too many logins and registrations at once: try again"));
         }
-        answered.await.map_err(|_| Error::internal("hashing panicked"))
+        let answer = answered.await.map_err(|_| Error::internal("hashing panicked"));
+        if let Some(span) = span {
+            if answer.is_err() {
+                span.fail("panic");
+            }
+            span.end();
+        }
+        answer
     }
 }
 

@@ -11,7 +11,8 @@ use std::time::Duration;
 use deadpool_redis::redis::aio::{ConnectionLike, MultiplexedConnection};
 use deadpool_redis::redis::cluster_async::ClusterConnection;
 use deadpool_redis::redis::{
-    Cmd, ErrorKind, FromRedisValue, IntoConnectionInfo as _, Pipeline, RedisError, RedisFuture, Script, Value,
+    Cmd, ConnectionAddr, ErrorKind, FromRedisValue, IntoConnectionInfo as _, Pipeline, RedisError,
+    RedisFuture, Script, Value,
 };
 use deadpool_redis::{Runtime, cluster, sentinel};
 use secrecy::ExposeSecret as _;
@@ -21,6 +22,7 @@ use tokio::time::Instant;
 use crate::call::Call;
 use crate::config::{Config, RedisMode};
 use crate::metrics::Metrics;
+use crate::trace::{self, Place};
 
 /// How long one round trip may take before Redis counts as away. Far above a healthy one (well under 1 ms),
 /// far below what a request may take.
@@ -48,6 +50,7 @@ pub struct Redis {
     away: watch::Sender<bool>,
     /// Loaded at each connect, so that a call can name them by digest.
     scripts: Vec<Script>,
+    place: Place,
     metrics: Arc<Metrics>,
 }
 
@@ -88,6 +91,7 @@ impl Redis {
             lost: Notify::new(),
             away: watch::Sender::new(true),
             scripts,
+            place: place(config),
             metrics,
         }))
     }
@@ -111,8 +115,12 @@ impl Redis {
         pipeline: &Pipeline,
     ) -> Result<T, Away> {
         let _timer = self.metrics.call_started(call);
+        let span = trace::call(call, &self.place);
         let mut connection = live.connection.clone();
         pipeline.query_async(&mut connection).await.map_err(|error| {
+            if let Some(span) = span {
+                span.call_failed(error.code(), if error.is_timeout() { "timeout" } else { "_OTHER" });
+            }
             self.give_up(live, &error);
             Away
         })
@@ -295,6 +303,20 @@ fn urls(config: &Config) -> Vec<String> {
         RedisMode::Cluster | RedisMode::Sentinel => {
             text.split(',').map(|url| url.trim().to_owned()).collect()
         }
+    }
+}
+
+/// What spans name: nothing where there are several servers.
+fn place(config: &Config) -> Place {
+    let urls = urls(config);
+    match (config.redis_mode, urls.first().map(|url| url.as_str().into_connection_info())) {
+        (RedisMode::Single, Some(Ok(info))) => match info.addr() {
+            ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. } => {
+                Place::new(host, *port, &info.redis_settings().db().to_string())
+            }
+            _ => Place::default(),
+        },
+        _ => Place::default(),
     }
 }
 

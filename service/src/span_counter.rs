@@ -10,7 +10,7 @@ use opentelemetry::Context;
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{Span, SpanData, SpanExporter, SpanProcessor};
-use prometheus::{IntCounterVec, Opts};
+use prometheus::{IntCounter, IntCounterVec, Opts};
 
 /// Of the process, like the exporter itself; the registry shows it.
 pub static SPANS: LazyLock<IntCounterVec> = LazyLock::new(|| {
@@ -23,27 +23,36 @@ pub static SPANS: LazyLock<IntCounterVec> = LazyLock::new(|| {
     spans
 });
 
-/// Counts what ends.
+static ENDED: LazyLock<IntCounter> = LazyLock::new(|| SPANS.with_label_values(&["ended"]));
+
+/// Counts what ends, on its way into the queue.
 #[derive(Debug)]
-pub struct Ended;
+pub struct Ended<P>(pub P);
 
 /// Counts what leaves.
 #[derive(Debug)]
 pub struct Counted<E>(pub E);
 
-impl SpanProcessor for Ended {
-    fn on_start(&self, _span: &mut Span, _context: &Context) {}
+impl<P: SpanProcessor> SpanProcessor for Ended<P> {
+    fn on_start(&self, span: &mut Span, context: &Context) {
+        self.0.on_start(span, context);
+    }
 
-    fn on_end(&self, _span: SpanData) {
-        SPANS.with_label_values(&["ended"]).inc();
+    fn on_end(&self, span: SpanData) {
+        ENDED.inc();
+        self.0.on_end(span);
     }
 
     fn force_flush(&self) -> OTelSdkResult {
-        Ok(())
+        self.0.force_flush()
     }
 
-    fn shutdown_with_timeout(&self, _timeout: Duration) -> OTelSdkResult {
-        Ok(())
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.0.shutdown_with_timeout(timeout)
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.0.set_resource(resource);
     }
 }
 

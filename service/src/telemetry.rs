@@ -1,18 +1,12 @@
 //! Logs and traces. Logs go to stdout, one line an event; traces go to an OTLP collector where the standard
 //! `OTEL_*` variables name one, and nowhere else.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
-use opentelemetry::trace::{TraceContextExt as _, TraceId, TracerProvider as _};
-use opentelemetry_sdk::propagation::TraceContextPropagator;
-use opentelemetry_sdk::trace::SdkTracerProvider;
-use salvo::Request;
-use salvo::http::{HeaderMap, StatusCode};
-use tracing::field::Empty;
-use tracing::{Level, Metadata, Span};
-use tracing_opentelemetry::OpenTelemetrySpanExt as _;
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_sdk::trace::{BatchSpanProcessor, Sampler, SdkTracerProvider};
+use opentelemetry_semantic_conventions::attribute::SERVICE_VERSION;
+use tracing::{Level, Metadata};
 use tracing_subscriber::filter::{FilterExt as _, filter_fn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -22,18 +16,56 @@ use crate::config::Config;
 use crate::log_format::Line;
 use crate::log_writer::LogWriter;
 use crate::span_counter::{Counted, Ended};
+use crate::trace;
 
-/// Any of them switches the exporter on, as the OpenTelemetry specification says.
+/// Either of them switches the exporter on, as the OpenTelemetry specification says.
 const ENDPOINT_VARIABLES: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
 
-/// The target of spans that are for the exporter alone.
-pub const TRACE_TARGET: &str = "chat_service::trace";
+/// What the SDK would silently take for something else, and what can be meant.
+const CHOICES: [(&str, &[&str]); 5] = [
+    ("OTEL_SDK_DISABLED", &["true", "false"]),
+    ("OTEL_TRACES_EXPORTER", &["otlp", "none"]),
+    ("OTEL_EXPORTER_OTLP_PROTOCOL", &["http/protobuf"]),
+    ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", &["http/protobuf"]),
+    (
+        SAMPLER,
+        &[
+            "parentbased_traceidratio",
+            "parentbased_always_on",
+            "parentbased_always_off",
+            "traceidratio",
+            "always_on",
+            "always_off",
+        ],
+    ),
+];
+
+/// Whole numbers, for which the SDK would silently take its default.
+const NUMBERS: [(&str, &str); 9] = [
+    ("OTEL_BSP_SCHEDULE_DELAY", "5000"),
+    ("OTEL_BSP_EXPORT_TIMEOUT", "30000"),
+    ("OTEL_BSP_MAX_QUEUE_SIZE", "2048"),
+    ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "512"),
+    ("OTEL_EXPORTER_OTLP_TIMEOUT", "10000"),
+    ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "10000"),
+    ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "128"),
+    ("OTEL_SPAN_EVENT_COUNT_LIMIT", "128"),
+    ("OTEL_SPAN_LINK_COUNT_LIMIT", "128"),
+];
+
+/// A list of these; the first is all that matters here, where nothing reads baggage.
+const PROPAGATORS: &str = "OTEL_PROPAGATORS";
+const KNOWN_PROPAGATORS: [&str; 3] = ["tracecontext", "baggage", "none"];
+
+const SAMPLER: &str = "OTEL_TRACES_SAMPLER";
+const SAMPLER_ARG: &str = "OTEL_TRACES_SAMPLER_ARG";
+
+/// The share of requests without a caller's trace that is traced where nothing else is said: enough to see what is
+/// slow, and little enough not to be felt.
+const DEFAULT_RATIO: f64 = 0.1;
 
 /// What the last spans may add to the end of the process.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
-
-/// Whether there is an exporter. Without one no request pays for a span that nobody reads.
-static EXPORTING: AtomicBool = AtomicBool::new(false);
 
 /// Flushes what is still queued when the process ends.
 #[derive(Debug)]
@@ -42,25 +74,30 @@ pub struct Telemetry {
     traces: Option<SdkTracerProvider>,
 }
 
+/// A variable of OpenTelemetry that cannot be used: one line with its name, its fault and a good example.
+#[derive(thiserror::Error, Debug)]
+#[error("{variable}: {fault}; for example {variable}={example}")]
+pub struct BadVariable {
+    variable: &'static str,
+    fault: String,
+    example: &'static str,
+}
+
 impl Telemetry {
     pub fn start(config: &Config) -> anyhow::Result<Self> {
         let filter = EnvFilter::try_new(&config.rust_log)?;
+        let traces = tracer_provider()?;
         let writer = LogWriter::start()?;
         let logs = tracing_subscriber::fmt::layer()
             .with_ansi(false)
             .event_format(Line(config.log_format))
             .with_writer(writer.clone());
-        let traces = tracer_provider()?;
-        let spans = traces.as_ref().map(|provider| {
-            tracing_opentelemetry::layer()
-                .with_tracer(provider.tracer("chat-service"))
-                .with_filter(filter_fn(|metadata| metadata.target() == TRACE_TARGET))
-        });
-        EXPORTING.store(traces.is_some(), Ordering::Relaxed);
         tracing_subscriber::registry()
-            .with(spans)
             .with(logs.with_filter(filter.and(filter_fn(is_for_the_log))))
             .try_init()?;
+        if let Some(provider) = &traces {
+            trace::export(provider.tracer("chat-service"), propagates());
+        }
         Ok(Self { logs: writer, traces })
     }
 
@@ -74,77 +111,86 @@ impl Telemetry {
     }
 }
 
-/// The span of a request, which continues the caller's trace: none where nothing is exported.
-pub fn request_span(req: &Request, method: &'static str, route: &str) -> Span {
-    if !EXPORTING.load(Ordering::Relaxed) {
-        return Span::none();
-    }
-    let span = tracing::info_span!(
-        target: TRACE_TARGET,
-        "request",
-        otel.name = format!("{method} {route}"),
-        otel.kind = "server",
-        otel.status_code = Empty,
-        http.request.method = method,
-        http.route = route,
-        http.response.status_code = Empty,
-    );
-    span.set_parent(TraceContextPropagator::new().extract(&Headers(req.headers()))).ok();
-    span
-}
-
-/// The trace that a request's span belongs to.
-pub fn trace_id(span: &Span) -> Option<TraceId> {
-    (!span.is_none()).then(|| span.context().span().span_context().trace_id())
-}
-
-/// Tells the span how its request ended.
-pub fn close(span: &Span, status: StatusCode) {
-    span.record("http.response.status_code", status.as_u16());
-    if status.is_server_error() {
-        span.record("otel.status_code", "ERROR");
-    }
-}
-
-/// Not the exporter's spans, not the framework's word on listening and draining, which `serve` says better, and
-/// not what Postgres remarks on `IF NOT EXISTS`.
+/// Not the framework's word on listening and draining, which `serve` says better, and not what Postgres remarks on
+/// `IF NOT EXISTS`.
 fn is_for_the_log(metadata: &Metadata<'_>) -> bool {
     let target = metadata.target();
     let chatter = target.starts_with("salvo_core") || target == "sqlx::postgres::notice";
-    target != TRACE_TARGET && !(chatter && *metadata.level() == Level::INFO)
+    !(chatter && *metadata.level() == Level::INFO)
+}
+
+/// A variable's value; one that is empty counts as unset.
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 fn tracer_provider() -> anyhow::Result<Option<SdkTracerProvider>> {
-    let wanted =
-        ENDPOINT_VARIABLES.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
-    let disabled = std::env::var("OTEL_SDK_DISABLED").is_ok_and(|value| value.eq_ignore_ascii_case("true"));
-    if !wanted || disabled {
+    let is = |name, value: &str| variable(name).is_some_and(|found| found.eq_ignore_ascii_case(value));
+    let wanted = ENDPOINT_VARIABLES.iter().any(|name| variable(name).is_some());
+    if !wanted || is("OTEL_SDK_DISABLED", "true") || is("OTEL_TRACES_EXPORTER", "none") {
         return Ok(None);
     }
+    check_variables()?;
     let exporter = opentelemetry_otlp::SpanExporter::builder().with_http().build()?;
     let resource = opentelemetry_sdk::Resource::builder()
-        .with_attribute(opentelemetry::KeyValue::new("service.version", env!("CARGO_PKG_VERSION")));
-    let resource = match std::env::var_os("OTEL_SERVICE_NAME") {
+        .with_attribute(opentelemetry::KeyValue::new(SERVICE_VERSION, env!("CARGO_PKG_VERSION")));
+    let resource = match variable("OTEL_SERVICE_NAME") {
         Some(_) => resource,
         None => resource.with_service_name("chat-service"),
     };
-    Ok(Some(
-        SdkTracerProvider::builder()
-            .with_span_processor(Ended)
-            .with_batch_exporter(Counted(exporter))
-            .with_resource(resource.build())
-            .build(),
-    ))
+    let mut provider = SdkTracerProvider::builder()
+        .with_span_processor(Ended(BatchSpanProcessor::builder(Counted(exporter)).build()))
+        .with_resource(resource.build());
+    // The SDK reads the variable by itself; only its default is another.
+    if variable(SAMPLER).is_none() {
+        let ratio = variable(SAMPLER_ARG).and_then(|ratio| ratio.parse().ok()).unwrap_or(DEFAULT_RATIO);
+        let root = Sampler::TraceIdRatioBased(ratio);
+        provider = provider.with_sampler(Sampler::ParentBased(Box::new(root)));
+    }
+    Ok(Some(provider.build()))
 }
 
-struct Headers<'a>(&'a HeaderMap);
-
-impl Extractor for Headers<'_> {
-    fn get(&self, key: &str) -> Option<&str> {
-        self.0.get(key)?.to_str().ok()
+/// Names a variable with which the SDK would do something else than what was meant.
+fn check_variables() -> Result<(), BadVariable> {
+    for (name, known) in CHOICES {
+        check(name, known[0], "is none of what is known here", |value| known.contains(&value))?;
     }
-
-    fn keys(&self) -> Vec<&str> {
-        self.0.keys().map(|name| name.as_str()).collect()
+    for (name, example) in NUMBERS {
+        check(name, example, "is not a whole number", |value| value.parse::<usize>().is_ok())?;
     }
+    check(PROPAGATORS, "tracecontext,baggage", "names one that is not known here", |value| {
+        value.split(',').all(|name| KNOWN_PROPAGATORS.contains(&name.trim()))
+    })?;
+    check(SAMPLER_ARG, "0.1", "is not a share from 0 to 1", |value| {
+        value.parse().is_ok_and(|ratio: f64| (0.0..=1.0).contains(&ratio))
+    })?;
+    for name in ENDPOINT_VARIABLES {
+        if variable(name).is_some_and(|value| !is_web_url(&value)) {
+            // The value is not told: it may hold a password.
+            let fault = "not a URL that begins with http:// or https://".to_owned();
+            return Err(BadVariable { variable: name, fault, example: "http://otel-collector:4318" });
+        }
+    }
+    Ok(())
+}
+
+fn check(
+    name: &'static str,
+    example: &'static str,
+    fault: &str,
+    is_good: impl Fn(&str) -> bool,
+) -> Result<(), BadVariable> {
+    match variable(name).filter(|value| !is_good(value)) {
+        Some(value) => Err(BadVariable { variable: name, fault: format!("'{value}' {fault}"), example }),
+        None => Ok(()),
+    }
+}
+
+fn is_web_url(text: &str) -> bool {
+    reqwest::Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https"))
+}
+
+/// Whether the trace of a caller is continued: always, unless other propagators are asked for.
+fn propagates() -> bool {
+    variable(PROPAGATORS).is_none_or(|names| names.split(',').any(|name| name.trim() == "tracecontext"))
 }

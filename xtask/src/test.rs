@@ -22,6 +22,7 @@ mod metrics;
 mod rules;
 mod scrape;
 mod tiltfile;
+pub(crate) mod traces;
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -190,15 +191,25 @@ fn build_and_test(
         check_metrics(tally, promtool, servers);
         migrate::check(tally, &servers.postgres, &servers.redis);
     }
-    let mut command = offline_cargo(&["test", "--workspace", "--no-fail-fast"]);
+    let mut command = test_command(servers)?;
     command.args(args);
+    traces::prepare(tally, &mut command, args);
+    count_tests(tally, command);
+    if args.is_empty() {
+        traces::check(tally, servers);
+    }
+    Ok(())
+}
+
+/// `cargo test` with what the tests have to be told.
+fn test_command(servers: &Servers) -> Result<Command> {
+    let mut command = offline_cargo(&["test", "--workspace", "--no-fail-fast"]);
     command.env("TEST_DATABASE_URL", servers.postgres.url("postgres"));
     command.env("TEST_REDIS_URL", servers.redis.url(0));
     command.env("CHAT_SERVICE_BIN", places::target_dir()?.join("debug/chat-service"));
     // The failures' own output is what a reader needs; a backtrace of each buries it.
     command.env("RUST_BACKTRACE", "0");
-    count_tests(tally, command);
-    Ok(())
+    Ok(command)
 }
 
 /// A test run counts as its tests, and as one failure more when it fails for another reason, such as a build.

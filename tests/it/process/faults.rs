@@ -41,6 +41,21 @@ const BAD_VALUES: &[(&str, &str, &str)] = &[
     ("APP_ENV", "staging", "APP_ENV=development"),
 ];
 
+/// As above, of OpenTelemetry's variables, which count where there is an endpoint.
+const BAD_OTEL_VALUES: &[(&str, &str, &str)] = &[
+    ("OTEL_SDK_DISABLED", "yes", "OTEL_SDK_DISABLED=true"),
+    ("OTEL_TRACES_EXPORTER", "zipkin", "OTEL_TRACES_EXPORTER=otlp"),
+    ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"),
+    ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=http/protobuf"),
+    ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "collector:4318", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=http://"),
+    ("OTEL_PROPAGATORS", "tracecontext,b3", "OTEL_PROPAGATORS=tracecontext"),
+    ("OTEL_TRACES_SAMPLER", "jaeger_remote", "OTEL_TRACES_SAMPLER=parentbased_traceidratio"),
+    ("OTEL_TRACES_SAMPLER_ARG", "10%", "OTEL_TRACES_SAMPLER_ARG=0.1"),
+    ("OTEL_TRACES_SAMPLER_ARG", "1.5", "OTEL_TRACES_SAMPLER_ARG=0.1"),
+    ("OTEL_BSP_MAX_QUEUE_SIZE", "large", "OTEL_BSP_MAX_QUEUE_SIZE=2048"),
+    ("OTEL_BSP_SCHEDULE_DELAY", "5s", "OTEL_BSP_SCHEDULE_DELAY=5000"),
+];
+
 /// Exit code 78 and one line on stderr that names the variable and has these words.
 fn refused(start: &Start, variable: &str, words: &[&str]) -> Result<()> {
     let ended = start.run()?;
@@ -59,6 +74,24 @@ fn a_value_that_cannot_be_used_is_named_with_its_fault_and_an_example() -> Resul
     for (variable, value, example) in BAD_VALUES {
         refused(&Start::bare().env(variable, value), variable, &["; for example ", example])?;
     }
+    Ok(())
+}
+
+#[test]
+fn what_the_sdk_would_silently_take_for_something_else_is_refused_where_traces_are_exported() -> Result<()> {
+    for (variable, value, example) in BAD_OTEL_VALUES {
+        let start = Start::bare().env("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318");
+        refused(&start.env(variable, value), variable, &["; for example ", example])?;
+    }
+    // Without an endpoint they do not matter: some platforms give such variables to all that they run.
+    let closed = format!("postgres://chat@127.0.0.1:{}/chat", closed_port()?);
+    let migrate = Start::bare().env("OTEL_TRACES_SAMPLER", "xray").env("DATABASE_URL", &closed);
+    let ended = migrate.args(&["migrate"]).run()?;
+    ensure!(ended.code == 1 && !ended.said().contains("OTEL_"), "{}: {}", ended.code, ended.said());
+    // Nor does what the URL says beyond being wrong: it may hold a password.
+    let secret = Start::bare().env("OTEL_EXPORTER_OTLP_ENDPOINT", "user:s3cret@collector:4318");
+    refused(&secret, "OTEL_EXPORTER_OTLP_ENDPOINT", &["http://"])?;
+    ensure!(!secret.run()?.said().contains("s3cret"));
     Ok(())
 }
 

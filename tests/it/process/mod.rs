@@ -13,3 +13,4 @@ mod redis_modes;
 mod support;
 mod telemetry;
 mod tls;
+mod traces;

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 use serde_json::json;
 
-use super::support::{Answer, Database, LIMIT, Start, closed_port, eventually, within};
+use super::support::{Answer, Database, LIMIT, Service, Start, closed_port, eventually, within};
 
 /// What was posted to it: the path, the head in lower case, and the body.
 #[derive(Clone, Debug)]
@@ -84,8 +84,62 @@ fn from_hex(text: &str) -> Result<Vec<u8>> {
     Ok(pairs.collect::<Result<_, _>>()?)
 }
 
+/// With a trace of every request.
 fn exporting(database: &Database, url: &str) -> Start {
-    Start::on(database).env("OTEL_EXPORTER_OTLP_ENDPOINT", url).env("OTEL_BSP_SCHEDULE_DELAY", "100")
+    Start::on(database)
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", url)
+        .env("OTEL_TRACES_SAMPLER", "parentbased_always_on")
+        .env("OTEL_BSP_SCHEDULE_DELAY", "100")
+}
+
+/// The spans that have ended, or became what else the outcome says.
+fn spans(service: &Service, outcome: &str) -> Result<f64> {
+    service.metric(&format!("chat_trace_spans_total{{outcome=\"{outcome}\"}}"))
+}
+
+/// Asks for something, as part of a trace of the caller's if one is given, and returns the line in the log.
+fn ask(service: &Service, id: &str, traceparent: Option<&str>) -> Result<String> {
+    let request = service.get("/me").bearer_auth("nonsense").header("x-request-id", id);
+    let request =
+        traceparent.into_iter().fold(request, |request, value| request.header("traceparent", value));
+    Answer::of(request)?.expect(401)?;
+    Ok(service.process.logs(&[id])?.remove(0))
+}
+
+#[test]
+fn a_tenth_of_the_requests_is_traced_and_a_callers_trace_as_its_caller_decided() -> Result<()> {
+    const REQUESTS: usize = 200;
+    let database = Database::create()?;
+    let collector = Collector::start()?;
+    let service = exporting(&database, &collector.url).unset("OTEL_TRACES_SAMPLER").ready()?;
+    for number in 0..REQUESTS {
+        // Whether it is sampled or not, the line says which trace it is.
+        let line = ask(&service, &format!("alone-{number}-"), None)?;
+        ensure!(line.contains("trace_id="), "{line}");
+    }
+    let alone = spans(&service, "ended")?;
+    // Six standard deviations around a tenth.
+    ensure!((1.0..=46.0).contains(&alone), "{alone} of {REQUESTS}");
+
+    for (flag, counted) in [("00", 0.0), ("01", 20.0)] {
+        let before = spans(&service, "ended")?;
+        for number in 0..20 {
+            let traceparent = format!("00-{TRACE_ID}-{PARENT_ID}-{flag}");
+            let line = ask(&service, &format!("flag-{flag}-{number}-"), Some(&traceparent))?;
+            ensure!(line.contains(TRACE_ID), "{line}");
+        }
+        let ended = spans(&service, "ended")? - before;
+        ensure!(ended == counted, "{ended} with the flag {flag}");
+    }
+    // What was not sampled is not missed at the other end.
+    let all = alone + 20.0;
+    eventually("the export", || spans(&service, "exported").ok().filter(|exported| *exported == all))?;
+
+    let share = exporting(&database, &collector.url).unset("OTEL_TRACES_SAMPLER");
+    let service = share.env("OTEL_TRACES_SAMPLER_ARG", "1").ready()?;
+    ask(&service, "always", None)?;
+    ensure!(spans(&service, "ended")? == 1.0);
+    Ok(())
 }
 
 #[test]
@@ -147,6 +201,7 @@ fn the_standard_variables_name_the_service_and_the_endpoint_for_traces() -> Resu
     let collector = Collector::start()?;
     let start = Start::on(&database)
         .env("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", &format!("{}/of/mine", collector.url))
+        .env("OTEL_TRACES_SAMPLER", "always_on")
         .env("OTEL_BSP_SCHEDULE_DELAY", "100")
         .env("OTEL_SERVICE_NAME", "chat-of-mine")
         .env("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=a-test")
@@ -164,7 +219,10 @@ fn the_standard_variables_count_in_a_dotenv_file_too_and_the_environment_wins() 
     let database = Database::create()?;
     let collector = Collector::start()?;
     let file = format!("OTEL_EXPORTER_OTLP_ENDPOINT={}\nOTEL_SERVICE_NAME=of-the-file\n", collector.url);
-    let start = Start::on(&database).file(".env", &file).env("OTEL_BSP_SCHEDULE_DELAY", "100");
+    let start = Start::on(&database)
+        .file(".env", &file)
+        .env("OTEL_TRACES_SAMPLER", "always_on")
+        .env("OTEL_BSP_SCHEDULE_DELAY", "100");
     let service = start.clone().ready()?;
     service.me("nonsense")?.expect(401)?;
     collector.receives(&[b"GET /me", b"of-the-file"])?;
@@ -202,8 +260,8 @@ fn is_not_harmed_by(collector: &str) -> Result<()> {
     ensure!(service.contents(&ben, &ana, 1)? == ["59"]);
     ensure!(service.health()? == (200, "ok".to_owned()));
     // The loss is told: more spans have ended than the queue holds, and none has arrived.
-    let spans = |outcome| service.metric(&format!("chat_trace_spans_total{{outcome=\"{outcome}\"}}"));
-    ensure!(spans("ended")? >= 60.0 && spans("exported")? == 0.0, "{}", spans("ended")?);
+    let [ended, exported] = [spans(&service, "ended")?, spans(&service, "exported")?];
+    ensure!(ended >= 60.0 && exported == 0.0, "{ended} ended, {exported} exported");
     service.process.signal(Signal::TERM)?;
     ensure!(service.process.exit(LIMIT)? == 0, "{}", service.process.said());
     Ok(())
@@ -215,9 +273,8 @@ fn spans_that_were_exported_are_counted() -> Result<()> {
     let database = Database::create()?;
     let service = exporting(&database, &collector.url).ready()?;
     service.two_users()?;
-    let spans = |outcome| service.metric(&format!("chat_trace_spans_total{{outcome=\"{outcome}\"}}"));
-    eventually("the export", || spans("exported").ok().filter(|exported| *exported > 0.0))?;
-    ensure!(spans("failed")? == 0.0);
+    eventually("the export", || spans(&service, "exported").ok().filter(|exported| *exported > 0.0))?;
+    ensure!(spans(&service, "failed")? == 0.0);
     Ok(())
 }
 

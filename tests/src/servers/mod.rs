@@ -1,6 +1,7 @@
 //! Private servers as child processes on loopback ports, under one discipline: every wait has a limit, a server
 //! dies with whoever started it, and what a killed run left behind is cleared before the next start.
 
+pub mod collector;
 pub mod daemon;
 pub mod ports;
 pub mod postgres;
