@@ -18,6 +18,7 @@ pub(crate) mod chart;
 mod dashboards;
 mod dev;
 mod metrics;
+mod observe;
 mod rules;
 mod scrape;
 mod tiltfile;
@@ -72,6 +73,7 @@ fn monitoring(tally: &mut Tally) {
     let servers = tally.check("Postgres and Redis", "", start_servers);
     if let (Some(servers), Some(_)) = (servers, build(tally)) {
         check_metrics(tally, promtool.as_deref(), &servers);
+        observe::check(tally, &servers);
     }
 }
 
@@ -188,6 +190,7 @@ fn build_and_test(
     count_tests(tally, command);
     if args.is_empty() {
         traces::check(tally, servers);
+        observe::check(tally, servers);
     }
     Ok(())
 }

@@ -70,6 +70,11 @@ impl Service {
         Ok(Self { binary, variables, addresses, grace: Duration::from_secs(grace), child: None })
     }
 
+    /// More variables, for when it is started.
+    pub(crate) fn tell(&mut self, variables: Vec<(&'static str, String)>) {
+        self.variables.extend(variables);
+    }
+
     pub(crate) fn addresses(&self) -> Addresses {
         self.addresses.clone()
     }
