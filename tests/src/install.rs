@@ -83,6 +83,11 @@ pub fn ensure_programs(say: impl FnOnce(&str)) -> Result<()> {
     install(&missing)
 }
 
+/// Whether [`ensure_prometheus`] has a chance.
+pub fn has_prometheus() -> bool {
+    programs::prometheus().is_some() && programs::promtool().is_some() || can_install()
+}
+
 /// Makes sure that Prometheus and promtool are there. `say` is told before anything is installed.
 pub fn ensure_prometheus(say: impl FnOnce(&str)) -> Result<Prometheus> {
     let find = || Some(Prometheus { server: programs::prometheus()?, promtool: programs::promtool()? });

@@ -10,6 +10,7 @@ mod measures;
 mod reference;
 mod rig;
 mod scaling;
+mod tracing;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -20,7 +21,8 @@ use clap::Args as ClapArgs;
 use tests::servers;
 
 use crate::steps::step;
-use crate::workspace;
+use crate::test::traces::COLLECTOR;
+use crate::{go_tools, workspace};
 
 use rig::Rig;
 
@@ -33,7 +35,7 @@ const USERS: usize = 512;
   cargo xtask bench --only send,messages   two of the measurements
   cargo xtask bench --only send --rounds 3 --seconds 2 --json")]
 pub(crate) struct Args {
-    /// Only these: send, messages, login, storm, startup, memory, connections, replicas, conversations, depth
+    /// Only these: send, messages, tracing, login, storm, startup, memory, connections, replicas, conversations, depth
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
     /// Measure this build instead of a fresh one, to compare two
@@ -48,6 +50,12 @@ pub(crate) struct Args {
     /// Seconds of each measurement
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=120))]
     seconds: u64,
+}
+
+impl Args {
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| only == name)
+    }
 }
 
 /// One row of the table.
@@ -75,16 +83,19 @@ pub(crate) struct Bench {
     pub(crate) binary: PathBuf,
     pub(crate) rounds: u32,
     pub(crate) duration: Duration,
+    /// Where Go is, which builds it.
+    pub(crate) collector: Option<PathBuf>,
 }
 
 type Measure = fn(&Bench, &mut Rig) -> Result<Vec<Row>>;
 
 /// In the order of the table. Those that fill the database come last.
-const MEASURES: [(&str, Measure); 10] = [
+const MEASURES: [(&str, Measure); 11] = [
     ("startup", measures::startup),
     ("memory", measures::memory),
     ("send", measures::send),
     ("messages", measures::messages),
+    ("tracing", tracing::tracing),
     ("login", measures::login),
     ("storm", measures::storm),
     ("connections", scaling::connections),
@@ -108,11 +119,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         Some(binary) => std::path::absolute(binary)?,
         None => step("build, release", |_| release_build())?,
     };
-    let bench = Bench { dir, binary, rounds: args.rounds, duration: Duration::from_secs(args.seconds) };
+    let collector = collector(args)?;
+    let duration = Duration::from_secs(args.seconds);
+    let bench = Bench { dir, binary, rounds: args.rounds, duration, collector };
     let mut rig = step("Postgres, Redis, users", |_| Rig::start(&bench.dir, &bench.binary, USERS))?;
     let mut rows = Vec::new();
     for (name, measure) in MEASURES {
-        if args.only.is_empty() || args.only.iter().any(|only| only == name) {
+        if args.wants(name) {
             rows.extend(step(name, |_| measure(&bench, &mut rig))?);
         }
     }
@@ -125,6 +138,20 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     let missed = rows.iter().any(|row| row.goal.is_some_and(|goal| !goal.floor_met(median(&row.values))));
     Ok(ExitCode::from(u8::from(missed)))
+}
+
+/// What `tracing` sends its spans to.
+fn collector(args: &Args) -> Result<Option<PathBuf>> {
+    if !args.wants("tracing") {
+        return Ok(None);
+    }
+    match go_tools::go() {
+        Err(error) if args.only.is_empty() => {
+            println!("  tracing is left out: {error:#}");
+            Ok(None)
+        }
+        _ => step("build the collector", |progress| COLLECTOR.build(progress)).map(Some),
+    }
 }
 
 fn release_build() -> Result<PathBuf> {

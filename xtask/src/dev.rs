@@ -4,6 +4,7 @@ mod backends;
 mod container;
 mod embedded;
 mod guide;
+mod observe;
 mod service;
 mod settings;
 
@@ -20,6 +21,7 @@ use tests::{places, servers};
 use crate::steps::step;
 use crate::{signals, workspace};
 use backends::Backends;
+use observe::Observers;
 pub(crate) use service::Service;
 use settings::Settings;
 
@@ -33,6 +35,9 @@ pub(crate) struct Args {
     /// Empty the private Postgres and Redis first
     #[arg(long)]
     reset: bool,
+    /// Run Prometheus with the alerts, a collector for traces, and Grafana where it can be had
+    #[arg(long)]
+    observe: bool,
     /// Build with optimisations
     #[arg(long)]
     release: bool,
@@ -63,12 +68,17 @@ fn serve(args: &Args) -> Result<ExitCode> {
     let mut service = Service::new(binary, &dir, &settings, &backends)?;
     write_environment(&dir, &service, &backends)?;
     step("migrations", |progress| service.migrate(progress))?;
+    let observe = || Observers::start(&dir, &service.addresses(), &settings);
+    let observers = args.observe.then(observe).transpose()?;
+    if let Some(observers) = &observers {
+        service.tell(observers.variables(&settings));
+    }
     // Without a progress line: the service's own log says what it does.
     service.start()?;
-    print!("{}", guide::text(&service.addresses(), &backends));
+    print!("{}", guide::text(&service.addresses(), &backends, observers.as_ref()));
     if let Some(status) = service.wait_for_its_end_or_a_signal()? {
         println!("\n  the service ended by itself ({status})");
-        stop(backends)?;
+        stop(backends, observers)?;
         // As shells do it, a signal counts from 128.
         let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
         return Ok(ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)));
@@ -76,13 +86,14 @@ fn serve(args: &Args) -> Result<ExitCode> {
     // Asked to end, a step would refuse to begin: plain lines.
     println!("\n  stopping the service");
     service.stop()?;
-    stop(backends)?;
+    stop(backends, observers)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Redis before Postgres: the other way round nobody would lose anything, but logs would complain.
-fn stop(backends: Backends) -> Result<()> {
+fn stop(backends: Backends, observers: Option<Observers>) -> Result<()> {
     println!("  stopping what it needed");
+    observers.map_or(Ok(()), Observers::stop)?;
     backends.redis.stop()?;
     backends.postgres.stop()
 }

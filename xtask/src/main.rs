@@ -43,6 +43,7 @@ struct Cli {
 const EXAMPLES: &str = "Examples:
   cargo xtask dev                     the service on a private Postgres and Redis, from nothing
   cargo xtask dev --reset             the same with empty data
+  cargo xtask dev --observe           the same with Prometheus, a trace collector, and Grafana where it can be had
   PORT=8080 cargo xtask dev           every variable of the service works here, also in .env
   cargo xtask test                    everything that a change has to pass
   cargo xtask test -- messages        only the tests with that in their name

@@ -19,6 +19,7 @@ mod commands;
 mod dashboards;
 mod dev;
 mod metrics;
+mod observe;
 mod rules;
 mod scrape;
 mod tiltfile;
@@ -80,6 +81,7 @@ fn monitoring(tally: &mut Tally) {
     let servers = tally.check("Postgres and Redis", "", start_servers);
     if let (Some(servers), Some(_)) = (servers, build(tally)) {
         check_metrics(tally, promtool.as_deref(), &servers);
+        observe::check(tally, &servers);
     }
 }
 
@@ -197,6 +199,7 @@ fn build_and_test(
     count_tests(tally, command);
     if args.is_empty() {
         traces::check(tally, servers);
+        observe::check(tally, servers);
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use super::cpu::Cpu;
 use super::rig::{PASSWORD, Rig};
 use super::{Bench, Goal, Row, figures, median, reference};
 
-const CONNECTIONS: usize = 64;
+pub(super) const CONNECTIONS: usize = 64;
 
 /// A connection more would only wait longer: two hashes run at a time on two cores.
 const LOGIN_CONNECTIONS: usize = 8;
@@ -178,7 +178,7 @@ fn login_scripts(rig: &Rig) -> Vec<Script> {
 }
 
 /// Gives every conversation that is read its messages.
-fn fill_conversations(rig: &Rig) -> Result<()> {
+pub(super) fn fill_conversations(rig: &Rig) -> Result<()> {
     let scripts = rig.send_scripts(CONNECTIONS, false);
     let mut sent = 0;
     while sent < HISTORY * CONNECTIONS as u64 {

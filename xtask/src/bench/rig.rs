@@ -31,6 +31,7 @@ pub(crate) struct Rig {
 pub(crate) struct Replica {
     child: Child,
     pub(crate) public: SocketAddr,
+    pub(crate) operations: SocketAddr,
     /// From exec to the first 200 on `/healthz`.
     pub(crate) startup: Duration,
 }
@@ -68,6 +69,16 @@ impl Rig {
 
     /// One more process of the service, on ports of its own.
     pub(crate) fn start_replica(&self, dir: &Path, binary: &Path) -> Result<Replica> {
+        self.start_replica_with(dir, binary, &[])
+    }
+
+    /// As `start_replica`, with more variables.
+    pub(crate) fn start_replica_with(
+        &self,
+        dir: &Path,
+        binary: &Path,
+        variables: &[(&str, String)],
+    ) -> Result<Replica> {
         let (port, ops_port) = (ports::free()?, ports::free()?);
         let log = File::create(dir.join(format!("service-{port}.log")))?;
         let mut command = daemon::dies_with_us(binary, "KILL");
@@ -86,14 +97,15 @@ impl Rig {
                 ["LOGIN", "SEND", "REGISTER"]
                     .map(|limit| (format!("{limit}_RATE_LIMIT_PER_MINUTE"), NO_LIMIT)),
             )
+            .envs(variables.iter().map(|(name, value)| (name, value)))
             .current_dir(dir)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
         let started = Instant::now();
         let child = daemon::spawn(command).context("start the service")?;
-        let public = SocketAddr::from(([127, 0, 0, 1], port));
-        let mut replica = Replica { child, public, startup: Duration::ZERO };
+        let [public, operations] = [port, ops_port].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+        let mut replica = Replica { child, public, operations, startup: Duration::ZERO };
         loop {
             if request(public, "GET", "/healthz", None, "").is_ok_and(|(status, _)| status == 200) {
                 replica.startup = started.elapsed();

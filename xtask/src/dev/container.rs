@@ -1,6 +1,7 @@
 //! Postgres and Redis as containers, where their programs are not installed and an engine really answers.
 
-use std::path::PathBuf;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::{signals, workspace};
 
 const POSTGRES_IMAGE: &str = "postgres:17-alpine";
 const REDIS_IMAGE: &str = "redis:7-alpine";
+const GRAFANA_IMAGE: &str = "grafana/grafana:12.3.0";
 /// A client whose engine is away may hang instead of failing.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
 const READY_LIMIT: Duration = Duration::from_secs(120);
@@ -78,6 +80,35 @@ impl Engine {
         let options = ["-p", &publish, REDIS_IMAGE, "redis-server", "--save", ""];
         let url = format!("redis://127.0.0.1:{port}/0");
         self.start("redis", &options, (port, url), progress, || redis::answers(port))
+    }
+
+    /// Grafana in the host's network, because Prometheus listens on its loopback address alone.
+    pub(crate) fn grafana(
+        &self,
+        progress: &Progress,
+        port: u16,
+        prometheus: &str,
+        provisioning: &Path,
+        dashboards: &Path,
+    ) -> Result<Container> {
+        let provisioning = format!("{}:/provisioning:ro", provisioning.display());
+        let dashboards = format!("{}:/dashboards:ro", dashboards.display());
+        let variables = [
+            "GF_SERVER_HTTP_ADDR=127.0.0.1".to_owned(),
+            format!("GF_SERVER_HTTP_PORT={port}"),
+            "GF_AUTH_ANONYMOUS_ENABLED=true".to_owned(),
+            "GF_AUTH_ANONYMOUS_ORG_ROLE=Admin".to_owned(),
+            "GF_PATHS_PROVISIONING=/provisioning".to_owned(),
+            "DASHBOARDS=/dashboards".to_owned(),
+            format!("PROMETHEUS_URL={prometheus}"),
+        ];
+        let mut options = vec!["--network", "host", "-v", &provisioning, "-v", &dashboards];
+        options.extend(variables.iter().flat_map(|variable| ["-e", variable]));
+        options.push(GRAFANA_IMAGE);
+        let url = format!("http://127.0.0.1:{port}");
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let ready = || TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok();
+        self.start("grafana", &options, (port, url), progress, ready)
     }
 
     fn start(

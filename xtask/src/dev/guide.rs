@@ -5,9 +5,10 @@ use std::time::SystemTime;
 use tests::servers::sql::{self, Login};
 
 use super::backends::{Backend, Backends, DATABASE};
+use super::observe::Observers;
 use super::service::Addresses;
 
-pub(crate) fn text(addresses: &Addresses, backends: &Backends) -> String {
+pub(crate) fn text(addresses: &Addresses, backends: &Backends, observers: Option<&Observers>) -> String {
     let Addresses { host, port, ops_port } = addresses;
     let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
     let api = format!("http://{host}:{port}");
@@ -18,7 +19,7 @@ pub(crate) fn text(addresses: &Addresses, backends: &Backends) -> String {
   metrics   http://{host}:{ops_port}/metrics
   Postgres  {postgres}
   Redis     {redis}
-
+{observers}
   A conversation, to paste into another shell:
 
 {conversation}
@@ -27,6 +28,7 @@ pub(crate) fn text(addresses: &Addresses, backends: &Backends) -> String {
 ",
         postgres = backends.postgres.shown(),
         redis = backends.redis.shown(),
+        observers = observers.map(Observers::text).unwrap_or_default(),
         conversation = conversation(&api, &suffix(&backends.postgres)),
     )
 }

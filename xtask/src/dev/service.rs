@@ -101,6 +101,11 @@ impl Service {
         &self.binary
     }
 
+    /// More variables, for when it is started.
+    pub(crate) fn tell(&mut self, variables: Vec<(&'static str, String)>) {
+        self.variables.extend(variables);
+    }
+
     pub(crate) fn addresses(&self) -> Addresses {
         self.addresses.clone()
     }

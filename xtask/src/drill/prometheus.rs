@@ -73,16 +73,28 @@ impl Prometheus {
             "scrape_configs": jobs.into_iter().map(|job| job.0).collect::<Vec<_>>(),
         });
         // JSON is YAML.
+        let config = serde_json::to_string_pretty(&config)?;
+        let lookback = format!("--query.lookback-delta={}", scale::render(scale::LOOKBACK));
+        Self::launch(&programs.server, dir, &config, ports::free()?, &[lookback])
+    }
+
+    /// Starts the program with this configuration, whose paths are absolute. Its files are in `dir`.
+    pub(crate) fn launch(
+        server: &Path,
+        dir: &Path,
+        config: &str,
+        port: u16,
+        arguments: &[String],
+    ) -> Result<Self> {
         let file = dir.join("prometheus.yaml");
-        fs::write(&file, serde_json::to_string_pretty(&config)?)?;
+        fs::write(&file, config).with_context(|| format!("write {}", file.display()))?;
         let log = dir.join("prometheus.log");
         let output = File::create(&log).with_context(|| format!("create {}", log.display()))?;
-        let port = ports::free()?;
-        let mut command = daemon::dies_with_us(&programs.server, "KILL");
+        let mut command = daemon::dies_with_us(server, "KILL");
         command.arg(format!("--config.file={}", file.display()));
         command.arg(format!("--storage.tsdb.path={}", dir.join("data").display()));
         command.arg(format!("--web.listen-address=127.0.0.1:{port}"));
-        command.arg(format!("--query.lookback-delta={}", scale::render(scale::LOOKBACK)));
+        command.args(arguments);
         command.current_dir(dir).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let child = daemon::spawn(command).context("start prometheus")?;
         let mut prometheus = Self { child, port };
@@ -144,20 +156,24 @@ impl Prometheus {
         Ok(())
     }
 
-    /// Asks in HTTP/1.0, so that the answer is not chunked.
     fn get(&self, path: &str) -> Result<Value> {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.port));
-        let mut stream = TcpStream::connect_timeout(&address, ANSWER_LIMIT)?;
-        stream.set_read_timeout(Some(ANSWER_LIMIT))?;
-        write!(stream, "GET {path} HTTP/1.0\r\nhost: {address}\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, body) = answer.split_once("\r\n\r\n").context("no answer from Prometheus")?;
-        let status = head.get(9..12).unwrap_or_default();
-        ensure!(status == "200", "Prometheus answers {status} to {path}: {body}");
-        // `/-/ready` says so in a sentence.
-        Ok(serde_json::from_str(body).unwrap_or(Value::Null))
+        get(self.port, path)
     }
+}
+
+/// Asks the Prometheus on this port, in HTTP/1.0, so that the answer is not chunked.
+pub(crate) fn get(port: u16, path: &str) -> Result<Value> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let mut stream = TcpStream::connect_timeout(&address, ANSWER_LIMIT)?;
+    stream.set_read_timeout(Some(ANSWER_LIMIT))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nhost: {address}\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no answer from Prometheus")?;
+    let status = head.get(9..12).unwrap_or_default();
+    ensure!(status == "200", "Prometheus answers {status} to {path}: {body}");
+    // `/-/ready` says so in a sentence.
+    Ok(serde_json::from_str(body).unwrap_or(Value::Null))
 }
 
 impl Drop for Prometheus {
