@@ -68,6 +68,7 @@ use std::time::Duration;
 use deadpool_redis::redis::{Pipeline, Script};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tracing::Instrument as _;
 use uuid::Uuid;
 use uuid::fmt::Simple;
 
@@ -77,6 +78,7 @@ use crate::db::Database;
 use crate::messages::Pair;
 use crate::redis::{Away, Live, Redis};
 use crate::sabotage::{self, Sabotage};
+use crate::trace;
 
 /// How long a window may be shown after the check that found it complete began.
 pub const LEASE: Duration = Duration::from_millis(900);
@@ -371,7 +373,8 @@ impl Recent {
             if away.wait_for(|away| *away).await.is_err() {
                 return;
             }
-            let pause = self.suspend().await;
+            let span = tracing::info_span!(target: trace::BACKGROUND, "suspend windows");
+            let pause = self.suspend().instrument(span).await;
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 _ = away.wait_for(|away| !*away) => {}

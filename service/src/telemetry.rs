@@ -92,8 +92,14 @@ impl Telemetry {
             .with_ansi(false)
             .event_format(Line(config.log_format))
             .with_writer(writer.clone());
+        let background = traces.as_ref().map(|provider| {
+            tracing_opentelemetry::layer()
+                .with_tracer(provider.tracer("chat-service"))
+                .with_filter(filter_fn(|metadata| metadata.target() == trace::BACKGROUND))
+        });
         tracing_subscriber::registry()
             .with(logs.with_filter(filter.and(filter_fn(is_for_the_log))))
+            .with(background)
             .try_init()?;
         if let Some(provider) = &traces {
             trace::export(provider.tracer("chat-service"), propagates());
@@ -111,12 +117,12 @@ impl Telemetry {
     }
 }
 
-/// Not the framework's word on listening and draining, which `serve` says better, and not what Postgres remarks on
-/// `IF NOT EXISTS`.
+/// Not the exporter's spans, not the framework's word on listening and draining, which `serve` says better, and not
+/// what Postgres remarks on `IF NOT EXISTS`.
 fn is_for_the_log(metadata: &Metadata<'_>) -> bool {
     let target = metadata.target();
     let chatter = target.starts_with("salvo_core") || target == "sqlx::postgres::notice";
-    !(chatter && *metadata.level() == Level::INFO)
+    target != trace::BACKGROUND && !(chatter && *metadata.level() == Level::INFO)
 }
 
 /// A variable's value; one that is empty counts as unset.

@@ -3,6 +3,9 @@
 //!
 //! They are made with the OpenTelemetry API itself and are not `tracing` spans: what is not sampled so costs little
 //! more than the decision. Whatever works for a sampled request runs under [`under`] its span, and finds it there.
+//!
+//! Work in the background, which is rare, has `tracing` spans of the target [`BACKGROUND`]; `tracing-opentelemetry`
+//! makes them the current span, too.
 
 use std::sync::OnceLock;
 
@@ -22,6 +25,9 @@ use salvo::http::{HeaderMap, StatusCode, Version};
 
 use crate::call::Call;
 use crate::metrics::Endpoint;
+
+/// The target of `tracing` spans that are for the exporter: work that belongs to no request.
+pub const BACKGROUND: &str = "chat_service::background";
 
 /// Present where spans are exported. Without it no request pays for a span that nobody reads.
 static TRACER: OnceLock<Traces> = OnceLock::new();

@@ -268,6 +268,18 @@ fn is_not_harmed_by(collector: &str) -> Result<()> {
 }
 
 #[test]
+fn work_in_the_background_has_a_trace_with_its_calls() -> Result<()> {
+    let database = Database::create()?;
+    let collector = Collector::start()?;
+    // A replica without Redis suspends the windows of all.
+    let start = exporting(&database, &collector.url);
+    let _service = start.env("REDIS_URL", &format!("redis://127.0.0.1:{}", closed_port()?)).ready()?;
+    let export = collector.receives(&[b"suspend windows", b"suspend_windows", b"postgresql"])?;
+    ensure!(export.path == "/v1/traces", "{}", export.path);
+    Ok(())
+}
+
+#[test]
 fn spans_that_were_exported_are_counted() -> Result<()> {
     let collector = Collector::start()?;
     let database = Database::create()?;
