@@ -330,8 +330,8 @@ async fn read(app: &App, caller: Caller, page: &Page) -> Result<Answer, Error> {
         }
         Position::Before(_) | Position::After(_) => app.recent.pass_by(),
     };
-    // In a box of its own: as a part of every read, what talks to Postgres would make all of them move and allocate
-    // the eight times it takes.
+    // In a box of its own: what talks to Postgres makes a large future, which otherwise every read, hit or not, would
+    // allocate and move.
     Box::pin(read_in_postgres(app, caller, page, miss)).await
 }
 

@@ -460,8 +460,7 @@ fn call(pipeline: &mut Pipeline, script: &Script, pairs: impl ExactSizeIterator<
     }
 }
 
-/// The braces put a conversation's keys into one slot of a cluster. Every read needs them, and the formatting macros
-/// would take six times as long.
+/// The braces put a conversation's keys into one slot of a cluster. Joined rather than formatted: every read needs them.
 fn keys(pair: Pair) -> [String; 3] {
     let (mut low, mut high) = ([0; Simple::LENGTH], [0; Simple::LENGTH]);
     let low: &str = pair.low().simple().encode_lower(&mut low);

@@ -95,7 +95,11 @@ impl Telemetry {
         let background = traces.as_ref().map(|provider| {
             tracing_opentelemetry::layer()
                 .with_tracer(provider.tracer("chat-service"))
-                .with_filter(filter_fn(|metadata| metadata.target() == trace::BACKGROUND))
+                // With its level: a filter without one makes every library's debug events ask it.
+                .with_filter(
+                    filter_fn(|metadata| metadata.target() == trace::BACKGROUND)
+                        .with_max_level_hint(Level::INFO),
+                )
         });
         tracing_subscriber::registry()
             .with(logs.with_filter(filter.and(filter_fn(is_for_the_log))))

@@ -31,6 +31,7 @@ pub(crate) mod traces;
   cargo xtask test -- messages             only the tests with that in their name
   cargo xtask test -- --test it limits     only the integration tests of one module
   cargo xtask test --chart                 only the chart
+  cargo xtask test --monitoring            only the dashboards, the rules and the runbooks
   cargo xtask test --dev                   only the developer's loop, and these commands")]
 pub(crate) struct Args {
     /// Only what concerns the Helm chart
