@@ -16,6 +16,7 @@ use crate::outbox::Outbox;
 use crate::passwords::Passwords;
 use crate::recent::Recent;
 use crate::redis::Redis;
+use crate::workers::Workers;
 use crate::{db, sweep};
 
 #[derive(Debug)]
@@ -52,12 +53,17 @@ pub struct Tasks {
 
 impl App {
     /// Builds the application and starts its tasks. Neither Postgres nor Redis needs to be there.
-    pub fn start(config: Config, stop: &watch::Receiver<bool>) -> anyhow::Result<(Arc<Self>, Tasks)> {
+    pub fn start(
+        config: Config,
+        workers: &Workers,
+        stop: &watch::Receiver<bool>,
+    ) -> anyhow::Result<(Arc<Self>, Tasks)> {
         let connect_options = db::connect_options(&config).map_err(anyhow::Error::msg)?;
         let metrics = Metrics::new()?;
         let pool = db::pool(&config, connect_options.clone());
         let database = Database::new(pool, Arc::clone(&metrics));
-        let redis = Redis::new(&config, Recent::scripts(), Arc::clone(&metrics))?;
+        let redis =
+            Redis::new(&config, Recent::scripts(), workers.runtimes().to_vec(), Arc::clone(&metrics))?;
         let recent = Recent::new(&config, Arc::clone(&redis), database.clone());
         let health = Health::new();
         let (outbox, writers) = Outbox::start(&config, &database, &recent, &metrics, stop);

@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::runtime::Handle;
+
 use crate::config::Config;
 use crate::db::{self, Database, Schema};
 use crate::metrics::Metrics;
@@ -47,7 +49,7 @@ pub async fn doctor(config: &Config) -> anyhow::Result<ExitCode> {
             report("schema", schema(&database).await);
         }
     }
-    let redis = Redis::new(config, Vec::new(), metrics)?;
+    let redis = Redis::new(config, Vec::new(), vec![Handle::current()], metrics)?;
     report(
         "redis",
         redis.check().await.map(|()| "answers and takes writes".to_owned()).map_err(|error| {

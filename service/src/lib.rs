@@ -17,7 +17,6 @@ pub mod log_writer;
 pub mod messages;
 pub mod metrics;
 pub mod openapi;
-
 pub mod outbox;
 pub mod passwords;
 pub mod recent;
@@ -33,3 +32,4 @@ pub mod sweep;
 pub mod telemetry;
 pub mod trace;
 pub mod users;
+pub mod workers;

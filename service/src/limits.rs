@@ -144,16 +144,11 @@ impl Limits {
         let live = self.redis.live()?;
         let shard = BuildHasherDefault::<DefaultHasher>::default().hash_one(subject) % SHARDS;
         let key = format!("chat:limit:{}:{window}:{shard}", limit.name());
-        let mut pipeline = redis::Pipeline::with_capacity(1);
+        let mut pipeline = redis::Pipeline::with_capacity(2);
         pipeline.cmd("HINCRBY").arg(&key).arg(subject).arg(1);
+        // Every time: nobody counts in this window once it is over, and then the counters go away.
+        pipeline.cmd("PEXPIRE").arg(&key).arg(KEY_TTL.as_millis() as u64).ignore();
         let (used,): (u32,) = self.redis.run(&live, Call::CountAttempt, &pipeline).await.ok()?;
-        if used == 1 {
-            // Whoever counts a subject for the first time sees to it that the counters go away. Should this
-            // process die just here, the next subject's first attempt does it.
-            let mut pipeline = redis::Pipeline::with_capacity(1);
-            pipeline.cmd("PEXPIRE").arg(&key).arg(KEY_TTL.as_millis() as u64).ignore();
-            self.redis.run::<()>(&live, Call::CountAttempt, &pipeline).await.ok()?;
-        }
         Some(used)
     }
 

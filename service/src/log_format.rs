@@ -4,7 +4,7 @@
 //! The ids come from a task-local value and not from a span: a span that is opened, entered at each poll, and
 //! formatted costs a request several times what its line does.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use opentelemetry::trace::TraceId;
 use serde::Serialize;
@@ -17,6 +17,9 @@ use tracing_subscriber::registry::LookupSpan;
 
 use crate::config::LogFormat;
 use crate::request_id::RequestId;
+
+/// The field that is an event's text.
+const MESSAGE: &str = "message";
 
 tokio::task_local! {
     /// The request that this task serves.
@@ -40,15 +43,17 @@ where
 {
     fn format_event(
         &self,
-        context: &FmtContext<'_, S, N>,
+        _context: &FmtContext<'_, S, N>,
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
         match self.0 {
             LogFormat::Text => {
                 SystemTime.format_time(&mut writer)?;
-                write!(writer, " {:>5} ", event.metadata().level())?;
-                context.field_format().format_fields(Writer::new(&mut OneLine(&mut writer)), event)?;
+                write!(writer, " {:>5}", event.metadata().level())?;
+                let mut fields = TextFields { writer: &mut writer, outcome: Ok(()) };
+                event.record(&mut fields);
+                fields.outcome?;
                 with_ids(|name, id| write!(writer, " {name}=\"{id}\""))?;
                 writeln!(writer)
             }
@@ -84,6 +89,61 @@ fn with_ids(mut write: impl FnMut(&str, &dyn fmt::Display) -> fmt::Result) -> fm
         ids.trace.map_or(Ok(()), |trace| write("trace_id", &trace))
     });
     written.unwrap_or(Ok(()))
+}
+
+/// Writes the message, then fields as `name=value`. `tracing_subscriber` has such a thing, at twice the cost for each
+/// line.
+struct TextFields<'a, 'writer> {
+    writer: &'a mut Writer<'writer>,
+    outcome: fmt::Result,
+}
+
+impl TextFields<'_, '_> {
+    /// `value` must not break the line.
+    fn add(&mut self, field: &Field, value: fmt::Arguments<'_>) {
+        self.outcome = self.outcome.and_then(|()| {
+            self.name(field)?;
+            self.writer.write_fmt(value)
+        });
+    }
+
+    fn name(&mut self, field: &Field) -> fmt::Result {
+        self.writer.write_char(' ')?;
+        if field.name() == MESSAGE {
+            return Ok(());
+        }
+        self.writer.write_str(field.name())?;
+        self.writer.write_char('=')
+    }
+}
+
+impl Visit for TextFields<'_, '_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.outcome = self.outcome.and_then(|()| {
+            self.name(field)?;
+            write!(OneLine(self.writer), "{value:?}")
+        });
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.add(field, format_args!("{value:?}"));
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.add(field, format_args!("{value}"));
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.add(field, format_args!("{value}"));
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.add(field, format_args!("{value}"));
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.add(field, format_args!("{value}"));
+    }
 }
 
 /// Writes fields as members of an object that has one already.

@@ -105,7 +105,8 @@ fn run_configured(command: &Command) -> anyhow::Result<ExitCode> {
         }
         Err(error) => return Err(error),
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // The first of the workers, when it serves.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let code = runtime.block_on(async {
         match command {
             Command::Migrate(args) => migrate(&config, args).await,

@@ -1,9 +1,9 @@
-//! The connection to Redis: one, multiplexed, shared by all requests, and watched over.
+//! The connection to Redis: one for each worker, multiplexed, shared by its requests, and watched over.
 //!
 //! deadpool-redis knows how to reach a single Redis, a cluster or the master that sentinels name. Its pool
-//! pings at every checkout, which would cost a round trip per request; so one connection is taken from it for
-//! good and cloned, and the requests' commands pipeline by themselves. When a command fails the connection is
-//! given up, everybody falls back at once, and a task reconnects.
+//! pings at every checkout, which would cost a round trip per request; so each worker's connection is taken from it
+//! for good and cloned, and the requests' commands pipeline by themselves. They stand and fall together: when a
+//! command fails all are given up, everybody falls back at once, and a task reconnects.
 
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -15,7 +15,9 @@ use deadpool_redis::redis::{
     RedisFuture, Script, Value,
 };
 use deadpool_redis::{Runtime, cluster, sentinel};
+use futures_util::future::try_join_all;
 use secrecy::ExposeSecret as _;
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
@@ -23,6 +25,7 @@ use crate::call::Call;
 use crate::config::{Config, RedisMode};
 use crate::metrics::Metrics;
 use crate::trace::{self, Place};
+use crate::workers;
 
 /// How long one round trip may take before Redis counts as away. Far above a healthy one (well under 1 ms),
 /// far below what a request may take.
@@ -41,7 +44,9 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 pub struct Away;
 
 pub struct Redis {
-    source: Source,
+    source: Arc<Source>,
+    /// Each has a connection, whose work is done there.
+    runtimes: Vec<Handle>,
     /// Present while Redis answers.
     live: RwLock<Option<Live>>,
     /// Wakes the task that reconnects.
@@ -54,12 +59,12 @@ pub struct Redis {
     metrics: Arc<Metrics>,
 }
 
-/// A working connection. Cloning is cheap, and the clones share one socket.
+/// Working connections, one for each worker.
 #[derive(Clone)]
 pub struct Live {
-    connection: Connection,
+    connections: Arc<[Connection]>,
     generation: u64,
-    /// When it was opened: whoever trusts what an earlier connection saw must wait; see `recent`.
+    /// When they were open: whoever trusts what earlier ones saw must wait; see `recent`.
     pub since: Instant,
 }
 
@@ -72,7 +77,12 @@ enum Connection {
 impl Live {
     /// True where keys live on several nodes.
     pub fn is_cluster(&self) -> bool {
-        matches!(self.connection, Connection::Cluster(_))
+        self.connections.iter().any(|connection| matches!(connection, Connection::Cluster(_)))
+    }
+
+    /// The connection of the worker that calls.
+    fn here(&self) -> Connection {
+        self.connections[workers::here() % self.connections.len()].clone()
     }
 }
 
@@ -83,10 +93,17 @@ enum Source {
 }
 
 impl Redis {
-    pub fn new(config: &Config, scripts: Vec<Script>, metrics: Arc<Metrics>) -> anyhow::Result<Arc<Self>> {
-        let source = Source::new(config)?;
+    /// Nothing is connected yet; the runtimes are those of the workers.
+    pub fn new(
+        config: &Config,
+        scripts: Vec<Script>,
+        runtimes: Vec<Handle>,
+        metrics: Arc<Metrics>,
+    ) -> anyhow::Result<Arc<Self>> {
+        let source = Arc::new(Source::new(config)?);
         Ok(Arc::new(Self {
             source,
+            runtimes,
             live: RwLock::default(),
             lost: Notify::new(),
             away: watch::Sender::new(true),
@@ -96,7 +113,7 @@ impl Redis {
         }))
     }
 
-    /// The connection, or nothing while Redis is away.
+    /// The connections, or nothing while Redis is away.
     pub fn live(&self) -> Option<Live> {
         self.live.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
     }
@@ -116,7 +133,7 @@ impl Redis {
     ) -> Result<T, Away> {
         let _timer = self.metrics.call_started(call);
         let span = trace::call(call, &self.place);
-        let mut connection = live.connection.clone();
+        let mut connection = live.here();
         pipeline.query_async(&mut connection).await.map_err(|error| {
             if let Some(span) = span {
                 span.call_failed(error.code(), if error.is_timeout() { "timeout" } else { "_OTHER" });
@@ -126,12 +143,12 @@ impl Redis {
         })
     }
 
-    /// Keeps the connection alive until the process ends.
+    /// Keeps the connections alive until the process ends.
     pub async fn supervise(self: Arc<Self>) {
         let mut generation = 0;
         loop {
             if let Some(live) = self.live() {
-                if let Err(error) = self.probe(live.connection.clone()).await {
+                if let Err(error) = self.probe(&live.connections).await {
                     self.give_up(&live, &error);
                 }
                 tokio::select! {
@@ -159,7 +176,7 @@ impl Redis {
         self.connect(0).await.map(drop).map_err(|error| error.to_string())
     }
 
-    /// Gives the connection up, unless a newer one has taken its place already.
+    /// Gives the connections up, unless newer ones have taken their place already.
     fn give_up(&self, live: &Live, error: &RedisError) {
         let current = self.live().is_some_and(|current| current.generation == live.generation);
         if current {
@@ -186,24 +203,39 @@ impl Redis {
 
     async fn connect(&self, generation: u64) -> Result<Live, RedisError> {
         let attempt = async {
-            let connection = self.source.connect().await?;
-            self.probe(connection.clone()).await?;
+            let connections =
+                try_join_all(self.runtimes.iter().map(|runtime| self.connect_on(runtime))).await?;
+            self.probe(&connections).await?;
+            // What one connection has loaded, all know.
+            let mut first = connections.first().cloned().ok_or_else(|| timed_out("there is no worker"))?;
             for script in &self.scripts {
-                script.prepare_invoke().load_async(&mut connection.clone()).await?;
+                script.prepare_invoke().load_async(&mut first).await?;
             }
-            Ok(connection)
+            Ok(connections.into())
         };
-        let connection = tokio::time::timeout(CONNECT_TIMEOUT, attempt)
+        let connections = tokio::time::timeout(CONNECT_TIMEOUT, attempt)
             .await
             .unwrap_or_else(|_| Err(timed_out("no connection in time")))?;
-        Ok(Live { connection, generation, since: Instant::now() })
+        Ok(Live { connections, generation, since: Instant::now() })
+    }
+
+    /// Opens a connection that the runtime serves.
+    async fn connect_on(&self, runtime: &Handle) -> Result<Connection, RedisError> {
+        let source = Arc::clone(&self.source);
+        let connecting = runtime.spawn(async move { source.connect().await });
+        connecting.await.unwrap_or_else(|_| Err(timed_out("the worker is gone")))
     }
 
     /// A write, because a Redis that only reads (a replica, or one out of memory) is of no use here.
-    async fn probe(&self, mut connection: Connection) -> Result<(), RedisError> {
+    async fn probe(&self, connections: &[Connection]) -> Result<(), RedisError> {
         let probe = deadpool_redis::redis::cmd("SET").arg("chat:probe").arg(1).arg("PX").arg(1000).to_owned();
-        tokio::time::timeout(RESPONSE_TIMEOUT, probe.query_async(&mut connection))
+        let probes = connections.iter().map(|connection| {
+            let (probe, mut connection) = (&probe, connection.clone());
+            async move { probe.query_async::<()>(&mut connection).await }
+        });
+        tokio::time::timeout(RESPONSE_TIMEOUT, try_join_all(probes))
             .await
+            .map(|outcome| outcome.map(drop))
             .unwrap_or_else(|_| Err(timed_out("no answer in time")))
     }
 }

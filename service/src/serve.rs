@@ -8,11 +8,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
-use salvo::conn::tcp::TcpAcceptor;
-use salvo::server::ServerHandle;
-use salvo::{Server, Service};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
@@ -23,6 +21,7 @@ use crate::app::{App, Tasks};
 use crate::config::{Config, EXIT_CONFIG};
 use crate::db::{self, MigrationError};
 use crate::routes;
+use crate::workers::{Serving, Workers};
 
 /// How long an unready process still takes requests: a probe's period and a little. A grace that is shorter
 /// than ten times this leaves more of itself to the requests in flight.
@@ -49,8 +48,9 @@ pub struct Running {
     pub public: SocketAddr,
     pub operations: SocketAddr,
     tasks: Tasks,
-    servers: JoinSet<io::Result<()>>,
-    handles: [ServerHandle; 2],
+    workers: Workers,
+    public_port: Serving,
+    operations_port: Serving,
     stop: watch::Sender<bool>,
     migration: JoinSet<MigrationError>,
 }
@@ -95,24 +95,24 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         tracing::warn!("SECRET_KEY is the default or short: anyone can sign tokens; production refuses it");
     }
     let (stop, stopping) = watch::channel(false);
-    let (app, mut tasks) = App::start(config, &stopping)?;
+    // A container's limit of processor time counts as well.
+    let workers = Workers::start(thread::available_parallelism().map_or(1, usize::from))?;
+    let (app, mut tasks) = App::start(config, &workers, &stopping)?;
     let migration = first_answers(&app).await?;
     app.watch_postgres(&mut tasks);
 
     let (public_address, operations_address) = (public.local_addr()?, operations.local_addr()?);
-    let mut servers = JoinSet::new();
-    let handles = [
-        serve(&mut servers, public, routes::public(&app))?,
-        serve(&mut servers, operations, routes::operations(&app))?,
-    ];
+    let public_port = workers.serve(public, &routes::public(&app))?;
+    let operations_port = workers.serve(operations, &routes::operations(&app))?;
     tracing::info!(public = %public_address, operations = %operations_address, version = env!("CARGO_PKG_VERSION"), "listening");
     Ok(Running {
         app,
         public: public_address,
         operations: operations_address,
         tasks,
-        servers,
-        handles,
+        workers,
+        public_port,
+        operations_port,
         stop,
         migration,
     })
@@ -156,23 +156,22 @@ impl Running {
             tokio::time::sleep(LAME_DUCK.min(grace / 10)).await;
         }
         let drain = async {
-            let [public, operations] = &self.handles;
-            public.stop_graceful(deadline.saturating_duration_since(Instant::now()));
+            self.public_port.stop_graceful(deadline.saturating_duration_since(Instant::now()));
             // The connections' own end is not waited for: one that never sends a request would hold it up.
             loop {
                 while self.app.metrics.active_requests() > 0 {
                     tokio::time::sleep(DRAIN_POLL).await;
                 }
-                let closed = tokio::time::timeout(LAST_BYTES, self.servers.join_next()).await.is_ok();
+                let closed = tokio::time::timeout(LAST_BYTES, self.public_port.closed()).await.is_ok();
                 if closed || self.app.metrics.active_requests() == 0 {
                     break;
                 }
             }
-            public.stop_forceful();
+            self.public_port.stop_forceful();
             // The operations port goes on answering until the requests and the writers are done.
             self.stop.send_replace(true);
             while self.tasks.writers.join_next().await.is_some() {}
-            operations.stop_forceful();
+            self.operations_port.stop_forceful();
         };
         if tokio::time::timeout_at(deadline, drain).await.is_err() {
             tracing::warn!("the grace is over: ending with requests in flight");
@@ -186,7 +185,9 @@ impl Running {
         tokio::select! {
             Some(ended) = self.tasks.writers.join_next() => format!("a writer ended: {ended:?}"),
             Some(ended) = self.tasks.supervisors.join_next() => format!("a supervisor ended: {ended:?}"),
-            Some(ended) = self.servers.join_next() => format!("a listener ended: {ended:?}"),
+            ended = self.public_port.ended() => format!("the public port is no longer served: {ended}"),
+            ended = self.operations_port.ended() => format!("the operations port is no longer served: {ended}"),
+            number = self.workers.ended() => format!("worker {number} ended"),
             Some(Ok(error)) = self.migration.join_next() => error.to_string(),
         }
     }
@@ -194,17 +195,6 @@ impl Running {
 
 async fn bind(variable: &'static str, address: SocketAddr) -> Result<TcpListener, AddressInUse> {
     TcpListener::bind(address).await.map_err(|source| AddressInUse { variable, address, source })
-}
-
-fn serve(
-    servers: &mut JoinSet<io::Result<()>>,
-    listener: TcpListener,
-    service: Service,
-) -> anyhow::Result<ServerHandle> {
-    let server = Server::new(TcpAcceptor::try_from(listener)?);
-    let handle = server.handle();
-    servers.spawn(server.try_serve(service));
-    Ok(handle)
 }
 
 /// Migrates, if that is asked for, and lets Postgres and Redis answer once. What takes longer than a healthy
