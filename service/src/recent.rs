@@ -51,9 +51,9 @@
 //! [`LEASE`] after connecting a replica trusts no lease that it finds. Leases expire by the wall clock, so one
 //! that is older than that is gone.
 //!
-//! What remains, stated precisely: if one Redis splits into two masters that both go on answering, a replica
-//! cut off with the old one may show a window that lacks messages acknowledged within the last [`LEASE`], and
-//! no older: each of its leases is checked against Postgres anew. The same bound holds
+//! What remains, stated precisely: if one Redis splits into two masters that both go on answering, whoever asks
+//! the old one, a replica or a worker of it, may show a window that lacks messages acknowledged within the last
+//! [`LEASE`], and no older: each lease there is checked against Postgres anew. The same bound holds
 //!
 //! - while Redis's wall clock is set back, for as long as it was set back;
 //! - after a cluster's node was replaced by force within one lease: a cluster's client reconnects by itself;

@@ -8,7 +8,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -20,8 +19,8 @@ use tokio::time::Instant;
 use crate::app::{App, Tasks};
 use crate::config::{Config, EXIT_CONFIG};
 use crate::db::{self, MigrationError};
-use crate::routes;
 use crate::workers::{Serving, Workers};
+use crate::{routes, workers};
 
 /// How long an unready process still takes requests: a probe's period and a little. A grace that is shorter
 /// than ten times this leaves more of itself to the requests in flight.
@@ -95,8 +94,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         tracing::warn!("SECRET_KEY is the default or short: anyone can sign tokens; production refuses it");
     }
     let (stop, stopping) = watch::channel(false);
-    // A container's limit of processor time counts as well.
-    let workers = Workers::start(thread::available_parallelism().map_or(1, usize::from))?;
+    let workers = Workers::start(workers::suitable())?;
     let (app, mut tasks) = App::start(config, &workers, &stopping)?;
     let migration = first_answers(&app).await?;
     app.watch_postgres(&mut tasks);

@@ -27,6 +27,10 @@ use tokio::runtime::{Builder, Handle};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
+/// A read costs a worker some six times what it costs Redis, which is one thread: more workers than these would only
+/// wait for it. On a machine of many cores it is replicas that go further.
+const WORKERS_MAX: usize = 8;
+
 /// Connections that wait for one worker. One that is so far behind gets no more of them.
 const ARRIVALS_MAX: usize = 1024;
 
@@ -40,6 +44,11 @@ thread_local! {
 /// The index of the worker on whose thread this is called; any other thread counts as the first.
 pub fn here() -> usize {
     HERE.get()
+}
+
+/// A worker per core, of those that this process may use: a container's limit of processor time counts as well.
+pub fn suitable() -> usize {
+    thread::available_parallelism().map_or(1, usize::from).min(WORKERS_MAX)
 }
 
 /// The threads that serve. The first is the runtime that started them; the others end with this value.
