@@ -4,8 +4,10 @@
 pub mod history;
 pub mod install;
 pub mod places;
+pub mod replica;
 pub mod servers;
 
 pub use places::{Scratch, service_binary};
+pub use replica::Replica;
 pub use servers::postgres::{Durability, Postgres, PostgresOptions};
 pub use servers::redis::{Redis, RedisOptions};

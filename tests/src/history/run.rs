@@ -15,8 +15,9 @@ use super::check::{self, Violation};
 use super::http::{Client, Lost};
 use super::plan::{self, CONVERSATIONS, Fault, Look, PATIENT, READERS, REPLICAS, WRITERS};
 use super::proxy::Line;
-use super::rig::{Rig, User, lock, mend};
+use super::rig::{Rig, lock, mend, window_hits};
 use super::{Action, History, Message, Operation, Outcome, Page};
+use crate::replica::User;
 
 /// Without faults, before the end: everything has to work again.
 const CALM: Duration = Duration::from_secs(3);
@@ -163,7 +164,7 @@ impl Run<'_> {
         for (replica, seen) in self.rig.replicas.iter().zip(hits) {
             let resident = replica.resident_kib().unwrap_or(0);
             report.resident_kib[slot] = report.resident_kib[slot].max(resident);
-            if let Some(now) = replica.window_hits() {
+            if let Some(now) = window_hits(replica) {
                 // A new process counts from nothing.
                 report.window_hits += if now >= *seen { now - *seen } else { now };
                 *seen = now;

@@ -7,10 +7,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use load::Script;
 use serde_json::json;
+use tests::Replica;
 use tests::history::proxy::Line;
+use tests::replica::PASSWORD;
 use tests::servers::daemon;
 
-use super::rig::{DATABASE, PASSWORD, Replica, Rig, lock};
+use super::rig::{DATABASE, Rig, lock};
 
 pub(super) struct Drill {
     pub(super) lane: Lane,
@@ -102,11 +104,11 @@ pub(super) const DRILLS: [Drill; 13] = [
         fault: "one replica cut off from Postgres",
         alerts: &["ChatServiceReplicaNotReady"],
         inject: |rig| {
-            rig.replicas[1].to_postgres.set(Line::Cut);
+            rig.to_postgres[1].set(Line::Cut);
             Ok(())
         },
         heal: |rig| {
-            rig.replicas[1].to_postgres.set(Line::Open);
+            rig.to_postgres[1].set(Line::Open);
             Ok(())
         },
     },

@@ -1,22 +1,20 @@
 //! What the alerts of one lane watch: a Postgres, a Redis, two replicas of the service, each with a line of its own to
 //! Postgres, a collector of traces, and people who talk.
 
-use std::fs::OpenOptions;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use load::Script;
 use serde_json::{Value, json};
 use tests::history::http::Client;
 use tests::history::proxy::{Line, Proxy};
-use tests::servers::{daemon, ports};
-use tests::{Postgres, PostgresOptions, Redis, RedisOptions};
+use tests::replica::User;
+use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Replica};
 use tokio::runtime::Runtime;
 
 use super::collector::Collector;
@@ -26,9 +24,7 @@ use super::prometheus::ScrapeJob;
 pub(super) const DATABASE: &str = "drill";
 /// As the chart names the Service behind its ServiceMonitor, so that `job` is what it is in a cluster.
 const SERVICE: &str = "chat-chat-service-ops";
-pub(super) const PASSWORD: &str = "correct horse battery";
 const REPLICAS: usize = 2;
-const READY_LIMIT: Duration = Duration::from_secs(60);
 /// More than the service gives a request.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// People per replica, and what each waits for between two requests: 40 requests a second and replica when all is well,
@@ -43,6 +39,8 @@ pub(super) struct Rig {
     pub(super) namespace: &'static str,
     pub(super) users: Vec<User>,
     pub(super) replicas: Vec<Replica>,
+    /// The lines of each replica.
+    pub(super) to_postgres: Vec<Proxy>,
     pub(super) redis: Mutex<Redis>,
     pub(super) postgres: Mutex<Postgres>,
     /// What a fault has running, and its healing ends.
@@ -50,24 +48,6 @@ pub(super) struct Rig {
     pub(super) collector: Collector,
     talkers: Option<Talkers>,
     _runtime: Runtime,
-}
-
-#[derive(Clone, Debug)]
-pub(super) struct User {
-    pub(super) id: String,
-    pub(super) name: String,
-    pub(super) token: String,
-}
-
-/// A process of the service on ports that stay its own, with its line to Postgres.
-pub(super) struct Replica {
-    pub(super) public: SocketAddr,
-    operations: SocketAddr,
-    pub(super) to_postgres: Proxy,
-    binary: PathBuf,
-    environment: Vec<(String, String)>,
-    log: PathBuf,
-    child: Mutex<Option<Child>>,
 }
 
 /// Connections that all wait for an answer, on one thread.
@@ -95,7 +75,7 @@ impl Rig {
         postgres.create_database(DATABASE)?;
         let redis = Redis::start(&dir.join("redis"), RedisOptions::default())?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let mut replicas = Vec::new();
+        let (mut replicas, mut lines) = (Vec::new(), Vec::new());
         for number in 0..REPLICAS {
             let to_postgres = Proxy::start(runtime.handle(), postgres.port())?;
             let log = dir.join(format!("replica-{number}.log"));
@@ -104,16 +84,20 @@ impl Rig {
                 ("DATABASE_URL", postgres.url(DATABASE).replace(&direct, &line)),
                 ("REDIS_URL", redis.url(0)),
             ];
-            let replica = Replica::start(binary, log, to_postgres, &urls, &more)?;
+            let environment = urls.into_iter().chain(more.iter().cloned());
+            let replica =
+                Replica::start(binary, log, environment.map(|(name, value)| (name.to_owned(), value)))?;
             // The first migrates while the second would wait.
             replica.await_ready()?;
             replicas.push(replica);
+            lines.push(to_postgres);
         }
         let users = (0..4).map(|number| replicas[0].register(number)).collect::<Result<Vec<_>>>()?;
         let mut rig = Self {
             namespace: lane.namespace(),
             users,
             replicas,
+            to_postgres: lines,
             redis: Mutex::new(redis),
             postgres: Mutex::new(postgres),
             crowds: Mutex::default(),
@@ -158,9 +142,7 @@ impl Rig {
     }
 
     pub(super) fn lines_to_postgres(&self, line: Line) {
-        for replica in &self.replicas {
-            replica.to_postgres.set(line);
-        }
+        self.to_postgres.iter().for_each(|to_postgres| to_postgres.set(line));
     }
 
     /// Lets so many connections per replica ask for the same, in turn of the requests, until the fault is healed.
@@ -187,15 +169,16 @@ impl Rig {
         Ok(())
     }
 
-    /// Sends, a read of the newest page and an older page, in turn.
+    /// A send and a read of the newest page, in turn.
     fn talk(&self) -> Talkers {
         let users = self.users.clone();
         Talkers::start(&self.replicas, TALKERS, move |client| {
             let number = fastrand::usize(..users.len());
             let (from, to) = (&users[number], &users[(number + 1) % users.len()]);
-            from.send(client, to);
+            let body = json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"});
+            ask(client, from, "POST", "/send", &body.to_string());
             thread::sleep(PAUSE);
-            from.read(client, to, "");
+            ask(client, from, "GET", &format!("/messages?peer_id={}", to.id), "");
             thread::sleep(PAUSE);
         })
     }
@@ -211,23 +194,10 @@ impl Drop for Rig {
     }
 }
 
-impl User {
-    pub(super) fn send(&self, client: &mut Client, to: &Self) {
-        let body =
-            json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"}).to_string();
-        self.ask(client, "POST", "/send", &body);
-    }
-
-    /// A page of the conversation; `more` is the rest of the query.
-    pub(super) fn read(&self, client: &mut Client, peer: &Self, more: &str) {
-        self.ask(client, "GET", &format!("/messages?peer_id={}{more}", peer.id), "");
-    }
-
-    /// Whatever the answer is: who talks here makes traffic, and the service counts.
-    fn ask(&self, client: &mut Client, method: &str, path: &str, body: &str) {
-        let authorization = format!("Bearer {}", self.token);
-        let _ = client.request(method, path, &[("authorization", &authorization)], body, PATIENCE);
-    }
+/// Whatever the answer is: who talks here makes traffic, and the service counts.
+fn ask(client: &mut Client, user: &User, method: &str, path: &str, body: &str) {
+    let authorization = format!("Bearer {}", user.token);
+    let _ = client.request(method, path, &[("authorization", &authorization)], body, PATIENCE);
 }
 
 impl Talkers {
@@ -263,88 +233,5 @@ impl Drop for Talkers {
             // A panic there has been printed.
             let _ = thread.join();
         }
-    }
-}
-
-impl Replica {
-    fn start(
-        binary: &Path,
-        log: PathBuf,
-        to_postgres: Proxy,
-        urls: &[(&str, String)],
-        more: &[(&str, String)],
-    ) -> Result<Self> {
-        let (port, ops_port) = (ports::free()?, ports::free()?);
-        let own = [
-            ("SECRET_KEY", "a key for drills only, 32 bytes and more".to_owned()),
-            ("HOST", "127.0.0.1".to_owned()),
-            ("PORT", port.to_string()),
-            ("OPS_PORT", ops_port.to_string()),
-            ("SHUTDOWN_GRACE_SECONDS", "5".to_owned()),
-            ("LOGIN_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
-            ("SEND_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
-            ("REGISTER_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
-        ];
-        let environment = own.iter().chain(urls).chain(more);
-        let replica = Self {
-            public: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
-            operations: SocketAddr::from((Ipv4Addr::LOCALHOST, ops_port)),
-            to_postgres,
-            binary: binary.to_owned(),
-            environment: environment.map(|(name, value)| ((*name).to_owned(), value.clone())).collect(),
-            log,
-            child: Mutex::new(None),
-        };
-        replica.launch()?;
-        Ok(replica)
-    }
-
-    /// Starts the process and waits for nothing.
-    pub(super) fn launch(&self) -> Result<()> {
-        let log = OpenOptions::new().create(true).append(true).open(&self.log)?;
-        let mut command = daemon::dies_with_us(&self.binary, "KILL");
-        command.arg("serve").env_clear().envs(self.environment.iter().cloned());
-        command.current_dir(self.log.parent().context("a directory")?);
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        *lock(&self.child) = Some(daemon::spawn(command).context("start the service")?);
-        Ok(())
-    }
-
-    /// Ends it at once.
-    pub(super) fn kill(&self) {
-        if let Some(mut child) = lock(&self.child).take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-
-    fn await_ready(&self) -> Result<()> {
-        let ready = daemon::poll(READY_LIMIT, || Ok(self.is_ready().then_some(())))?;
-        let words = || daemon::tail(&std::fs::read_to_string(&self.log).unwrap_or_default(), 20);
-        ensure!(ready.is_some(), "a replica is not ready after {} s:\n{}", READY_LIMIT.as_secs(), words());
-        Ok(())
-    }
-
-    fn is_ready(&self) -> bool {
-        let answer = Client::new(self.public).request("GET", "/healthz", &[], "", Duration::from_secs(2));
-        answer.is_ok_and(|answer| {
-            let body = serde_json::from_slice::<Value>(&answer.body).unwrap_or_default();
-            answer.status == 200 && body["status"] == "ok"
-        })
-    }
-
-    fn register(&self, number: usize) -> Result<User> {
-        let name = format!("user{number}");
-        let body = json!({"username": name, "email": format!("{name}@example.com"), "password": PASSWORD});
-        let body = body.to_string();
-        let mut client = Client::new(self.public);
-        let mut post = |path: &str, field: &str| -> Result<String> {
-            let answer = client.request("POST", path, &[], &body, PATIENCE);
-            let answer = answer.map_err(|lost| anyhow::anyhow!("{path}: {}", lost.reason()))?;
-            let value: Value = serde_json::from_slice(&answer.body)?;
-            let text = value[field].as_str();
-            Ok(text.with_context(|| format!("{path} answered {}: {value}", answer.status))?.to_owned())
-        };
-        Ok(User { id: post("/register", "id")?, token: post("/login", "access_token")?, name })
     }
 }
