@@ -6,7 +6,8 @@
 //! leaves in one write, on a connection that belongs to the thread.
 //!
 //! The price is balance: a connection does not move. A new one goes to the worker with the fewest, so that the clients
-//! of one service, which are many and much alike, spread by themselves.
+//! of one service, which are many and much alike, spread by themselves. What comes over one connection, as HTTP/2 can
+//! carry the requests of many, is served by one core.
 
 use std::cell::Cell;
 use std::convert::Infallible;
