@@ -28,7 +28,7 @@ use tokio::runtime::{Builder, Handle};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
-/// A read costs a worker some six times what it costs Redis, which is one thread: more workers than these would only
+/// A read costs a worker some five times what it costs Redis, which is one thread: more workers than these would only
 /// wait for it. On a machine of many cores it is replicas that go further.
 const WORKERS_MAX: usize = 8;
 
