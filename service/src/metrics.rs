@@ -12,6 +12,7 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 use salvo::http::{Method, StatusCode};
+use sqlx::PgPool;
 
 use crate::app::App;
 use crate::call::Call;
@@ -49,14 +50,20 @@ pub struct Metrics {
     cache_lookups: IntCounterVec,
     hashing_waiting: IntGauge,
     hashing_capacity: IntGauge,
-    pool_connections: IntGaugeVec,
-    pool_max: IntGaugeVec,
-    pool_timeouts: IntCounter,
+    pool: PoolMetrics,
     /// One for each [`Call`], in their order.
     calls: Vec<Histogram>,
     dependency_up: IntGaugeVec,
     ready: IntGauge,
     schema_version: IntGauge,
+}
+
+/// Of the pool of connections to Postgres.
+#[derive(Debug)]
+struct PoolMetrics {
+    connections: IntGaugeVec,
+    max: IntGaugeVec,
+    timeouts: IntCounter,
 }
 
 /// A route and a method that it takes, or a method on no route.
@@ -103,33 +110,13 @@ pub struct InFlight(IntGauge);
 impl Metrics {
     pub fn new() -> Result<Arc<Self>, prometheus::Error> {
         let registry = Registry::new();
-        #[cfg(target_os = "linux")]
-        registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
-        add(&registry, SPANS.clone())?;
-        let info = Opts::new("chat_build_info", "What this process was built from")
-            .const_label("version", env!("CARGO_PKG_VERSION"))
-            .const_label("revision", option_env!("CHAT_SERVICE_REVISION").unwrap_or("unknown"));
-        add(&registry, IntGauge::with_opts(info)?)?.set(1);
+        describe_process(&registry)?;
         let requests = durations(
             &registry,
             "http_server_request_duration_seconds",
             "Duration of HTTP requests",
             &["http_request_method", "http_route", "http_response_status_code"],
         )?;
-        let calls = durations(
-            &registry,
-            "db_client_operation_duration_seconds",
-            "Duration of what was asked of Postgres and Redis, also where it failed or was given up",
-            &["db_system_name", "db_operation_name"],
-        )?;
-        let pool_timeouts = counters(
-            &registry,
-            "db_client_connection_timeouts_total",
-            "Waits for a connection of the Postgres pool that ran out of time",
-            &["db_client_connection_pool_name"],
-        )?;
-        gauge(&registry, "chat_schema_version_expected", "Newest migration that this binary knows")?
-            .set(db::known_version());
         let metrics = Self {
             endpoints: ENDPOINTS
                 .into_iter()
@@ -184,20 +171,8 @@ impl Metrics {
                 "chat_password_queue_capacity",
                 "Passwords that may be hashed or wait at once",
             )?,
-            pool_connections: gauges(
-                &registry,
-                "db_client_connection_count",
-                "Connections of the Postgres pool",
-                &["db_client_connection_pool_name", "db_client_connection_state"],
-            )?,
-            pool_max: gauges(
-                &registry,
-                "db_client_connection_max",
-                "Most connections that the Postgres pool may have",
-                &["db_client_connection_pool_name"],
-            )?,
-            pool_timeouts: pool_timeouts.with_label_values(&[POOL_NAME]),
-            calls: Call::ALL.map(|call| calls.with_label_values(&[call.system(), call.name()])).into(),
+            pool: PoolMetrics::new(&registry)?,
+            calls: call_durations(&registry)?,
             dependency_up: gauges(
                 &registry,
                 "chat_dependency_up",
@@ -244,7 +219,7 @@ impl Metrics {
     }
 
     pub fn pool_timed_out(&self) {
-        self.pool_timeouts.inc();
+        self.pool.timeouts.inc();
     }
 
     pub fn message_sent(&self, outcome: SendOutcome) {
@@ -278,12 +253,7 @@ impl Metrics {
         self.outbox_depth.set(app.outbox.depth() as i64);
         self.outbox_capacity.set(app.outbox.capacity() as i64);
         self.hashing_capacity.set(app.passwords.capacity() as i64);
-        let pool = app.database.pool();
-        let idle = pool.num_idle() as i64;
-        let used = i64::from(pool.size()) - idle;
-        self.pool_connections.with_label_values(&[POOL_NAME, "idle"]).set(idle);
-        self.pool_connections.with_label_values(&[POOL_NAME, "used"]).set(used);
-        self.pool_max.with_label_values(&[POOL_NAME]).set(pool.options().get_max_connections().into());
+        self.pool.look_at(app.database.pool());
         self.dependency_up.with_label_values(&["postgres"]).set(i64::from(app.health.postgres_answers()));
         self.dependency_up.with_label_values(&["redis"]).set(i64::from(app.redis.live().is_some()));
         self.ready.set(i64::from(app.health.is_ready()));
@@ -307,6 +277,65 @@ impl Metrics {
         for outcome in [CacheOutcome::Hit, CacheOutcome::Miss, CacheOutcome::Bypass] {
             self.cache_lookups.with_label_values(&[outcome.name()]);
         }
+    }
+}
+
+/// What does not change while the process lives, and what is told of the process itself.
+fn describe_process(registry: &Registry) -> Result<(), prometheus::Error> {
+    #[cfg(target_os = "linux")]
+    registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+    add(registry, SPANS.clone())?;
+    let info = Opts::new("chat_build_info", "What this process was built from")
+        .const_label("version", env!("CARGO_PKG_VERSION"))
+        .const_label("revision", option_env!("CHAT_SERVICE_REVISION").unwrap_or("unknown"));
+    add(registry, IntGauge::with_opts(info)?)?.set(1);
+    gauge(registry, "chat_schema_version_expected", "Newest migration that this binary knows")?
+        .set(db::known_version());
+    Ok(())
+}
+
+/// One histogram for each call, at its place in [`Call::ALL`].
+fn call_durations(registry: &Registry) -> Result<Vec<Histogram>, prometheus::Error> {
+    let calls = durations(
+        registry,
+        "db_client_operation_duration_seconds",
+        "Duration of what was asked of Postgres and Redis, also where it failed or was given up",
+        &["db_system_name", "db_operation_name"],
+    )?;
+    Ok(Call::ALL.map(|call| calls.with_label_values(&[call.system(), call.name()])).into())
+}
+
+impl PoolMetrics {
+    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let timeouts = counters(
+            registry,
+            "db_client_connection_timeouts_total",
+            "Waits for a connection of the Postgres pool that ran out of time",
+            &["db_client_connection_pool_name"],
+        )?;
+        Ok(Self {
+            connections: gauges(
+                registry,
+                "db_client_connection_count",
+                "Connections of the Postgres pool",
+                &["db_client_connection_pool_name", "db_client_connection_state"],
+            )?,
+            max: gauges(
+                registry,
+                "db_client_connection_max",
+                "Most connections that the Postgres pool may have",
+                &["db_client_connection_pool_name"],
+            )?,
+            timeouts: timeouts.with_label_values(&[POOL_NAME]),
+        })
+    }
+
+    fn look_at(&self, pool: &PgPool) {
+        let idle = pool.num_idle() as i64;
+        let used = i64::from(pool.size()) - idle;
+        self.connections.with_label_values(&[POOL_NAME, "idle"]).set(idle);
+        self.connections.with_label_values(&[POOL_NAME, "used"]).set(used);
+        self.max.with_label_values(&[POOL_NAME]).set(pool.options().get_max_connections().into());
     }
 }
 

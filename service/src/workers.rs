@@ -94,9 +94,7 @@ impl Workers {
             let (queue, arrivals) = mpsc::channel(ARRIVALS_MAX);
             let server = Server::new(Share::new(arrivals, address.clone()));
             serving.handles.push(server.handle());
-            let mut same = Service::new(Arc::clone(&service.router));
-            same.hoops.clone_from(&service.hoops);
-            serving.servers.spawn_on(server.try_serve(same), runtime);
+            serving.servers.spawn_on(server.try_serve(copy(service)), runtime);
             queues.push(Queue { queue, connections: Arc::default() });
         }
         serving.accepting.spawn(spread(listener, queues));
@@ -111,6 +109,15 @@ impl Workers {
             None => std::future::pending().await,
         }
     }
+}
+
+/// Salvo's service cannot be cloned, but all that is in it is shared.
+fn copy(service: &Service) -> Service {
+    let mut copy = Service::new(Arc::clone(&service.router));
+    copy.catcher.clone_from(&service.catcher);
+    copy.hoops.clone_from(&service.hoops);
+    copy.allowed_media_types = Arc::clone(&service.allowed_media_types);
+    copy
 }
 
 /// Tells of a thread's end, whatever brought it about.
@@ -179,8 +186,9 @@ struct Arrival {
 async fn spread(listener: TcpListener, workers: Vec<Queue>) {
     loop {
         let arrived = listener.accept().await.and_then(|(stream, remote)| {
-            // An answer in two segments must not wait until the client has acknowledged the first.
-            stream.set_nodelay(true)?;
+            // An answer in two segments must not wait until the client has acknowledged the first. A socket that refuses
+            // is one that its client has closed, which is no reason to pause.
+            stream.set_nodelay(true).ok();
             Ok((stream.into_std()?, remote))
         });
         let (socket, remote) = match arrived {

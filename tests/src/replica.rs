@@ -82,8 +82,8 @@ impl Replica {
     /// Waits until it is ready, with Postgres and Redis.
     pub fn await_ready(&self) -> Result<()> {
         let ready = daemon::poll(READY_LIMIT, || Ok(self.is_ready().then_some(())))?;
-        let (limit, words) = (READY_LIMIT.as_secs(), || self.last_words());
-        ensure!(ready.is_some(), "a replica is not ready after {limit} s:\n{}", words());
+        let limit = READY_LIMIT.as_secs();
+        ensure!(ready.is_some(), "a replica is not ready after {limit} s:\n{}", self.last_words());
         Ok(())
     }
 
@@ -127,26 +127,7 @@ impl Replica {
 
     /// Resident memory, where /proc tells it and the process runs.
     pub fn resident_kib(&self) -> Option<u64> {
-        let pid = self.child().as_ref()?.id();
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
-        line.split_whitespace().nth(1)?.parse().ok()
-    }
-
-    /// A new user, logged in.
-    pub fn register(&self, number: usize) -> Result<User> {
-        let name = format!("user{number}");
-        let body = json!({"username": name, "email": format!("{name}@example.com"), "password": PASSWORD});
-        let body = body.to_string();
-        let mut client = Client::new(self.public);
-        let mut post = |path: &str, field: &str| -> Result<String> {
-            let answer = client.request("POST", path, &[], &body, PATIENCE);
-            let answer = answer.map_err(|lost| anyhow::anyhow!("{path}: {}", lost.reason()))?;
-            let value: Value = serde_json::from_slice(&answer.body)?;
-            let text = value[field].as_str();
-            Ok(text.with_context(|| format!("{path} answered {}: {value}", answer.status))?.to_owned())
-        };
-        Ok(User { id: post("/register", "id")?, token: post("/login", "access_token")?, name })
+        resident_kib(self.child().as_ref()?.id())
     }
 
     fn is_ready(&self) -> bool {
@@ -160,4 +141,27 @@ impl Replica {
     fn child(&self) -> MutexGuard<'_, Option<Child>> {
         self.child.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A new user of the service at this address, logged in.
+pub fn register(service: SocketAddr, number: usize) -> Result<User> {
+    let name = format!("user{number}");
+    let body = json!({"username": name, "email": format!("{name}@example.com"), "password": PASSWORD});
+    let body = body.to_string();
+    let mut client = Client::new(service);
+    let mut post = |path: &str, field: &str| -> Result<String> {
+        let answer = client.request("POST", path, &[], &body, PATIENCE);
+        let answer = answer.map_err(|lost| anyhow::anyhow!("{path}: {}", lost.reason()))?;
+        let value: Value = serde_json::from_slice(&answer.body)?;
+        let text = value[field].as_str();
+        Ok(text.with_context(|| format!("{path} answered {}: {value}", answer.status))?.to_owned())
+    };
+    Ok(User { id: post("/register", "id")?, token: post("/login", "access_token")?, name })
+}
+
+/// Resident memory of a process, where /proc tells it.
+pub fn resident_kib(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
 }

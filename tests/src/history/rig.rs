@@ -13,7 +13,7 @@ use tokio::runtime::Runtime;
 use super::http::Client;
 use super::plan::{REPLICAS, Server, USERS};
 use super::proxy::{Line, Proxy};
-use crate::replica::User;
+use crate::replica::{User, register};
 use crate::servers;
 use crate::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, Scratch};
 
@@ -82,7 +82,7 @@ impl Rig {
         };
         rig.await_ready()?;
         for number in 0..USERS {
-            let user = rig.replicas[0].register(number)?;
+            let user = register(rig.replicas[0].public, number)?;
             rig.users.push(user);
         }
         Ok(rig)

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use load::{Report, Script};
+use tests::replica::PASSWORD;
 
 use super::cpu::Cpu;
-use super::rig::{PASSWORD, Rig};
+use super::rig::Rig;
 use super::{Bench, Goal, Row, figures, median, reference};
 
 pub(super) const CONNECTIONS: usize = 64;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use load::Script;
+use tests::replica::{User, register, resident_kib};
 use tests::servers::{daemon, ports};
 use tests::{Postgres, PostgresOptions, Redis, RedisOptions};
 
@@ -36,15 +37,6 @@ pub(crate) struct Replica {
     pub(crate) startup: Duration,
 }
 
-#[derive(Clone, Debug)]
-pub(crate) struct User {
-    pub(crate) id: String,
-    pub(crate) name: String,
-    pub(crate) token: String,
-}
-
-pub(crate) const PASSWORD: &str = "correct horse battery";
-
 impl Rig {
     /// Starts everything below `dir`, with one replica and `users` users.
     pub(crate) fn start(dir: &Path, binary: &Path, users: usize) -> Result<Self> {
@@ -56,7 +48,7 @@ impl Rig {
         let mut rig = Self { postgres, redis, replicas: Vec::new(), users: Vec::new() };
         rig.add_replica(dir, binary)?;
         for number in 0..users {
-            rig.users.push(rig.register(number)?);
+            rig.users.push(register(rig.address(0), number)?);
         }
         Ok(rig)
     }
@@ -151,19 +143,6 @@ impl Rig {
         let first = number % pairs * 2;
         (&self.users[first], &self.users[first + 1])
     }
-
-    fn register(&self, number: usize) -> Result<User> {
-        let name = format!("user{number}");
-        let address = self.address(0);
-        let body = format!(r#"{{"username":"{name}","email":"{name}@example.com","password":"{PASSWORD}"}}"#);
-        let (status, answer) = request(address, "POST", "/register", None, &body)?;
-        if status != 201 {
-            bail!("register answered {status}: {answer}");
-        }
-        let id = text_field(&answer, "id")?;
-        let (_, answer) = request(address, "POST", "/login", None, &body)?;
-        Ok(User { id, name, token: text_field(&answer, "access_token")? })
-    }
 }
 
 /// A message like most: a sentence.
@@ -176,10 +155,7 @@ impl Replica {
 
     /// Resident memory in KiB.
     pub(crate) fn resident_kib(&self) -> Result<u64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))
-            .context("resident memory is read from /proc, which is only on Linux")?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
-        Ok(line.split_whitespace().nth(1).context("no number in VmRSS")?.parse()?)
+        resident_kib(self.pid()).context("resident memory is read from /proc, which is only on Linux")
     }
 }
 
@@ -213,11 +189,6 @@ pub(crate) fn request(
     let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
     let status = head.get(9..12).context("no status")?.parse()?;
     Ok((status, body.to_owned()))
-}
-
-fn text_field(json: &str, name: &str) -> Result<String> {
-    let value: serde_json::Value = serde_json::from_str(json)?;
-    Ok(value[name].as_str().with_context(|| format!("no {name} in {json}"))?.to_owned())
 }
 
 /// A program that is run to its end, with what it printed.

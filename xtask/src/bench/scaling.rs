@@ -1,6 +1,7 @@
 //! How the figures change with the load's shape. They have no goal; the curve is what counts.
 
 use anyhow::Result;
+use tests::replica::User;
 
 use super::rig::{DATABASE, Rig};
 use super::{Bench, Row};
@@ -82,7 +83,7 @@ pub(crate) fn depth(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
     rig.postgres.query(DATABASE, "VACUUM ANALYZE messages")?;
     let mut ratios = Vec::new();
     let mut detail = String::new();
-    let page = |reader: &super::rig::User, peer: &super::rig::User, query: &str| {
+    let page = |reader: &User, peer: &User, query: &str| {
         let path = format!("/messages?peer_id={}&{query}", peer.id);
         let scripts = (0..16).map(|i| load::Script::get(rig.address(i), &path, &reader.token)).collect();
         load::run(scripts, bench.duration)?.all(200)

@@ -13,7 +13,7 @@ use load::Script;
 use serde_json::{Value, json};
 use tests::history::http::Client;
 use tests::history::proxy::{Line, Proxy};
-use tests::replica::User;
+use tests::replica::{User, register};
 use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Replica};
 use tokio::runtime::Runtime;
 
@@ -92,7 +92,7 @@ impl Rig {
             replicas.push(replica);
             lines.push(to_postgres);
         }
-        let users = (0..4).map(|number| replicas[0].register(number)).collect::<Result<Vec<_>>>()?;
+        let users = (0..4).map(|number| register(replicas[0].public, number)).collect::<Result<Vec<_>>>()?;
         let mut rig = Self {
             namespace: lane.namespace(),
             users,
