@@ -59,15 +59,18 @@ fn imports() -> Imports {
         let parent = module.rsplit_once("::").map_or("", |(parent, _)| parent);
         let starts = [("crate::", ""), ("chat_service::", ""), ("super::", parent), ("self::", module)];
         let paths = starts.into_iter().flat_map(|(start, base)| {
-            text.match_indices(start).map(move |(at, _)| {
-                let path =
-                    text[at + start.len()..].split(|c: char| c != ':' && c != '_' && !c.is_alphanumeric());
-                let path = path.into_iter().next().unwrap_or_default();
-                assert!(
-                    !path.is_empty(),
-                    "write `use {start}a; use {start}b;` instead of `use {start}{{a, b}};`"
-                );
-                format!("{base}::{path}").trim_matches(':').to_owned()
+            text.match_indices(start).flat_map(move |(at, _)| {
+                let rest = &text[at + start.len()..];
+                let items = match rest.strip_prefix('{') {
+                    Some(list) => list.split('}').next().unwrap_or_default(),
+                    None => rest
+                        .split(|c: char| c != ':' && c != '_' && !c.is_alphanumeric())
+                        .next()
+                        .unwrap_or_default(),
+                };
+                items
+                    .split(',')
+                    .map(move |item| format!("{base}::{}", item.trim()).trim_matches(':').to_owned())
             })
         });
         // The longest part of a path that is a module; what follows is an item in it.
