@@ -330,7 +330,7 @@ fn read_dotenv(path: PathBuf) -> Result<BTreeMap<String, String>, ConfigError> {
         return Ok(BTreeMap::new());
     }
     let unreadable = |error: dotenvy::Error| {
-        // A parse error quotes the line, which may hold a secret: only its kind and place are told.
+        // A parse error quotes the line, which may hold a secret: so the error has only its kind and position.
         let fault = match error {
             dotenvy::Error::LineParse(_, position) => {
                 format!("a line does not parse at character {position}")

@@ -64,7 +64,7 @@ pub struct Outgoing {
 #[derive(Debug)]
 pub struct Accepted {
     pub json: Vec<u8>,
-    /// True when the idempotency key was known, and this is the message that it stands for.
+    /// True if the idempotency key was known: this is the message that was stored under it.
     pub replayed: bool,
 }
 

@@ -313,7 +313,7 @@ impl Recent {
             return self.wait_for_leases(committed_at).await;
         };
         let mut pipeline = Pipeline::with_capacity(1);
-        // A cluster runs a script where all its keys are, so there each conversation has a call of its own.
+        // A cluster runs a script where all its keys are, so there each conversation needs its own call.
         let together = if live.is_cluster() { 1 } else { batch.len().max(1) };
         for conversations in batch.chunks(together) {
             call(&mut pipeline, &self.append, conversations.iter().map(|(pair, _)| *pair));

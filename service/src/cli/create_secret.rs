@@ -1,5 +1,5 @@
-//! `chat-service create-secret`: random passwords and keys, made inside the cluster and once. A chart that rendered
-//! them would put them into every manifest, and new ones with every rendering.
+//! `chat-service create-secret`: random passwords and keys, created once and inside the cluster. A chart that rendered
+//! them would put them into every manifest, with new values in each rendering.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -14,7 +14,7 @@ use reqwest::blocking::{Client, RequestBuilder};
 use reqwest::{Certificate, StatusCode};
 use serde_json::{Map, Value, json};
 
-/// How long an API server may be away, or not know yet of the permissions that were given to us just now.
+/// How long the API server may be unavailable, or not know the permissions that this pod was given a moment ago.
 const PATIENCE: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_secs(1);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,7 +45,7 @@ impl FromStr for Key {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        // 16 alphanumeric characters are 95 bits; 1024 are more than anybody needs.
+        // 16 alphanumeric characters are 95 bits; 1024 are more than enough for any use.
         const CHARACTERS: std::ops::RangeInclusive<usize> = 16..=1024;
         let example = "for example password=32";
         let (name, characters) = text.split_once('=').ok_or_else(|| format!("it has no '='; {example}"))?;
@@ -64,18 +64,18 @@ fn label(text: &str) -> Result<(String, String), String> {
     Ok((name.to_owned(), value.to_owned()))
 }
 
-/// What one attempt came to.
+/// The outcome of one attempt.
 enum Attempt {
     Done(String),
-    /// Trying again may help: the API server is away, or somebody else wrote at the same time.
+    /// A retry may help: the API server is unavailable, or another client wrote at the same time.
     Again(anyhow::Error),
 }
 
-/// Creates the Secret, or adds the keys that it lacks. What is there is never changed, and no value is printed.
+/// Creates the Secret, or adds the keys that it lacks. Existing values never change, and no value is printed.
 pub fn run(args: &Args) -> Result<()> {
     let api = Api::of_the_pod(&args.service_account)?;
     let deadline = Instant::now() + PATIENCE;
-    let mut told = String::new();
+    let mut reported = String::new();
     loop {
         let error = match api.attempt(args)? {
             Attempt::Done(outcome) => {
@@ -88,9 +88,9 @@ pub fn run(args: &Args) -> Result<()> {
             return Err(error.context(format!("given up after {} s", PATIENCE.as_secs())));
         }
         let news = format!("{error:#}");
-        if news != told {
+        if news != reported {
             eprintln!("{news}; trying again for {} s", (deadline - Instant::now()).as_secs());
-            told = news;
+            reported = news;
         }
         thread::sleep(RETRY);
     }
@@ -143,7 +143,7 @@ impl Api {
             Ok((StatusCode::NOT_FOUND, _)) => None,
             Ok((StatusCode::OK, secret)) => Some(secret),
             Ok((status, answer)) => return refused(&format!("read {shown}"), status, &answer),
-            Err(away) => return Ok(Attempt::Again(away)),
+            Err(unavailable) => return Ok(Attempt::Again(unavailable)),
         };
         let missing = missing(&args.keys, found.as_ref());
         if missing.is_empty() {
@@ -162,38 +162,38 @@ impl Api {
             Ok((StatusCode::OK | StatusCode::CREATED, _)) => {
                 Ok(Attempt::Done(format!("{verb} {shown}: {}", names(&missing))))
             }
-            // Somebody else was faster: what they wrote is there to be read now.
+            // Another client was faster: the next attempt reads what it wrote.
             Ok((StatusCode::CONFLICT, answer)) => {
-                Ok(Attempt::Again(anyhow::anyhow!("{shown}: {}", told(&answer))))
+                Ok(Attempt::Again(anyhow::anyhow!("{shown}: {}", message(&answer))))
             }
             Ok((status, answer)) => refused(&format!("write {shown}"), status, &answer),
-            Err(away) => Ok(Attempt::Again(away)),
+            Err(unavailable) => Ok(Attempt::Again(unavailable)),
         }
     }
 
-    /// An answer, or, inside, why there was none.
+    /// An answer, or in the inner error why there was none.
     fn ask(&self, request: RequestBuilder) -> Result<Result<(StatusCode, Value), anyhow::Error>> {
-        let away = |error: reqwest::Error| {
+        let unavailable = |error: reqwest::Error| {
             anyhow::Error::new(error.without_url())
                 .context(format!("the Kubernetes API does not answer at {}", self.secrets))
         };
         let response = match request.bearer_auth(&self.token).send() {
             Ok(response) => response,
-            Err(error) if error.is_builder() => return Err(away(error)),
-            Err(error) => return Ok(Err(away(error))),
+            Err(error) if error.is_builder() => return Err(unavailable(error)),
+            Err(error) => return Ok(Err(unavailable(error))),
         };
         let status = response.status();
         Ok(response
             .text()
-            .map_err(away)
+            .map_err(unavailable)
             .map(|body| (status, serde_json::from_str(&body).unwrap_or_default())))
     }
 }
 
-/// A refusal that may pass is tried again: an API server that starts knows nobody yet, and permissions that were
-/// given a moment ago reach it a moment later.
+/// A refusal that may be temporary leads to a retry: an API server that starts has no users yet, and new permissions take
+/// a moment to reach it.
 fn refused(what: &str, status: StatusCode, answer: &Value) -> Result<Attempt> {
-    let error = anyhow::anyhow!("cannot {what}: {status}: {}", told(answer));
+    let error = anyhow::anyhow!("cannot {what}: {status}: {}", message(answer));
     match status {
         StatusCode::UNAUTHORIZED => Ok(Attempt::Again(error)),
         StatusCode::FORBIDDEN => Ok(Attempt::Again(
@@ -205,8 +205,8 @@ fn refused(what: &str, status: StatusCode, answer: &Value) -> Result<Attempt> {
     }
 }
 
-/// The message of a Kubernetes `Status`. It speaks of names and fields, never of values.
-fn told(answer: &Value) -> &str {
+/// The message of a Kubernetes `Status`. It contains names and fields, never values.
+fn message(answer: &Value) -> &str {
     answer["message"].as_str().unwrap_or("no reason given")
 }
 
@@ -226,7 +226,7 @@ fn creation(args: &Args, missing: &[Key]) -> Value {
     })
 }
 
-/// A merge patch. The version makes it fail when somebody has written since we read.
+/// A merge patch. The version makes it fail if another client has written since the read.
 fn addition(secret: &Value, missing: &[Key]) -> Value {
     json!({
         "metadata": {"resourceVersion": secret["metadata"]["resourceVersion"]},

@@ -1,5 +1,5 @@
-//! `chat-service smoke-test`: two new users talk to each other over the API. It is what `helm test` runs, and it
-//! needs no configuration and no shell, only the service's address.
+//! `chat-service smoke-test`: two new users exchange messages over the API. `helm test` runs it. It needs no configuration
+//! and no shell, only the service's address.
 
 use std::time::{Duration, Instant};
 
@@ -10,16 +10,16 @@ use reqwest::blocking::{Client, RequestBuilder};
 use reqwest::header::RETRY_AFTER;
 use serde_json::{Value, json};
 
-/// Above the service's own limit for a request, so that its answer is seen rather than a time-out of ours.
+/// Longer than the service's own request timeout, so that its answer arrives before this timeout.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The most that is shown of an answer that nobody expected.
+/// How much of an unexpected answer is shown.
 const EXCERPT_CHARS: usize = 200;
 
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// Where the service's public port is
+    /// The address of the service's public port
     #[arg(long, default_value = "http://localhost:8000", value_name = "URL")]
     url: Url,
 }
@@ -41,7 +41,7 @@ struct User {
 pub fn run(args: &Args) -> Result<()> {
     let mut client = Client::builder().timeout(REQUEST_TIMEOUT).connect_timeout(CONNECT_TIMEOUT).no_proxy();
     if args.url.scheme() == "http" {
-        // Authorities are not needed then, and a client that looks for them fails where there are none.
+        // Plain HTTP needs no certificate authorities, and a client that loads them fails where none are installed.
         client = client.tls_certs_only([]);
     }
     let api = Api { client: client.build()?, base: args.url.clone() };
@@ -57,7 +57,13 @@ pub fn run(args: &Args) -> Result<()> {
     let expected = json!([answer, question]);
     step("read as the sender", || api.read(&alice, &bob, &expected))?;
     step("read as the recipient", || api.read(&bob, &alice, &expected))?;
-    println!("passed: {} and {} talked at {} in {} ms", alice.name, bob.name, api.base, ms(started));
+    println!(
+        "passed: {} and {} exchanged messages at {} in {} ms",
+        alice.name,
+        bob.name,
+        api.base,
+        ms(started)
+    );
     Ok(())
 }
 
@@ -77,7 +83,7 @@ fn ms(since: Instant) -> u128 {
 impl Api {
     fn is_ready(&self) -> Result<()> {
         let health = self.ask(self.get(&["healthz"]), 200)?;
-        // Anything may listen at an address that was mistyped, and answer everything with 200.
+        // At a mistyped address another server may answer everything with 200.
         let checks = health["status"].is_string() && health["checks"].is_object();
         ensure!(checks, "{} answers, but not as chat-service does: correct --url", self.base);
         Ok(())
@@ -131,10 +137,10 @@ impl Api {
         self.client.post(self.path(path)).json(body)
     }
 
-    /// Below the base's own path, which an ingress may have.
+    /// Appends to the base's own path, which an ingress may require.
     fn path(&self, path: &[&str]) -> Url {
         let mut url = self.base.clone();
-        // A URL that cannot have segments, such as `mailto:`, fails when it is asked.
+        // A URL that cannot have segments, such as `mailto:`, fails when it is requested.
         if let Ok(mut segments) = url.path_segments_mut() {
             segments.pop_if_empty().extend(path);
         }

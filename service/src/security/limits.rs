@@ -106,7 +106,8 @@ impl Limits {
         let key = format!("chat:limit:{}:{window}:{shard}", <&str>::from(limit));
         let mut pipeline = redis::Pipeline::with_capacity(2);
         pipeline.cmd("HINCRBY").arg(&key).arg(subject).arg(1);
-        // Every time: nobody counts in this window once it is over, and then the counters go away.
+        // Set each time, which needs no second round trip: nothing counts in this window once it is over, and then the
+        // counters expire.
         pipeline.cmd("PEXPIRE").arg(&key).arg(KEY_TTL.as_millis() as u64).ignore();
         let (used,): (u32,) = self.redis.run(&live, Operation::CountAttempt, &pipeline).await.ok()?;
         Some(used)

@@ -52,8 +52,8 @@ pub fn known_version() -> i64 {
     MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0)
 }
 
-/// Brings the schema up to date on a connection of its own. Any number of processes may do so at once: an
-/// advisory lock lets one through at a time, and the rest find nothing to do.
+/// Brings the schema up to date on a dedicated connection. Any number of processes may do so at once: an advisory lock
+/// admits one at a time, and the others then find nothing to do.
 pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> {
     let work = async {
         let mut connection = postgres::connect(options).await.map_err(MigrationError::Unreachable)?;

@@ -59,7 +59,7 @@ where
     }
 }
 
-/// Keeps a line one line, whatever text an error brings.
+/// Escapes line breaks, so that an event stays one line.
 struct OneLine<'a, 'writer>(&'a mut Writer<'writer>);
 
 impl fmt::Write for OneLine<'_, '_> {

@@ -1,4 +1,4 @@
-//! Writes log lines to stdout in batches, on a thread of its own.
+//! Writes log lines to stdout in batches, on a dedicated thread.
 //!
 //! A line per request through stdout's own lock, with a system call each, would be one of the most expensive parts of
 //! a request. Here it is an append to a buffer; a thread writes out what has gathered in a few milliseconds.
@@ -22,7 +22,7 @@ pub struct LogWriter(Arc<Shared>);
 /// The capacity that an emptied buffer keeps: some thousand lines.
 const KEPT_BYTES: usize = 1024 * 1024;
 
-/// How long the end of the process waits for the last lines: a stdout that nobody reads must not hold it up.
+/// How long the end of the process waits for the last lines: a stdout without a reader must not delay it.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]

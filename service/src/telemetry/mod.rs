@@ -157,7 +157,7 @@ fn tracer_provider() -> anyhow::Result<Option<SdkTracerProvider>> {
     let mut provider = SdkTracerProvider::builder()
         .with_span_processor(CountEnded(BatchSpanProcessor::builder(CountExported(exporter)).build()))
         .with_resource(resource.build());
-    // The SDK reads the variable by itself; only its default is another.
+    // The SDK reads the variable itself; only its default differs.
     if variable(SAMPLER).is_none() {
         let ratio = variable(SAMPLER_ARG).and_then(|ratio| ratio.parse().ok()).unwrap_or(DEFAULT_RATIO);
         let root = Sampler::TraceIdRatioBased(ratio);
