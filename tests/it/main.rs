@@ -6,7 +6,7 @@ mod docs;
 mod errors;
 mod harness;
 mod health;
-mod history;
+mod history_checker;
 mod idempotency;
 mod limits;
 mod login;

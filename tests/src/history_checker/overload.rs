@@ -11,9 +11,9 @@ use anyhow::{Result, anyhow};
 use load::Script;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::plan::{CONVERSATIONS, REPLICAS, Server};
-use super::proxy::Line;
-use super::rig::Rig;
+use super::schedule::{CONVERSATIONS, REPLICAS, Server};
+use super::system::Rig;
+use crate::proxy::Line;
 
 /// More for each replica than its writers' queues hold, which is two times 1024.
 const CONNECTIONS: usize = 2500 * REPLICAS;

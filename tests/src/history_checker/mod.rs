@@ -6,18 +6,17 @@
 //! certain, to fail again.
 
 pub mod check;
-pub mod http;
-mod memory;
-mod plan;
-pub mod proxy;
-mod rig;
+mod overload;
 mod run;
+mod schedule;
+mod system;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
-pub use memory::{Memory, memory};
+pub use crate::{http, proxy};
+pub use overload::{Memory, memory};
 pub use run::{Options, Progress, Report, run};
 
 /// A message as it was shown. Equal when all of it is equal.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
-use super::proxy::Line;
+use crate::proxy::Line;
 
 /// Each conversation's two users.
 pub(super) const CONVERSATIONS: [[usize; 2]; 3] = [[0, 1], [0, 2], [3, 4]];
