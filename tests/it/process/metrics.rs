@@ -47,7 +47,7 @@ fn ten_thousand_random_paths_make_no_series() -> Result<()> {
     let database = Database::create()?;
     let service = Start::on(&database).ready()?;
     let before = series(&service)?;
-    ask_at_random(&service, 10_000, tests::history::random_seed())?;
+    ask_at_random(&service, 10_000, tests::history_checker::random_seed())?;
     let after = series(&service)?;
     let new: Vec<_> = after.difference(&before).collect();
     ensure!(
