@@ -9,7 +9,6 @@ pub mod proxy;
 pub mod replica;
 pub mod servers;
 
-pub use history_checker as history;
 pub use places::{Scratch, service_binary};
 pub use replica::Replica;
 pub use servers::postgres::{Durability, Postgres, PostgresOptions};
