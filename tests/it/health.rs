@@ -86,7 +86,7 @@ async fn without_postgres_a_replica_is_alive_and_not_ready() {
 async fn requests_are_counted_by_route_template_and_status_on_the_operations_port_alone() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
-    app.get(&format!("/users/{}", ben.username)).by(&ana).answer().await.json(200);
+    app.get(&format!("/users/{}", ben.name)).by(&ana).answer().await.json(200);
     app.get("/users/nobody-at-all").by(&ana).answer().await.problem(404);
     app.get("/secret-path").answer().await.problem(404);
     app.sent(&ana, &ben, "a secret").await;
@@ -109,7 +109,7 @@ async fn requests_are_counted_by_route_template_and_status_on_the_operations_por
     assert_eq!(count("GET", "/messages", 200), "1", "{text}");
     assert_eq!(count("GET", "/metrics", 200), "0", "{text}");
     assert_eq!(app.metric("chat_messages_sent_total{outcome=\"stored\"}").await, 1.0);
-    for secret in [ben.username.as_str(), ana.id.as_str(), "nobody-at-all", "secret", "limit=7"] {
+    for secret in [ben.name.as_str(), ana.id.as_str(), "nobody-at-all", "secret", "limit=7"] {
         assert!(!text.contains(secret), "{secret} in\n{text}");
     }
     app.get("/metrics").answer().await.problem(404);

@@ -7,7 +7,7 @@ use std::env;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use tests::history_checker::{self, check, Action, History, Message, Operation, Options, Outcome, Page};
+use tests::history_checker::{self, Action, History, Message, Operation, Options, Outcome, Page, check};
 
 const SECONDS: u64 = 60;
 
@@ -18,7 +18,8 @@ fn no_fault_makes_the_service_lose_double_hide_or_reorder_a_message() -> Result<
     let duration = Duration::from_secs(number("HISTORY_SECONDS").unwrap_or(SECONDS));
     println!("seed {seed}");
     let binary = tests::service_binary()?;
-    let report = history_checker::run(&Options { seed, duration, binary, environment: Vec::new() }, |_| true)?;
+    let report =
+        history_checker::run(&Options { seed, duration, binary, environment: Vec::new() }, |_| true)?;
     ensure!(report.violations.is_empty(), "{}", history_checker::describe_violations(seed, &report));
     // A run in which nothing happened would prove nothing.
     let enough = report.acknowledged > 50 && report.reads > 200 && report.window_hits > 50;
@@ -84,7 +85,8 @@ impl MadeUp {
 
     /// The rules that are broken, each once.
     fn broken(&self) -> Vec<&'static str> {
-        let mut rules: Vec<_> = check::violations(&self.history).into_iter().map(|violation| violation.rule).collect();
+        let mut rules: Vec<_> =
+            check::violations(&self.history).into_iter().map(|violation| violation.rule).collect();
         rules.dedup();
         rules
     }

@@ -1,20 +1,15 @@
 //! Rate limits: fixed windows of a minute, per user or per client address.
 
-use std::time::Duration;
-
 use deadpool_redis::redis;
 use serde_json::json;
 
-use crate::support::{Answer, PASSWORD, TestApp, now_seconds, text};
+use crate::support::{Answer, PASSWORD, TestApp, now_seconds, text, wait_for_a_minute};
 
 const MINUTE: u64 = 60;
 
-/// Waits for the next window where this one is almost over, so that a test counts in one window alone.
+/// Waits for the next window if this one is almost over, so that a test counts in one window only.
 async fn in_one_window() {
-    let left = MINUTE - now_seconds() % MINUTE;
-    if left < 20 {
-        tokio::time::sleep(Duration::from_secs(left)).await;
-    }
+    tokio::time::sleep(wait_for_a_minute()).await;
 }
 
 /// An attempt that is counted, although it does nothing.

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{PASSWORD, SECRET_KEY, TestApp, members, now_seconds, text, together};
+use crate::support::{PASSWORD, SECRET_KEY, TestApp, claims, members, now_seconds, text, together};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_login_answers_a_bearer_token_and_its_life_in_seconds() {
@@ -19,7 +19,7 @@ async fn a_login_answers_a_bearer_token_and_its_life_in_seconds() {
         assert_eq!(token["token_type"], "bearer");
         assert_eq!(token["expires_in"], seconds);
         let access_token = text(&token, "access_token");
-        let claims = claims(&access_token);
+        let claims = claims(&access_token, SECRET_KEY);
         assert_eq!(claims["sub"], ana.id);
         let issued_at = claims["iat"].as_u64().expect("iat");
         assert!((before..=now_seconds()).contains(&issued_at), "{claims}");
@@ -102,10 +102,4 @@ async fn over_a_full_queue_for_passwords_a_login_is_503_at_once() {
         }
     }
     assert!(refused > 0, "{logins} logins at once were all judged");
-}
-
-fn claims(token: &str) -> Value {
-    let key = jsonwebtoken::DecodingKey::from_secret(SECRET_KEY.as_bytes());
-    let validation = jsonwebtoken::Validation::new(jsonwebtoken::Algorithm::HS256);
-    jsonwebtoken::decode::<Value>(token, &key, &validation).expect("an HS256 token of this service").claims
 }

@@ -95,7 +95,7 @@ async fn every_documented_route_has_its_series_before_the_first_request() {
 async fn operations_are_timed_where_they_happen() {
     let app = TestApp::with(&[("SEND_RATE_LIMIT_PER_MINUTE", "1000")]).await;
     let (ana, ben) = app.pair().await;
-    app.login(&ana.username, PASSWORD).await.json(200);
+    app.login(&ana.name, PASSWORD).await.json(200);
     app.sent(&ana, &ben, "hello").await;
     app.hit(&ben, &ana, "").await;
     app.get("/me").by(&ana).answer().await.json(200);

@@ -140,13 +140,9 @@ async fn json_of_another_shape_is_422_and_what_is_not_json_is_400() {
 async fn an_unknown_or_malformed_recipient_is_404() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
-    for recipient in [
-        Uuid::now_v7().to_string(),
-        "".to_owned(),
-        "nobody".to_owned(),
-        ben.username.clone(),
-        "\0".to_owned(),
-    ] {
+    for recipient in
+        [Uuid::now_v7().to_string(), "".to_owned(), "nobody".to_owned(), ben.name.clone(), "\0".to_owned()]
+    {
         let body = json!({"recipient_id": recipient, "content": "hello"});
         let problem = send_json(&app, &ana, &body).await.problem(404);
         assert!(text(&problem, "detail").contains("recipient_id"), "{problem}");

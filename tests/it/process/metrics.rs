@@ -15,7 +15,7 @@ fn series(service: &Service) -> Result<BTreeSet<String>> {
     Ok(lines.filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())).collect())
 }
 
-/// Sends that many requests for paths that nobody has thought of over one connection, and reads as many answers.
+/// Sends requests for random paths over one connection, and reads their responses.
 fn ask_at_random(service: &Service, requests: usize, seed: u64) -> Result<()> {
     const METHODS: [&str; 6] = ["GET", "POST", "PUT", "DELETE", "PATCH", "BREW"];
     const AT_ONCE: usize = 50;

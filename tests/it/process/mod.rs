@@ -1,4 +1,5 @@
-//! The built binary as a process: its start, its end, its configuration, and what it does when something is away.
+//! The built binary as a process: how it starts and ends, its configuration, and what it does when a dependency is
+//! unavailable.
 
 mod commands;
 mod configuration;

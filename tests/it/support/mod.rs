@@ -18,9 +18,7 @@ use uuid::Uuid;
 pub(crate) use client::{Answer, Call};
 pub(crate) use database::Database;
 pub(crate) use redis::RedisIndex;
-
-/// Long enough, and the same for everyone, because no test guesses it.
-pub(crate) const PASSWORD: &str = "correct horse battery";
+pub(crate) use tests::replica::{PASSWORD, User};
 
 /// The key that the tests' services sign with.
 pub(crate) const SECRET_KEY: &str = "a key for tests that is long enough";
@@ -32,14 +30,6 @@ pub(crate) struct TestApp {
     pub(crate) redis: Arc<RedisIndex>,
     variables: BTreeMap<String, String>,
     client: reqwest::Client,
-}
-
-/// A registered user, and a token that the service accepts.
-#[derive(Clone, Debug)]
-pub(crate) struct User {
-    pub(crate) id: String,
-    pub(crate) username: String,
-    pub(crate) token: String,
 }
 
 impl TestApp {
@@ -131,7 +121,7 @@ impl TestApp {
         let user = answer.json(201);
         let id = text(&user, "id");
         let token = self.token(&id);
-        User { id, username: name.to_owned(), token }
+        User { id, name: name.to_owned(), token }
     }
 
     /// Two users, whose names say nothing.
@@ -228,6 +218,19 @@ pub(crate) async fn together<F: Future>(futures: impl IntoIterator<Item = F>) ->
 
 pub(crate) fn now_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
+}
+
+/// How long to wait until a minute of the wall clock, in which rate limits count, has 20 s left.
+pub(crate) fn wait_for_a_minute() -> Duration {
+    let left = 60 - now_seconds() % 60;
+    Duration::from_secs(if left < 20 { left } else { 0 })
+}
+
+/// The claims of a token that the service signed with this key.
+pub(crate) fn claims(token: &str, key: &str) -> Value {
+    let key = jsonwebtoken::DecodingKey::from_secret(key.as_bytes());
+    let validation = jsonwebtoken::Validation::new(jsonwebtoken::Algorithm::HS256);
+    jsonwebtoken::decode::<Value>(token, &key, &validation).expect("an HS256 token of this service").claims
 }
 
 /// The value of a variable that `cargo xtask test` sets.
