@@ -13,6 +13,7 @@ mod login;
 mod messages;
 mod metrics;
 mod migrations;
+mod operations;
 mod process;
 mod properties;
 mod send;
