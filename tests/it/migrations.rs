@@ -1,4 +1,4 @@
-//! `chat_service::store::migrations::migrate`: many at once, and a database from the future.
+//! Migrations: many at once, and on a database of a newer release.
 
 use chat_service::config::Config;
 use chat_service::serve;
@@ -7,7 +7,7 @@ use chat_service::store::migrations::{self, MigrationError};
 use crate::support::{Database, together};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn fifty_at_once_on_an_empty_database_all_succeed() {
+async fn fifty_concurrent_migrations_of_an_empty_database_all_succeed() {
     let database = Database::empty().await;
     let options = database.options();
     for round in ["empty", "migrated"] {
@@ -42,7 +42,7 @@ async fn a_database_that_is_newer_than_the_binary_is_refused_with_a_clear_line()
         assert!(line.contains(word), "{line}");
     }
     assert!(!line.contains('\n'), "{line}");
-    // Nor does a service start on it.
+    // A service does not start on it either.
     let variables =
         [("DATABASE_URL", database.url()), ("HOST", "127.0.0.1"), ("PORT", "0"), ("OPS_PORT", "0")];
     let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into();

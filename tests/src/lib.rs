@@ -1,9 +1,11 @@
-//! The harness: private Postgres and Redis instances, and the built service, for tests and for `cargo xtask`.
-//! Blocking std code on purpose: it depends on neither the service nor a runtime, so that xtask builds quickly.
+//! The harness: private Postgres and Redis servers, processes of the built service, and the history checker, for tests and
+//! for `cargo xtask`. It must not depend on the service, so that xtask builds quickly. Its API is blocking.
 
-pub mod history;
+pub mod history_checker;
+pub mod http;
 pub mod install;
 pub mod places;
+pub mod proxy;
 pub mod replica;
 pub mod servers;
 

@@ -1,4 +1,4 @@
-//! A process of the service on ports that stay its own, from one start to the next.
+//! A process of the service that keeps its ports over restarts.
 
 use std::fs::OpenOptions;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -11,18 +11,18 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::history::http::Client;
+use crate::http::Client;
 use crate::servers::{daemon, ports};
 
 pub const PASSWORD: &str = "correct horse battery";
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
-/// More than the service gives itself to end.
+/// Longer than the service's own shutdown grace.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
-/// More than the service gives a request.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Longer than the service's own request timeout.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[derive(Debug)]
 pub struct Replica {
@@ -34,7 +34,7 @@ pub struct Replica {
     child: Mutex<Option<Child>>,
 }
 
-/// Somebody who has logged in.
+/// A registered user, and a token that the service accepts.
 #[derive(Clone, Debug)]
 pub struct User {
     pub id: String,
@@ -43,7 +43,8 @@ pub struct User {
 }
 
 impl Replica {
-    /// Starts the process without limits of rates, and waits for nothing. `more` holds the URLs, and what else it needs.
+    /// Starts the process without rate limits, and does not wait until it is ready. `more` holds the URLs and whatever
+    /// else it needs.
     pub fn start(
         binary: &Path,
         log: PathBuf,
@@ -68,7 +69,7 @@ impl Replica {
         Ok(replica)
     }
 
-    /// Starts the process again, and waits for nothing.
+    /// Starts the process again, and does not wait until it is ready.
     pub fn launch(&self) -> Result<()> {
         let log = OpenOptions::new().create(true).append(true).open(&self.log)?;
         let mut command = daemon::dies_with_us(&self.binary, "KILL");
@@ -79,7 +80,7 @@ impl Replica {
         Ok(())
     }
 
-    /// Waits until it is ready, with Postgres and Redis.
+    /// Waits until it is ready and reaches Postgres and Redis.
     pub fn await_ready(&self) -> Result<()> {
         let ready = daemon::poll(READY_LIMIT, || Ok(self.is_ready().then_some(())))?;
         let limit = READY_LIMIT.as_secs();
@@ -87,7 +88,7 @@ impl Replica {
         Ok(())
     }
 
-    /// Ends it at once.
+    /// Kills the process.
     pub fn kill(&self) {
         if let Some(mut child) = self.child().take() {
             let _ = child.kill();
@@ -95,7 +96,7 @@ impl Replica {
         }
     }
 
-    /// Asks it to end, and waits until it has.
+    /// Sends SIGTERM, and waits until the process has ended.
     pub fn stop(&self) -> Result<()> {
         self.signal(Signal::TERM);
         let Some(mut child) = self.child().take() else { return Ok(()) };
@@ -110,7 +111,7 @@ impl Replica {
 
     pub fn signal(&self, signal: Signal) {
         if let Some(child) = &*self.child() {
-            // It may have ended by itself, which whoever waits for it finds out.
+            // It may have ended already, which the next wait reports.
             let _ = kill_process(Pid::from_child(child), signal);
         }
     }
@@ -125,7 +126,7 @@ impl Replica {
         daemon::tail(&std::fs::read_to_string(&self.log).unwrap_or_default(), 20)
     }
 
-    /// Resident memory, where /proc tells it and the process runs.
+    /// Resident memory, where there is a /proc and the process runs.
     pub fn resident_kib(&self) -> Option<u64> {
         resident_kib(self.child().as_ref()?.id())
     }
@@ -150,8 +151,8 @@ pub fn register(service: SocketAddr, number: usize) -> Result<User> {
     let body = body.to_string();
     let mut client = Client::new(service);
     let mut post = |path: &str, field: &str| -> Result<String> {
-        let answer = client.request("POST", path, &[], &body, PATIENCE);
-        let answer = answer.map_err(|lost| anyhow::anyhow!("{path}: {}", lost.reason()))?;
+        let answer = client.request("POST", path, &[], &body, REQUEST_TIMEOUT);
+        let answer = answer.map_err(|error| anyhow::anyhow!("{path}: {}", error.reason()))?;
         let value: Value = serde_json::from_slice(&answer.body)?;
         let text = value[field].as_str();
         Ok(text.with_context(|| format!("{path} answered {}: {value}", answer.status))?.to_owned())
@@ -159,7 +160,7 @@ pub fn register(service: SocketAddr, number: usize) -> Result<User> {
     Ok(User { id: post("/register", "id")?, token: post("/login", "access_token")?, name })
 }
 
-/// Resident memory of a process, where /proc tells it.
+/// Resident memory of a process, where there is a /proc.
 pub fn resident_kib(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;

@@ -14,6 +14,6 @@ pub(crate) fn run() -> Result<ExitCode> {
     drill::everything(&mut tally)?;
     e2e::everything(&mut tally)?;
     // A minute of faults is among the tests; this is the proof that it would notice.
-    soak::self_check(&mut tally, tests::history::random_seed());
+    soak::self_check(&mut tally, tests::history_checker::random_seed());
     Ok(tally.close())
 }

@@ -39,7 +39,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         .next()
         .with_context(|| format!("{} is nowhere", args.address))?;
     let mut pairs = step("people", |_| {
-        let name = |number| format!("load-{:08x}-{number}", tests::history::random_seed() as u32);
+        let name = |number| format!("load-{:08x}-{number}", tests::history_checker::random_seed() as u32);
         (0..args.conversations).map(|number| Pair::new(address, &name(number))).collect::<Result<Vec<_>>>()
     })
     .with_context(|| {

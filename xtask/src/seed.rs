@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ::tests::history::http::{Answer, Client};
+use ::tests::http::{Client, Response};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use fastrand::Rng;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -341,7 +341,7 @@ impl Seeding<'_> {
         token: Option<&str>,
         body: &str,
         more: &[(&str, &str)],
-    ) -> Result<Answer> {
+    ) -> Result<Response> {
         let authorization = token.map(|token| format!("Bearer {token}"));
         let mut headers = more.to_vec();
         headers.extend(authorization.as_deref().map(|bearer| ("authorization", bearer)));
@@ -364,7 +364,7 @@ impl Seeding<'_> {
         }
     }
 
-    fn wait(&self, path: &str, answer: &Answer) -> Result<()> {
+    fn wait(&self, path: &str, answer: &Response) -> Result<()> {
         let seconds: u64 = answer.header("retry-after").and_then(|text| text.parse().ok()).unwrap_or(1);
         if !self.told.swap(true, Ordering::Relaxed) {
             let limit = path.trim_start_matches('/').to_uppercase();
@@ -385,11 +385,11 @@ impl Seeding<'_> {
     }
 }
 
-fn text(answer: &Answer) -> String {
+fn text(answer: &Response) -> String {
     String::from_utf8_lossy(&answer.body).into_owned()
 }
 
-fn field(answer: &Answer, status: u16, path: &str, name: &str) -> Result<String> {
+fn field(answer: &Response, status: u16, path: &str, name: &str) -> Result<String> {
     ensure!(answer.status == status, "{path} answered {}: {}", answer.status, text(answer));
     let body: Value = serde_json::from_slice(&answer.body)?;
     Ok(body[name].as_str().with_context(|| format!("{path} has no {name}"))?.to_owned())

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use tests::history::{self, Options, Report, check};
+use tests::history_checker::{self, Options, Report, check};
 use tests::{install, places};
 
 use crate::signals;
@@ -65,7 +65,7 @@ fn minutes(text: &str) -> Result<f64, String> {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
     install::ensure_programs(|line| println!("{line}"))?;
-    let seed = args.seed.unwrap_or_else(history::random_seed);
+    let seed = args.seed.unwrap_or_else(history_checker::random_seed);
     if args.self_check {
         let mut tally = Tally::default();
         self_check(&mut tally, seed);
@@ -84,7 +84,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     println!("  seed {seed}");
     let options = Options { seed, duration, binary, environment: Vec::new() };
-    let report = step("history", |progress| history::run(&options, follow(progress, duration)))?;
+    let report = step("history", |progress| history_checker::run(&options, follow(progress, duration)))?;
     print_report(seed, &report);
     Ok(ExitCode::from(u8::from(!report.violations.is_empty())))
 }
@@ -122,7 +122,7 @@ fn broken_binary() -> Result<PathBuf> {
 fn find(progress: &Progress, failpoint: &str, seed: u64) -> Result<()> {
     let environment = vec![("CHAT_FAILPOINT".to_owned(), failpoint.to_owned())];
     let options = Options { seed, duration: SELF_CHECK_LIMIT, binary: broken_binary()?, environment };
-    let report = history::run(&options, follow(progress, SELF_CHECK_LIMIT))?;
+    let report = history_checker::run(&options, follow(progress, SELF_CHECK_LIMIT))?;
     signals::check()?;
     // A broken build may also answer 500, which needs no checker to be noticed.
     let noticed = report.violations.iter().find(|violation| violation.rule != check::WRONG_ANSWER);
@@ -134,9 +134,9 @@ fn find(progress: &Progress, failpoint: &str, seed: u64) -> Result<()> {
 }
 
 /// What stands in the line of a running history; ends it on Ctrl-C.
-fn follow(progress: &Progress, duration: Duration) -> impl FnMut(&history::Progress) -> bool {
+fn follow(progress: &Progress, duration: Duration) -> impl FnMut(&history_checker::Progress) -> bool {
     move |now| {
-        let history::Progress { elapsed, operations, last_fault } = now;
+        let history_checker::Progress { elapsed, operations, last_fault } = now;
         let (elapsed, all) = (elapsed.as_secs(), duration.as_secs());
         progress.say(&format!("{elapsed} of {all} s, {operations} operations, last fault: {last_fault}"));
         !signals::asked_to_end()
@@ -145,7 +145,7 @@ fn follow(progress: &Progress, duration: Duration) -> impl FnMut(&history::Progr
 
 fn memory(binary: &Path, duration: Duration) -> Result<ExitCode> {
     let memory = step("memory", |progress| {
-        history::memory(binary, duration, |elapsed, kib| {
+        history_checker::overload(binary, duration, |elapsed, kib| {
             progress.say(&format!("{} of {} s, {} MiB", elapsed.as_secs(), duration.as_secs(), kib / 1024));
             !signals::asked_to_end()
         })
@@ -189,5 +189,5 @@ fn print_report(seed: u64, report: &Report) {
     table("faults", &report.faults);
     println!("  resident MiB by 10 s: {}", by_ten_seconds(&report.resident_kib, 1));
     row("violations", &report.violations.len());
-    print!("{}", history::verdict(seed, report));
+    print!("{}", history_checker::describe_violations(seed, report));
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use load::Script;
 use serde_json::json;
 use tests::Replica;
-use tests::history::proxy::Line;
+use tests::proxy::Link;
 use tests::replica::PASSWORD;
 use tests::servers::daemon;
 
@@ -104,11 +104,11 @@ pub(super) const DRILLS: [Drill; 13] = [
         fault: "one replica cut off from Postgres",
         alerts: &["ChatServiceReplicaNotReady"],
         inject: |rig| {
-            rig.to_postgres[1].set(Line::Cut);
+            rig.to_postgres[1].set(Link::Cut);
             Ok(())
         },
         heal: |rig| {
-            rig.to_postgres[1].set(Line::Open);
+            rig.to_postgres[1].set(Link::Open);
             Ok(())
         },
     },
@@ -232,11 +232,11 @@ pub(super) const DRILLS: [Drill; 13] = [
             "ChatServiceLatencyBudgetBurn 3d",
         ],
         inject: |rig| {
-            rig.lines_to_postgres(Line::Slow(Duration::from_millis(200)));
+            rig.lines_to_postgres(Link::Slow(Duration::from_millis(200)));
             Ok(())
         },
         heal: |rig| {
-            rig.lines_to_postgres(Line::Open);
+            rig.lines_to_postgres(Link::Open);
             Ok(())
         },
     },

@@ -11,8 +11,8 @@ use std::time::Duration;
 use anyhow::Result;
 use load::Script;
 use serde_json::{Value, json};
-use tests::history::http::Client;
-use tests::history::proxy::{Line, Proxy};
+use tests::http::Client;
+use tests::proxy::{Link, Proxy};
 use tests::replica::{User, register};
 use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Replica};
 use tokio::runtime::Runtime;
@@ -141,7 +141,7 @@ impl Rig {
         lock(&self.postgres).query(DATABASE, statements).map(drop)
     }
 
-    pub(super) fn lines_to_postgres(&self, line: Line) {
+    pub(super) fn lines_to_postgres(&self, line: Link) {
         self.to_postgres.iter().for_each(|to_postgres| to_postgres.set(line));
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use kube::ResourceExt;
 use serde_json::json;
-use tests::history::http::Client;
+use tests::http::Client;
 
 use super::load::{PASSWORD, ask, expect};
 use super::stage::{DEPLOYMENT, IMAGES, NAMESPACE, RELEASE, ROLLOUT_LIMIT, SERVER, Stage};

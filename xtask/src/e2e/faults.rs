@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use tests::history::http::Client;
+use tests::http::Client;
 use tests::servers::daemon;
 
 use super::load::ask;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use tests::history::http::{Answer, Client};
+use tests::http::{Client, Response};
 
 /// Longer than the service's own limit of a request.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -220,7 +220,7 @@ pub(crate) fn ask(
     path: &str,
     token: Option<&str>,
     body: &str,
-) -> Result<Answer> {
+) -> Result<Response> {
     let bearer = format!("Bearer {}", token.unwrap_or_default());
     let headers: &[(&str, &str)] = if token.is_some() { &[("authorization", &bearer)] } else { &[] };
     match client.request(method, path, headers, body, PATIENCE) {

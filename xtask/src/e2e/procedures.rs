@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use tests::history::http::Client;
+use tests::http::Client;
 
 use super::load::ask;
 use super::stage::{DEPLOYMENT, NAMESPACE, Stage};

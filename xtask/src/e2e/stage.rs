@@ -277,7 +277,7 @@ impl Stage {
     pub(super) fn people(&mut self) -> Result<()> {
         self.await_answer(Duration::from_secs(30))?;
         for number in self.pairs.len()..PAIRS {
-            let name = format!("e2e-{:08x}-{number}", tests::history::random_seed() as u32);
+            let name = format!("e2e-{:08x}-{number}", tests::history_checker::random_seed() as u32);
             self.pairs.push(Pair::new(self.address, &name)?);
         }
         Ok(())
@@ -294,7 +294,7 @@ impl Stage {
     }
 
     fn is_healthy(&self) -> bool {
-        let mut client = tests::history::http::Client::new(self.address);
+        let mut client = tests::http::Client::new(self.address);
         let answer = client.request("GET", "/healthz", &[], "", Duration::from_secs(5));
         answer.is_ok_and(|answer| answer.status == 200)
     }

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use ::tests::history::http::Client;
+use ::tests::http::Client;
 use ::tests::servers::{daemon, ports};
 use ::tests::{Postgres, Redis, Scratch, places};
 use anyhow::{Context, Result, bail, ensure};

@@ -1,5 +1,5 @@
-//! Whether the queues are bounded: far more requests than they hold, of the largest messages, on a Postgres that
-//! is slow and at times does not answer at all. That has to end in 503s, not in memory.
+//! Checks that the queues are bounded: far more requests than they hold, with the largest messages, on a Postgres that is
+//! slow and at times does not answer at all. The excess must be refused with 503, and must not use up memory.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,11 +11,11 @@ use anyhow::{Result, anyhow};
 use load::Script;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::plan::{CONVERSATIONS, REPLICAS, Server};
-use super::proxy::Line;
-use super::rig::Rig;
+use super::schedule::{CONVERSATIONS, REPLICAS, Server};
+use super::system::System;
+use crate::proxy::Link;
 
-/// More for each replica than its writers' queues hold, which is two times 1024.
+/// Per replica, more than its writers' queues hold, which is two times 1024.
 const CONNECTIONS: usize = 2500 * REPLICAS;
 
 /// The largest message: 4000 characters of four bytes.
@@ -25,19 +25,19 @@ const CONTENT_CHARS: usize = 4000;
 const SAMPLE: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
-pub struct Memory {
+pub struct Overload {
     pub elapsed: Duration,
     pub stored: u64,
     pub refused: u64,
-    /// Answers that were neither, and connections that broke.
+    /// Other answers, and connections that broke.
     pub others: u64,
-    /// Of the largest replica, a value a second.
+    /// Of the largest replica, once a second.
     pub resident_kib: Vec<u64>,
 }
 
-impl Memory {
-    /// By how much the last third's greatest value exceeds that of the third before it: 1 is as much again. By
-    /// then every queue has been full.
+impl Overload {
+    /// How much the greatest value of the last third exceeds that of the middle third; 1.0 is twice as much. Every queue
+    /// has been full by then.
     pub fn growth(&self) -> f64 {
         let third = self.resident_kib.len() / 3;
         let most = |values: &[u64]| values.iter().max().copied().unwrap_or(0) as f64;
@@ -49,55 +49,55 @@ impl Memory {
     }
 }
 
-/// Runs for `duration`, or until `go_on`, which gets the time and the latest value, says no.
-pub fn memory(
+/// Runs for `duration`, or until `go_on`, which gets the elapsed time and the latest value, returns false.
+pub fn overload(
     binary: &Path,
     duration: Duration,
     mut go_on: impl FnMut(Duration, u64) -> bool,
-) -> Result<Memory> {
+) -> Result<Overload> {
     allow_connections()?;
-    let rig = Rig::start(binary, &[])?;
+    let system = System::start(binary, &[])?;
     let scripts = (0..CONNECTIONS).map(|connection| {
         let [sender, recipient] =
-            CONVERSATIONS[connection % CONVERSATIONS.len()].map(|user| &rig.users[user]);
+            CONVERSATIONS[connection % CONVERSATIONS.len()].map(|user| &system.users[user]);
         let content = CONTENT.repeat(CONTENT_CHARS);
         let body = format!(r#"{{"recipient_id":"{}","content":"{content}"}}"#, recipient.id);
-        let address = rig.replicas[connection % REPLICAS].public;
+        let address = system.replicas[connection % REPLICAS].public;
         Script::post(address, "/send", Some(&sender.token), &[body])
     });
     let scripts: Vec<_> = scripts.collect();
     let stop = Arc::new(AtomicBool::new(false));
-    let mut memory = Memory::default();
+    let mut overload = Overload::default();
     let report = thread::scope(|scope| {
         let load = scope.spawn(|| load::run_until(scripts, duration, &stop));
         let began = Instant::now();
         while !load.is_finished() {
-            // Slow for ten seconds, then away for five.
-            let line = match began.elapsed().as_secs() % 15 {
-                _ if began.elapsed() >= duration => Line::Open,
-                0..10 => Line::Slow(Duration::from_millis(200)),
-                _ => Line::Stalled,
+            // Slow for ten seconds, then stalled for five.
+            let link = match began.elapsed().as_secs() % 15 {
+                _ if began.elapsed() >= duration => Link::Open,
+                0..10 => Link::Slow(Duration::from_millis(200)),
+                _ => Link::Stalled,
             };
             for replica in 0..REPLICAS {
-                rig.line(Server::Postgres, replica).set(line);
+                system.proxy(Server::Postgres, replica).set(link);
             }
             thread::sleep(SAMPLE);
-            let resident = rig.replicas.iter().filter_map(|replica| replica.resident_kib()).max();
-            memory.resident_kib.push(resident.unwrap_or(0));
+            let resident = system.replicas.iter().filter_map(|replica| replica.resident_kib()).max();
+            overload.resident_kib.push(resident.unwrap_or(0));
             if !go_on(began.elapsed(), resident.unwrap_or(0)) {
                 stop.store(true, Ordering::Relaxed);
             }
         }
         load.join().map_err(|_| anyhow!("the load generator panicked"))?
     })?;
-    memory.elapsed = report.elapsed;
-    memory.stored = report.count(201);
-    memory.refused = report.count(503);
-    memory.others = report.statuses.values().sum::<u64>() - memory.stored - memory.refused;
-    Ok(memory)
+    overload.elapsed = report.elapsed;
+    overload.stored = report.count(201);
+    overload.refused = report.count(503);
+    overload.others = report.statuses.values().sum::<u64>() - overload.stored - overload.refused;
+    Ok(overload)
 }
 
-/// As many open files as this process may have, for itself and for the replicas.
+/// Raises the limit of open files, which the replicas inherit, as far as it goes.
 fn allow_connections() -> Result<()> {
     let limit = getrlimit(Resource::Nofile);
     let wanted = Some(CONNECTIONS as u64 + 1000);

@@ -1,23 +1,22 @@
-//! The history checker: writers and readers over two replicas of the real service, while servers, lines and
-//! replicas fail by a schedule; then a judge looks for an order of events that the contract does not allow.
+//! The history checker. Writers and readers use two replicas of the real service while servers, links and replicas fail on
+//! a schedule. Then the rules are checked: the history must be one that the contract allows.
 //!
-//! Everything that is chosen follows from the seed: what each client does next, and which fault comes when. How
-//! the operations interleave does not, because the processes are real; so a seed that failed is likely, not
-//! certain, to fail again.
+//! Every choice follows from the seed: what each client does next, and which fault comes when. How the operations interleave
+//! does not, because the processes are real. So a seed that failed is likely, not certain, to fail again.
 
 pub mod check;
-pub mod http;
-mod memory;
-mod plan;
-pub mod proxy;
-mod rig;
+mod clients;
+mod faults;
+mod overload;
 mod run;
+mod schedule;
+mod system;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
-pub use memory::{Memory, memory};
+pub use overload::{Overload, overload};
 pub use run::{Options, Progress, Report, run};
 
 /// A message as it was shown. Equal when all of it is equal.
@@ -42,7 +41,7 @@ pub enum Page {
 
 #[derive(Clone, Debug)]
 pub enum Action {
-    /// `content` is unique to a message: attempts with the same content are one message under one key.
+    /// `content` is unique to a message: attempts with the same content are one message, under one key.
     Send {
         content: String,
         keyed: bool,
@@ -50,28 +49,28 @@ pub enum Action {
     Read(Page),
 }
 
-/// Where a message stands in [`History::messages`].
-pub type Shown = u32;
+/// A message's index in [`History::messages`].
+pub type MessageIndex = u32;
 
 #[derive(Clone, Debug)]
 pub enum Outcome {
     Acknowledged {
-        message: Shown,
+        message: MessageIndex,
         replayed: bool,
     },
-    /// `stale` where the replica said so, `next` where it named a next page.
+    /// `stale` if the replica marked it so, `next` if it linked to a next page.
     Page {
-        messages: Vec<Shown>,
+        messages: Vec<MessageIndex>,
         stale: bool,
         next: bool,
     },
-    /// A 503, a connection that broke or was never made, or no answer in time: a send may have been stored.
+    /// A 503, a connection that broke or could not be opened, or a timeout: a send may have been stored.
     Unknown(&'static str),
-    /// An answer that no client should have got.
+    /// An answer that no client should get.
     Wrong(String),
 }
 
-/// One request of one client. Times are since the run's start, by one clock.
+/// One request of one client. Times count from the run's start, on one clock.
 #[derive(Clone, Debug)]
 pub struct Operation {
     pub client: u32,
@@ -83,42 +82,42 @@ pub struct Operation {
     pub outcome: Outcome,
 }
 
-/// All that was seen.
+/// Everything that the clients saw.
 #[derive(Clone, Debug, Default)]
 pub struct History {
     pub operations: Vec<Operation>,
     /// Every message that was shown, each version of it once.
     pub messages: Vec<Message>,
     /// What Postgres holds in the end, by conversation, in the order of `seq`.
-    pub stored: Option<Vec<Vec<Shown>>>,
-    known: HashMap<Message, Shown>,
+    pub stored: Option<Vec<Vec<MessageIndex>>>,
+    known: HashMap<Message, MessageIndex>,
 }
 
 impl History {
-    /// Where this message stands, which is new or was shown before.
-    pub fn shown(&mut self, message: Message) -> Shown {
+    /// The index of this message, which is added when it is new.
+    pub fn intern(&mut self, message: Message) -> MessageIndex {
         if let Some(known) = self.known.get(&message) {
             return *known;
         }
-        // A run of days would not show that many.
-        let index = Shown::try_from(self.messages.len()).unwrap_or(Shown::MAX);
+        // A run of days does not show that many.
+        let index = MessageIndex::try_from(self.messages.len()).unwrap_or(MessageIndex::MAX);
         self.messages.push(message.clone());
         self.known.insert(message, index);
         index
     }
 
-    pub fn message(&self, shown: Shown) -> &Message {
-        &self.messages[shown as usize]
+    pub fn message(&self, index: MessageIndex) -> &Message {
+        &self.messages[index as usize]
     }
 }
 
-/// A seed for a run that should be like no other.
+/// A seed for a new run.
 pub fn random_seed() -> u64 {
     fastrand::u64(..1_000_000_000)
 }
 
-/// What to tell whoever has to find the cause; nothing when all is well.
-pub fn verdict(seed: u64, report: &Report) -> String {
+/// A text on the first violations and the seed, to find the cause with; empty when there are none.
+pub fn describe_violations(seed: u64, report: &Report) -> String {
     const SHOWN_MAX: usize = 5;
     let violations = &report.violations;
     if violations.is_empty() {

@@ -1,12 +1,12 @@
-//! The judge: which histories the contract allows. It knows nothing of how a history came about, so its rules can
-//! be tried on histories made up for the purpose.
+//! The rules: which histories the contract allows. They do not know how a history was recorded, so tests can check them on
+//! histories that were made up.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt::{self, Display};
 use std::time::Duration;
 
-use super::{Action, History, Message, Operation, Outcome, Page, Shown};
+use super::{Action, History, Message, MessageIndex, Operation, Outcome, Page};
 
 /// A rule that was broken, and by what.
 #[derive(Clone, Debug)]
@@ -21,7 +21,7 @@ impl Display for Violation {
     }
 }
 
-pub const WRONG_ANSWER: &str = "an answer that nobody should get";
+pub const WRONG_ANSWER: &str = "an answer that no client should get";
 pub const TORN_PAGE: &str = "a page is whole: newest first, seq without gaps, as long as it can be";
 pub const TWO_VERSIONS: &str = "a seq stands for one message, the same wherever it is shown";
 pub const LOST_ACK: &str = "an acknowledged message is stored, once and where it was acknowledged";
@@ -35,24 +35,24 @@ pub const SEND_ORDER: &str = "a message sent after an acknowledgement has the gr
 pub const TIME_ORDER: &str = "created_at does not decrease along seq";
 pub const TWO_ANSWERS: &str = "an Idempotency-Key always answers with its first message";
 
-/// Every rule on all operations so far; with what is stored in the end, the rules about that too.
-pub fn judge(history: &History) -> Vec<Violation> {
-    let mut judge = Judge { history, found: Vec::new() };
-    judge.answers();
-    judge.versions();
-    judge.freshness();
+/// Checks every rule on all operations so far; those about stored messages once `stored` is set.
+pub fn violations(history: &History) -> Vec<Violation> {
+    let mut checker = Checker { history, found: Vec::new() };
+    checker.answers();
+    checker.versions();
+    checker.freshness();
     if let Some(stored) = &history.stored {
-        let messages = judge.sends();
+        let messages = checker.sends();
         for (conversation, stored) in stored.iter().enumerate() {
-            judge.stored_is_in_order(conversation, stored);
+            checker.stored_is_in_order(conversation, stored);
         }
-        judge.exactly_once(&messages, stored);
-        judge.sent_in_order(&messages, stored);
+        checker.exactly_once(&messages, stored);
+        checker.sent_in_order(&messages, stored);
     }
-    judge.found
+    checker.found
 }
 
-struct Judge<'a> {
+struct Checker<'a> {
     history: &'a History,
     found: Vec<Violation>,
 }
@@ -65,7 +65,7 @@ struct Sent<'a> {
 }
 
 impl<'a> Sent<'a> {
-    fn acknowledged(&self) -> impl Iterator<Item = (&'a Operation, Shown, bool)> {
+    fn acknowledged(&self) -> impl Iterator<Item = (&'a Operation, MessageIndex, bool)> {
         self.attempts.iter().filter_map(|operation| match operation.outcome {
             Outcome::Acknowledged { message, replayed } => Some((*operation, message, replayed)),
             _ => None,
@@ -73,25 +73,25 @@ impl<'a> Sent<'a> {
     }
 }
 
-impl<'a> Judge<'a> {
+impl<'a> Checker<'a> {
     fn broken(&mut self, rule: &'static str, evidence: String) {
         self.found.push(Violation { rule, evidence });
     }
 
-    fn seq(&self, shown: Shown) -> i64 {
+    fn seq(&self, shown: MessageIndex) -> i64 {
         self.history.message(shown).seq
     }
 
-    /// Each answer by itself.
+    /// Each answer on its own.
     fn answers(&mut self) {
         for operation in &self.history.operations {
             match (&operation.action, &operation.outcome) {
-                (_, Outcome::Wrong(_)) => self.broken(WRONG_ANSWER, self.tell(operation)),
+                (_, Outcome::Wrong(_)) => self.broken(WRONG_ANSWER, self.describe(operation)),
                 (Action::Read(page), Outcome::Page { messages, next, .. }) => {
                     let seqs: Vec<i64> = messages.iter().map(|shown| self.seq(*shown)).collect();
                     if let Some(fault) = page_fault(*page, &seqs, *next) {
                         let seqs = format!("  seq {seqs:?}, next page: {next}");
-                        self.broken(TORN_PAGE, format!("{}\n{seqs}\n  {fault}", self.tell(operation)));
+                        self.broken(TORN_PAGE, format!("{}\n{seqs}\n  {fault}", self.describe(operation)));
                     }
                 }
                 _ => {}
@@ -99,13 +99,13 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// No two versions of a seq, and no message under two.
+    /// A seq has one version, and a message has one seq.
     fn versions(&mut self) {
-        let mut by_seq: HashMap<(usize, i64), (Shown, &Operation)> = HashMap::new();
-        let mut by_content: HashMap<&str, Shown> = HashMap::new();
+        let mut by_seq: HashMap<(usize, i64), (MessageIndex, &Operation)> = HashMap::new();
+        let mut by_content: HashMap<&str, MessageIndex> = HashMap::new();
         let mut seen = vec![false; self.history.messages.len()];
         for operation in &self.history.operations {
-            let shown: &[Shown] = match &operation.outcome {
+            let shown: &[MessageIndex] = match &operation.outcome {
                 Outcome::Page { messages, .. } => messages,
                 Outcome::Acknowledged { message, .. } => std::slice::from_ref(message),
                 _ => continue,
@@ -123,9 +123,9 @@ impl<'a> Judge<'a> {
                             TWO_VERSIONS,
                             format!(
                                 "{}\n  {}\n{}\n  {}",
-                                self.tell(by),
+                                self.describe(by),
                                 brief(self.history.message(first)),
-                                self.tell(operation),
+                                self.describe(operation),
                                 brief(message)
                             ),
                         );
@@ -139,14 +139,14 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// In real time, whatever the replica: what was acknowledged or shown is in every read that begins later.
+    /// In real time and across replicas: what was acknowledged or shown is in every read that begins later.
     fn freshness(&mut self) {
         let conversations = self.history.operations.iter().map(|operation| operation.conversation + 1).max();
         for conversation in 0..conversations.unwrap_or(0) {
             let of_this = || {
                 self.history.operations.iter().filter(move |operation| operation.conversation == conversation)
             };
-            // What is known, from when on, and whence.
+            // What is known: from when on, up to which seq, and by which operation.
             let mut known: Vec<(Duration, i64, &Operation)> = of_this()
                 .filter_map(|operation| {
                     let newest = match &operation.outcome {
@@ -178,8 +178,8 @@ impl<'a> Judge<'a> {
                         if acknowledged { MISSED_ACK } else { WENT_BACK },
                         format!(
                             "{}\n{}\n  lacks seq {lacking}, known {:.1} ms before it began",
-                            self.tell(witness),
-                            self.tell(read),
+                            self.describe(witness),
+                            self.describe(read),
                             (read.start - witness.end).as_secs_f64() * 1000.0
                         ),
                     );
@@ -188,7 +188,7 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// A seq that this read should show in a conversation that counts to `newest` or further.
+    /// A seq that this read should show, but does not, in a conversation whose newest seq is at least `newest`.
     fn lacks(&self, read: &Operation, newest: i64) -> Option<i64> {
         let (Action::Read(page), Outcome::Page { messages, .. }) = (&read.action, &read.outcome) else {
             return None;
@@ -219,7 +219,7 @@ impl<'a> Judge<'a> {
         messages
     }
 
-    fn stored_is_in_order(&mut self, conversation: usize, stored: &[Shown]) {
+    fn stored_is_in_order(&mut self, conversation: usize, stored: &[MessageIndex]) {
         for (index, shown) in stored.iter().enumerate() {
             let message = self.history.message(*shown);
             if message.seq != index as i64 + 1 {
@@ -240,14 +240,14 @@ impl<'a> Judge<'a> {
         }
     }
 
-    fn exactly_once(&mut self, messages: &HashMap<&str, Sent<'a>>, stored: &[Vec<Shown>]) {
-        let mut places: HashMap<&str, (usize, Shown)> = HashMap::new();
+    fn exactly_once(&mut self, messages: &HashMap<&str, Sent<'a>>, stored: &[Vec<MessageIndex>]) {
+        let mut stored_at: HashMap<&str, (usize, MessageIndex)> = HashMap::new();
         let mut is_stored = vec![false; self.history.messages.len()];
         for (conversation, stored) in stored.iter().enumerate() {
             for &shown in stored {
                 is_stored[shown as usize] = true;
                 let message = self.history.message(shown);
-                if let Some((_, first)) = places.insert(&message.content, (conversation, shown)) {
+                if let Some((_, first)) = stored_at.insert(&message.content, (conversation, shown)) {
                     let first = brief(self.history.message(first));
                     self.broken(
                         DOUBLED,
@@ -260,18 +260,21 @@ impl<'a> Judge<'a> {
             }
         }
         for (content, sent) in messages {
-            let mut first: Option<(&Operation, Shown)> = None;
+            let mut first: Option<(&Operation, MessageIndex)> = None;
             for (operation, shown, replayed) in sent.acknowledged() {
-                if places.get(content) != Some(&(sent.conversation, shown)) {
-                    let found = places.get(content).map(|(_, shown)| brief(self.history.message(*shown)));
+                if stored_at.get(content) != Some(&(sent.conversation, shown)) {
+                    let found = stored_at.get(content).map(|(_, shown)| brief(self.history.message(*shown)));
                     let found = found.unwrap_or_else(|| "nothing".to_owned());
-                    self.broken(LOST_ACK, format!("{}\n  stored: {found}", self.tell(operation)));
+                    self.broken(LOST_ACK, format!("{}\n  stored: {found}", self.describe(operation)));
                 }
                 if let Some((earlier, _)) = first
                     && earlier.end < operation.start
                     && !replayed
                 {
-                    self.broken(TWO_ANSWERS, format!("{}\n{}", self.tell(earlier), self.tell(operation)));
+                    self.broken(
+                        TWO_ANSWERS,
+                        format!("{}\n{}", self.describe(earlier), self.describe(operation)),
+                    );
                 }
                 first = first.or(Some((operation, shown)));
             }
@@ -279,17 +282,17 @@ impl<'a> Judge<'a> {
         for operation in &self.history.operations {
             let Outcome::Page { messages, .. } = &operation.outcome else { continue };
             for &shown in messages {
-                // Told once, by the first who saw it.
+                // Reported once, for the first read that showed it.
                 if !std::mem::replace(&mut is_stored[shown as usize], true) {
                     let message = brief(self.history.message(shown));
-                    self.broken(UNSTORED, format!("{}\n  shows {message}", self.tell(operation)));
+                    self.broken(UNSTORED, format!("{}\n  shows {message}", self.describe(operation)));
                 }
             }
         }
     }
 
-    /// No message that was acknowledged before another was first sent stands behind it.
-    fn sent_in_order(&mut self, messages: &HashMap<&str, Sent<'a>>, stored: &[Vec<Shown>]) {
+    /// A message that was acknowledged before another was first sent has the smaller seq.
+    fn sent_in_order(&mut self, messages: &HashMap<&str, Sent<'a>>, stored: &[Vec<MessageIndex>]) {
         for stored in stored {
             let mut latest: Option<&Sent<'_>> = None;
             for &shown in stored {
@@ -301,10 +304,10 @@ impl<'a> Judge<'a> {
                 if let (Some(latest), Some(acknowledged)) = (latest, acknowledged)
                     && acknowledged.end < latest.first_start
                 {
-                    let behind = latest.attempts.first().map(|operation| self.tell(operation));
+                    let behind = latest.attempts.first().map(|operation| self.describe(operation));
                     self.broken(
                         SEND_ORDER,
-                        format!("{}\n{}", self.tell(acknowledged), behind.unwrap_or_default()),
+                        format!("{}\n{}", self.describe(acknowledged), behind.unwrap_or_default()),
                     );
                 }
                 if latest.is_none_or(|latest| sent.first_start > latest.first_start) {
@@ -314,12 +317,12 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// An operation in one line.
-    fn tell(&self, operation: &Operation) -> String {
+    /// An operation on one line.
+    fn describe(&self, operation: &Operation) -> String {
         let Operation { client, replica, conversation, start, end, action, outcome } = operation;
         let action = match action {
             Action::Send { content, keyed } => {
-                // What pads it tells nothing.
+                // Without its padding.
                 let name = content.split(' ').next().unwrap_or(content);
                 format!("sends {name}{}", if *keyed { " under a key" } else { "" })
             }
@@ -350,7 +353,7 @@ impl<'a> Judge<'a> {
     }
 }
 
-/// What is wrong with a page as such.
+/// What is wrong with a page on its own.
 fn page_fault(page: Page, seqs: &[i64], next: bool) -> Option<&'static str> {
     if seqs.windows(2).any(|pair| pair[0] != pair[1] + 1) {
         return Some("its seqs do not follow one another");
@@ -369,7 +372,7 @@ fn page_fault(page: Page, seqs: &[i64], next: bool) -> Option<&'static str> {
         Page::After { .. } => None,
         Page::Before { seq, .. } if newest >= seq => Some("it does not end below its seq"),
         _ if length < limit && oldest != 1 => Some("it is not full and does not begin at 1"),
-        _ if next != (oldest > 1) => Some("its link does not tell whether there is more"),
+        _ if next != (oldest > 1) => Some("its link does not say whether there is more"),
         _ => None,
     }
 }

@@ -1,5 +1,5 @@
-//! What the history is recorded on: a durable Postgres, a Redis, two replicas of the service, and a line from
-//! each replica to each server.
+//! The system under test: a durable Postgres, a Redis, two replicas of the service, and a proxy between each replica and
+//! each server.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -10,9 +10,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use tokio::runtime::Runtime;
 
-use super::http::Client;
-use super::plan::{REPLICAS, Server, USERS};
-use super::proxy::{Line, Proxy};
+use super::schedule::{REPLICAS, Server, USERS};
+use crate::http::Client;
+use crate::proxy::{Link, Proxy};
 use crate::replica::{User, register};
 use crate::servers;
 use crate::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, Scratch};
@@ -20,32 +20,32 @@ use crate::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, Scratch};
 const DATABASE: &str = "history";
 
 #[derive(Debug)]
-pub(super) struct Rig {
+pub(super) struct System {
     pub(super) users: Vec<User>,
     pub(super) replicas: Vec<Replica>,
-    /// Of each replica.
-    lines: Vec<Lines>,
+    /// One pair per replica.
+    proxies: Vec<Proxies>,
     pub(super) redis: Mutex<Redis>,
-    /// Gone before its directory is.
+    /// `None` once it is dropped, which comes before its directory is removed.
     pub(super) postgres: Mutex<Option<Postgres>>,
     scratch: Scratch,
-    /// Carries the lines.
+    /// Runs the proxies.
     _runtime: Runtime,
 }
 
-/// A replica's lines to the servers.
+/// The proxies between a replica and the servers.
 #[derive(Debug)]
-struct Lines {
+struct Proxies {
     to_postgres: Proxy,
     to_redis: Proxy,
 }
 
-/// A guard, whatever happened to those who held it before.
+/// Locks the mutex, even when a thread panicked while it held it.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Rig {
+impl System {
     pub(super) fn start(binary: &Path, environment: &[(String, String)]) -> Result<Self> {
         let scratch = Scratch::new("history")?;
         let options = PostgresOptions::durable().max_connections(60);
@@ -53,7 +53,7 @@ impl Rig {
         postgres.create_database(DATABASE)?;
         let redis = Redis::start(&scratch.path().join("redis"), RedisOptions::default())?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let (mut replicas, mut lines) = (Vec::new(), Vec::new());
+        let (mut replicas, mut proxies) = (Vec::new(), Vec::new());
         for number in 0..REPLICAS {
             let to_postgres = Proxy::start(runtime.handle(), postgres.port())?;
             let to_redis = Proxy::start(runtime.handle(), redis.port())?;
@@ -69,35 +69,43 @@ impl Rig {
             ]
             .map(|(name, value)| (name.to_owned(), value));
             replicas.push(Replica::start(binary, log, own.into_iter().chain(environment.iter().cloned()))?);
-            lines.push(Lines { to_postgres, to_redis });
+            proxies.push(Proxies { to_postgres, to_redis });
         }
-        let mut rig = Self {
+        let mut system = Self {
             users: Vec::new(),
             replicas,
-            lines,
+            proxies,
             redis: Mutex::new(redis),
             postgres: Mutex::new(Some(postgres)),
             scratch,
             _runtime: runtime,
         };
-        rig.await_ready()?;
+        system.await_ready()?;
         for number in 0..USERS {
-            let user = register(rig.replicas[0].public, number)?;
-            rig.users.push(user);
+            let user = register(system.replicas[0].public, number)?;
+            system.users.push(user);
         }
-        Ok(rig)
+        Ok(system)
     }
 
-    /// Waits until every replica is ready, with Postgres and Redis.
+    /// Waits until every replica is ready and reaches Postgres and Redis.
     pub(super) fn await_ready(&self) -> Result<()> {
         self.replicas.iter().try_for_each(Replica::await_ready)
     }
 
-    pub(super) fn line(&self, server: Server, replica: usize) -> &Proxy {
-        let lines = &self.lines[replica];
+    pub(super) fn proxy(&self, server: Server, replica: usize) -> &Proxy {
+        let proxies = &self.proxies[replica];
         match server {
-            Server::Postgres => &lines.to_postgres,
-            Server::Redis => &lines.to_redis,
+            Server::Postgres => &proxies.to_postgres,
+            Server::Redis => &proxies.to_redis,
+        }
+    }
+
+    /// Lets every proxy pass everything again.
+    pub(super) fn open_links(&self) {
+        for proxies in &self.proxies {
+            proxies.to_postgres.set(Link::Open);
+            proxies.to_redis.set(Link::Open);
         }
     }
 
@@ -105,7 +113,7 @@ impl Rig {
     pub(super) fn stored(&self, one: &User, other: &User) -> Result<Vec<Vec<Option<String>>>> {
         let (low, high) = if one.id < other.id { (one, other) } else { (other, one) };
         let postgres = lock(&self.postgres);
-        let postgres = postgres.as_ref().context("Postgres is gone")?;
+        let postgres = postgres.as_ref().context("Postgres was dropped")?;
         postgres.query(
             DATABASE,
             &format!(
@@ -118,8 +126,8 @@ impl Rig {
         )
     }
 
-    /// Sends Redis a command around the lines; for those that answer with a status.
-    pub(super) fn tell_redis(&self, command: &str) -> Result<()> {
+    /// Sends Redis a command, not through a proxy. The command must answer with a status.
+    pub(super) fn redis_command(&self, command: &str) -> Result<()> {
         let port = lock(&self.redis).port();
         let mut stream = TcpStream::connect(("127.0.0.1", port))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -131,18 +139,18 @@ impl Rig {
     }
 }
 
-impl Drop for Rig {
+impl Drop for System {
     fn drop(&mut self) {
         for replica in &self.replicas {
             replica.kill();
         }
         drop(lock(&self.postgres).take());
-        // A durable instance leaves its files, which may lie elsewhere than in the scratch directory.
+        // A durable instance leaves its files, which may be outside the scratch directory.
         let _ = servers::clear(&self.scratch.path().join("postgres"));
     }
 }
 
-/// How often a window answered since the process started, if it tells.
+/// How many reads the windows answered since the process started, if its metrics can be read.
 pub(super) fn window_hits(replica: &Replica) -> Option<u64> {
     let mut client = Client::new(replica.operations);
     let answer = client.request("GET", "/metrics", &[], "", Duration::from_millis(300)).ok()?;
@@ -150,12 +158,4 @@ pub(super) fn window_hits(replica: &Replica) -> Option<u64> {
     let line =
         text.lines().find(|line| line.starts_with("chat_cache_lookups_total") && line.contains("\"hit\""))?;
     line.rsplit_once(' ')?.1.parse().ok()
-}
-
-/// Every line as it should be.
-pub(super) fn mend(rig: &Rig) {
-    for lines in &rig.lines {
-        lines.to_postgres.set(Line::Open);
-        lines.to_redis.set(Line::Open);
-    }
 }
