@@ -21,7 +21,7 @@ const OPERATIONS: [(&str, &str, &[u16]); 7] = [
 ];
 
 fn document() -> Value {
-    let text = chat_service::openapi::json().expect("a document");
+    let text = chat_service::http::routes::PublicApi::new().document_json().expect("a document");
     serde_json::from_str(&text).expect("the document is JSON")
 }
 
@@ -37,7 +37,7 @@ fn operations(document: &Value) -> Vec<(&str, &str, &Value)> {
 
 #[test]
 fn the_document_is_the_committed_one() {
-    let current = chat_service::openapi::json().expect("a document") + "\n";
+    let current = chat_service::http::routes::PublicApi::new().document_json().expect("a document") + "\n";
     let first_change = current.lines().zip(SNAPSHOT.lines()).enumerate().find(|(_, (new, old))| new != old);
     assert!(
         current == SNAPSHOT,

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use chat_service::db;
+use chat_service::store::migrations;
 use serde_json::{Value, json};
 
 use crate::support::{Database, PASSWORD, TestApp};
@@ -58,7 +58,7 @@ async fn a_replica_with_a_schema_that_is_behind_lives_unready_until_it_is_migrat
     let expected = readiness("unavailable", &[("schema", "behind")]);
     assert_eq!(app.get("/healthz").answer().await.json(503), expected);
     app.get_operations("/livez").answer().await.json(200);
-    let version = db::migrate(&options).await.expect("migrates");
+    let version = migrations::migrate(&options).await.expect("migrates");
     let migrated = Instant::now();
     loop {
         let answer = app.get("/healthz").answer().await;

@@ -1,5 +1,6 @@
 //! The integration tests: one binary, a module per topic.
 
+mod architecture;
 mod authentication;
 mod cache;
 mod docs;

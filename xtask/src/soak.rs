@@ -37,9 +37,9 @@ pub(crate) struct Args {
     memory: bool,
 }
 
-/// Every way to break the service that `service/src/sabotage.rs` knows. The first ones are found within seconds;
+/// Every way to break the service that `service/src/failpoints.rs` knows. The first ones are found within seconds;
 /// the others only where a fault meets a window in use.
-const SABOTAGES: [&str; 8] = [
+const FAILPOINTS: [&str; 8] = [
     "skip-invalidation",
     "ack-before-commit",
     "ignore-key",
@@ -95,16 +95,16 @@ pub(crate) fn self_check(tally: &mut Tally, seed: u64) {
     if tally.check("broken build", "", broken_build).is_none() {
         return;
     }
-    for sabotage in SABOTAGES {
+    for failpoint in FAILPOINTS {
         let fix = format!("cargo xtask soak --self-check --seed {seed}");
-        tally.check(sabotage, &fix, |progress| find(progress, sabotage, seed));
+        tally.check(failpoint, &fix, |progress| find(progress, failpoint, seed));
     }
 }
 
 /// Builds the service with the ways to break it, as a file of its own.
 fn broken_build(progress: &Progress) -> Result<()> {
     let build = |more: &[&str]| offline_cargo(&[&["build", "-p", "chat-service"], more].concat());
-    progress.run(build(&["--features", "sabotage"]))?;
+    progress.run(build(&["--features", "failpoints"]))?;
     let copied = std::fs::copy(places::target_dir()?.join("debug/chat-service"), broken_binary()?);
     // Whatever came of the copy, the sound one goes back to where others look for it.
     progress.run(build(&[]))?;
@@ -115,12 +115,12 @@ fn broken_build(progress: &Progress) -> Result<()> {
 fn broken_binary() -> Result<PathBuf> {
     let dir = places::target_dir()?.join("xtask");
     std::fs::create_dir_all(&dir)?;
-    Ok(dir.join("chat-service-sabotage"))
+    Ok(dir.join("chat-service-failpoints"))
 }
 
 /// Fails unless the checker finds what is wrong with a build that was broken in this way.
-fn find(progress: &Progress, sabotage: &str, seed: u64) -> Result<()> {
-    let environment = vec![("CHAT_SABOTAGE".to_owned(), sabotage.to_owned())];
+fn find(progress: &Progress, failpoint: &str, seed: u64) -> Result<()> {
+    let environment = vec![("CHAT_FAILPOINT".to_owned(), failpoint.to_owned())];
     let options = Options { seed, duration: SELF_CHECK_LIMIT, binary: broken_binary()?, environment };
     let report = history::run(&options, follow(progress, SELF_CHECK_LIMIT))?;
     signals::check()?;
@@ -129,7 +129,7 @@ fn find(progress: &Progress, sabotage: &str, seed: u64) -> Result<()> {
     let Some(violation) = noticed else {
         bail!("the checker noticed nothing within {} s, seed {seed}", SELF_CHECK_LIMIT.as_secs());
     };
-    progress.note(&format!("{sabotage} after {:.0} s: {violation}", report.elapsed.as_secs_f64()));
+    progress.note(&format!("{failpoint} after {:.0} s: {violation}", report.elapsed.as_secs_f64()));
     Ok(())
 }
 

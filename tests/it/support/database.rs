@@ -3,7 +3,7 @@
 use std::str::FromStr as _;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use chat_service::db;
+use chat_service::store::migrations;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tokio::sync::OnceCell;
@@ -76,7 +76,7 @@ async fn template() -> String {
     let name = next_name();
     execute(&mut admin, format!("CREATE DATABASE {name}")).await;
     let options = PgConnectOptions::from_str(&url_of(&name)).expect("a URL of Postgres");
-    db::migrate(&options).await.expect("an empty database can be migrated");
+    migrations::migrate(&options).await.expect("an empty database can be migrated");
     name
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use super::Answer;
 
 static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
-    let text = chat_service::openapi::json().expect("a document");
+    let text = chat_service::http::routes::PublicApi::new().document_json().expect("a document");
     serde_json::from_str(&text).expect("the document is JSON")
 });
 
