@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use chat_service::cli::{create_secret, doctor, healthcheck, migrate, smoke_test};
 use chat_service::config::{Config, EXIT_CONFIG};
-use chat_service::http::routes::PublicApi;
+use chat_service::http::routes::public_api;
 use chat_service::serve;
 use chat_service::telemetry::{BadVariable, Telemetry};
 use clap::{Parser, Subcommand};
@@ -53,7 +53,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     // One provider for TLS and for tokens.
     rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
     match &command {
-        Command::Openapi => println!("{}", PublicApi::new().document_json()?),
+        Command::Openapi => println!("{}", public_api().document_json()?),
         Command::SmokeTest(args) => smoke_test::run(args)?,
         Command::CreateSecret(args) => create_secret::run(args)?,
         _ => return run_configured(&command),

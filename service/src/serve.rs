@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use crate::app::{App, Tasks};
 use crate::config::{Config, EXIT_CONFIG};
-use crate::http::routes::{self, PublicApi};
+use crate::http::routes::{self, public_api};
 use crate::store::migrations::{self, MigrationError};
 use crate::workers::{self, Port, Workers};
 
@@ -95,7 +95,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     }
     let (stop, stopping) = watch::channel(false);
     let workers = Workers::start(workers::default_count())?;
-    let api = PublicApi::new();
+    let api = public_api();
     let (app, mut tasks) = App::start(config, api.endpoints(), &workers, &stopping)?;
     let migration = first_answers(&app).await?;
     app.watch_postgres(&mut tasks);

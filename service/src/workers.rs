@@ -55,14 +55,14 @@ pub fn default_count() -> usize {
 #[derive(Debug)]
 pub struct Workers {
     runtimes: Vec<Handle>,
-    ended: mpsc::UnboundedReceiver<usize>,
+    ended: mpsc::Receiver<usize>,
     _until_dropped: Vec<oneshot::Sender<Infallible>>,
 }
 
 impl Workers {
     /// The calling runtime is the first of `count`.
     pub fn start(count: usize) -> io::Result<Self> {
-        let (end_reporter, ended) = mpsc::unbounded_channel();
+        let (end_reporter, ended) = mpsc::channel(count);
         let (mut runtimes, mut until_dropped) = (vec![Handle::current()], Vec::new());
         for number in 1..count {
             let (kept, end) = oneshot::channel::<Infallible>();
@@ -120,11 +120,12 @@ fn copy(service: &Service) -> Service {
 }
 
 /// Reports the end of its thread, also after a panic.
-struct EndReporter(mpsc::UnboundedSender<usize>, usize);
+struct EndReporter(mpsc::Sender<usize>, usize);
 
 impl Drop for EndReporter {
     fn drop(&mut self) {
-        self.0.send(self.1).ok();
+        // Never full: it has room for every worker.
+        self.0.try_send(self.1).ok();
     }
 }
 

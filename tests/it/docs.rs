@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use chat_service::http::routes::PublicApi;
+use chat_service::http::routes::public_api;
 use serde_json::Value;
 
 use crate::support::{TestApp, document, operations};
@@ -12,7 +12,7 @@ const SNAPSHOT: &str = include_str!("openapi.json");
 
 #[test]
 fn the_document_is_the_committed_one() {
-    let current = PublicApi::new().document_json().expect("a document") + "\n";
+    let current = public_api().document_json().expect("a document") + "\n";
     let first_change = current.lines().zip(SNAPSHOT.lines()).enumerate().find(|(_, (new, old))| new != old);
     assert!(
         current == SNAPSHOT,
@@ -38,7 +38,7 @@ fn it_is_an_openapi_3_1_document_of_the_public_port_only() {
     // The documentation does not document itself.
     let documentation = ["GET /openapi.json", "GET /docs/{**}"].map(str::to_owned);
     let expected: BTreeSet<_> = operations().iter().map(ToString::to_string).chain(documentation).collect();
-    let served = PublicApi::new().endpoints().into_iter();
+    let served = public_api().endpoints().into_iter();
     assert_eq!(expected, served.map(|endpoint| format!("{} {}", endpoint.method, endpoint.route)).collect());
     let bearer = &document["components"]["securitySchemes"]["bearer"];
     assert_eq!((bearer["type"].as_str(), bearer["scheme"].as_str()), (Some("http"), Some("bearer")));

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use chat_service::http::routes::PublicApi;
+use chat_service::http::routes::public_api;
 use reqwest::Method;
 use serde_json::json;
 use sqlx::Connection as _;
@@ -44,7 +44,7 @@ async fn an_unknown_path_is_404_whatever_the_method_on_both_ports() {
 async fn a_method_that_a_path_does_not_have_is_405_and_the_allowed_ones_are_named() {
     let app = TestApp::start().await;
     let mut allowed: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
-    for endpoint in PublicApi::new().endpoints() {
+    for endpoint in public_api().endpoints() {
         let path = endpoint.route.replace("{username}", "ana").replace("{**}", "");
         allowed.entry(path).or_default().insert(endpoint.method);
     }

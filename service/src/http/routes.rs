@@ -23,11 +23,11 @@ pub struct PublicApi {
     document: OpenApi,
 }
 
-impl PublicApi {
-    pub fn new() -> Self {
-        Self { document: openapi::document(&api()) }
-    }
+pub fn public_api() -> PublicApi {
+    PublicApi { document: openapi::document(&api()) }
+}
 
+impl PublicApi {
     /// The OpenAPI document as text.
     pub fn document_json(&self) -> serde_json::Result<String> {
         serde_json::to_string_pretty(&self.document)

@@ -115,7 +115,8 @@ fn a_stdout_that_is_not_read_does_not_stop_the_process_from_ending() -> Result<(
     ]);
     let mut child = daemon::spawn(command)?;
     let health = format!("http://127.0.0.1:{port}/healthz");
-    let ready = || reqwest::blocking::get(&health).is_ok_and(|answer| answer.status() == 200);
+    let client = reqwest::blocking::Client::builder().timeout(Duration::from_secs(5)).build()?;
+    let ready = || client.get(&health).send().is_ok_and(|answer| answer.status() == 200);
     eventually("the process to be ready", || ready().then_some(()))?;
     // A pipe holds 64 KiB; the logs of this many requests at this level are many times that.
     for _ in 0..200 {

@@ -10,7 +10,7 @@ use super::Response;
 /// The OpenAPI document that the service prints.
 pub(crate) fn document() -> &'static Value {
     static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
-        let text = chat_service::http::routes::PublicApi::new().document_json().expect("a document");
+        let text = chat_service::http::routes::public_api().document_json().expect("a document");
         serde_json::from_str(&text).expect("the document is JSON")
     });
     &DOCUMENT
