@@ -1,13 +1,8 @@
-//! The harness: private Postgres and Redis instances, and the built service, for tests and for `cargo xtask`.
-//! Blocking std code on purpose: it depends on neither the service nor a runtime, so that xtask builds quickly.
+//! The history checker, with all of the harness, for tests and for `cargo xtask`. It does not depend on the service.
 
 pub mod history;
-pub mod install;
-pub mod places;
-pub mod replica;
-pub mod servers;
 
-pub use places::{Scratch, service_binary};
-pub use replica::Replica;
-pub use servers::postgres::{Durability, Postgres, PostgresOptions};
-pub use servers::redis::{Redis, RedisOptions};
+pub use harness::{
+    Durability, Postgres, PostgresOptions, Redis, RedisOptions, Replica, Scratch, http, install, places,
+    replica, servers, service_binary,
+};

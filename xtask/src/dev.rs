@@ -16,11 +16,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use tests::{places, servers};
+use harness::{places, servers};
 
-use crate::steps::step;
-use crate::{signals, workspace};
 use backends::Backends;
+use common::steps::step;
+use common::{signals, workspace};
 use observe::Observers;
 pub(crate) use service::Service;
 use settings::Settings;

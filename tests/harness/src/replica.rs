@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::history::http::Client;
+use crate::http::Client;
 use crate::servers::{daemon, ports};
 
 pub const PASSWORD: &str = "correct horse battery";

@@ -6,7 +6,6 @@
 //! certain, to fail again.
 
 pub mod check;
-pub mod http;
 mod memory;
 mod plan;
 pub mod proxy;

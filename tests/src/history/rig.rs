@@ -10,9 +10,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use tokio::runtime::Runtime;
 
-use super::http::Client;
 use super::plan::{REPLICAS, Server, USERS};
 use super::proxy::{Line, Proxy};
+use crate::http::Client;
 use crate::replica::{User, register};
 use crate::servers;
 use crate::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, Scratch};

@@ -12,11 +12,11 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::check::{self, Violation};
-use super::http::{Client, Lost};
 use super::plan::{self, CONVERSATIONS, Fault, Look, PATIENT, READERS, REPLICAS, WRITERS};
 use super::proxy::Line;
 use super::rig::{Rig, lock, mend, window_hits};
 use super::{Action, History, Message, Operation, Outcome, Page};
+use crate::http::{Client, Lost};
 use crate::replica::User;
 
 /// Without faults, before the end: everything has to work again.
@@ -461,7 +461,7 @@ impl<'a> Hands<'a> {
         Ok(oldest)
     }
 
-    fn page(&self, answer: Result<super::http::Answer, Lost>) -> (Outcome, Option<i64>) {
+    fn page(&self, answer: Result<crate::http::Answer, Lost>) -> (Outcome, Option<i64>) {
         let answer = match answer {
             Ok(answer) if answer.status == 200 => answer,
             Ok(answer) if answer.status == 503 => return (Outcome::Unknown("503"), None),

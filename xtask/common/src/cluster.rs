@@ -11,28 +11,28 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use harness::servers::{daemon, programs};
+use harness::{install, places};
 use rustix::process::geteuid;
-use tests::servers::{daemon, programs};
-use tests::{install, places};
 
+use crate::chart::HELM;
 use crate::go_tools::GoTool;
 use crate::steps::{Progress, step};
-use crate::test::chart::HELM;
 use crate::{signals, workspace};
 
-pub(crate) use images::{load, stand_ins, tag};
+pub use images::{load, stand_ins, tag};
 
-#[derive(clap::Args)]
+#[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   cargo xtask cluster up               as root, on Linux; prints how to reach it
   cargo xtask cluster status
   cargo xtask cluster down")]
-pub(crate) struct Args {
+pub struct Args {
     #[command(subcommand)]
     command: ClusterCommand,
 }
 
-#[derive(clap::Subcommand)]
+#[derive(clap::Subcommand, Debug)]
 enum ClusterCommand {
     /// Bring the node up, or finish what was begun; says how to reach it
     Up,
@@ -45,9 +45,9 @@ enum ClusterCommand {
 /// Where the API is. The port is not the usual one, which belongs to a real cluster.
 const API: &str = "127.0.0.1:16443";
 /// The context in the kubeconfig, by which the Tiltfile knows the node.
-pub(crate) const CONTEXT: &str = "cluster-chat";
+pub const CONTEXT: &str = "cluster-chat";
 /// The one port of the node that is also a port of the machine, in kind's configuration too.
-pub(crate) const NODE_PORT: u16 = 30080;
+pub const NODE_PORT: u16 = 30080;
 
 const PACKAGES: [(&str, &str); 6] = [
     ("containerd", "containerd"),
@@ -72,7 +72,7 @@ const NODE: GoTool = GoTool {
 
 const START_LIMIT: Duration = Duration::from_secs(240);
 
-pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+pub fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
     match args.command {
         ClusterCommand::Up => {
@@ -93,7 +93,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// The node, ready. What is up already is left alone.
-pub(crate) fn up() -> Result<PathBuf> {
+pub fn up() -> Result<PathBuf> {
     step("packages", install_packages)?;
     let program = step("build Kubernetes", |progress| NODE.build(progress))?;
     link_kubectl(&program)?;
@@ -107,16 +107,16 @@ pub(crate) fn up() -> Result<PathBuf> {
 }
 
 /// Ends the node, with all that it kept.
-pub(crate) fn down() -> Result<()> {
+pub fn down() -> Result<()> {
     step("cluster down", |_| node::down())
 }
 
-pub(crate) fn is_up() -> Result<bool> {
+pub fn is_up() -> Result<bool> {
     Ok(node::find()?.is_some())
 }
 
 /// kubectl, built where it is not.
-pub(crate) fn kubectl_program(progress: &Progress) -> Result<PathBuf> {
+pub fn kubectl_program(progress: &Progress) -> Result<PathBuf> {
     let program = NODE.build(progress)?;
     link_kubectl(&program)?;
     kubectl()
@@ -128,7 +128,7 @@ fn kubectl() -> Result<PathBuf> {
 }
 
 /// The folder of the built programs.
-pub(crate) fn tools() -> Result<PathBuf> {
+pub fn tools() -> Result<PathBuf> {
     Ok(places::target_dir()?.join("tools/bin"))
 }
 

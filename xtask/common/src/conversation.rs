@@ -7,19 +7,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use harness::http::{Answer, Client};
 use serde_json::{Value, json};
-use tests::history::http::{Answer, Client};
 
 /// Longer than the service's own limit of a request.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Of so many requests, one comes over a connection of its own.
 const FRESH_EVERY: usize = 4;
 const FAILURES_SHOWN: usize = 8;
-pub(crate) const PASSWORD: &str = "correct horse battery";
+pub const PASSWORD: &str = "correct horse battery";
 
 /// Two users and their conversation.
 #[derive(Debug)]
-pub(crate) struct Pair {
+pub struct Pair {
     names: [String; 2],
     ids: [String; 2],
     tokens: [String; 2],
@@ -29,15 +29,15 @@ pub(crate) struct Pair {
 
 /// What a load came to.
 #[derive(Debug, Default)]
-pub(crate) struct Report {
-    pub(crate) requests: usize,
-    pub(crate) failures: Vec<String>,
+pub struct Report {
+    pub requests: usize,
+    pub failures: Vec<String>,
     slowest: Duration,
 }
 
 impl Report {
     /// A line of it, or what failed.
-    pub(crate) fn verdict(&self) -> Result<String> {
+    pub fn verdict(&self) -> Result<String> {
         let Self { requests, failures, slowest } = self;
         if !failures.is_empty() {
             let shown = failures.iter().take(FAILURES_SHOWN).map(|line| format!("\n    {line}"));
@@ -50,7 +50,7 @@ impl Report {
 
 impl Pair {
     /// Registers both and logs them in.
-    pub(crate) fn new(address: SocketAddr, name: &str) -> Result<Self> {
+    pub fn new(address: SocketAddr, name: &str) -> Result<Self> {
         let mut client = Client::new(address);
         let mut pair = Self {
             names: ["a", "b"].map(|side| format!("{name}-{side}")),
@@ -69,7 +69,7 @@ impl Pair {
         Ok(pair)
     }
 
-    pub(crate) fn log_in(&mut self, address: SocketAddr) -> Result<()> {
+    pub fn log_in(&mut self, address: SocketAddr) -> Result<()> {
         let mut client = Client::new(address);
         for (name, token) in self.names.iter().zip(&mut self.tokens) {
             let body = json!({"username": name, "password": PASSWORD}).to_string();
@@ -78,13 +78,13 @@ impl Pair {
         Ok(())
     }
 
-    pub(crate) fn token(&self) -> &str {
+    pub fn token(&self) -> &str {
         &self.tokens[0]
     }
 
     /// Reads the whole conversation, upwards from its beginning: every acknowledged message, once, in order. Then it may
     /// hold one more, if `open`: sent, and never answered.
-    pub(crate) fn verify(&mut self, address: SocketAddr) -> Result<usize> {
+    pub fn verify(&mut self, address: SocketAddr) -> Result<usize> {
         let mut client = Client::new(address);
         let mut seen = 0;
         loop {
@@ -168,7 +168,7 @@ impl Pair {
 }
 
 /// Lets all pairs talk while `work` is done.
-pub(crate) fn during<T>(
+pub fn during<T>(
     pairs: &mut [Pair],
     address: SocketAddr,
     pause: Duration,
@@ -200,7 +200,7 @@ pub(crate) fn during<T>(
 }
 
 /// One request; its status has to be the expected one.
-pub(crate) fn expect(
+pub fn expect(
     client: &mut Client,
     status: u16,
     method: &str,
@@ -214,13 +214,7 @@ pub(crate) fn expect(
     serde_json::from_str(&said).with_context(|| format!("{method} {path} answers JSON"))
 }
 
-pub(crate) fn ask(
-    client: &mut Client,
-    method: &str,
-    path: &str,
-    token: Option<&str>,
-    body: &str,
-) -> Result<Answer> {
+pub fn ask(client: &mut Client, method: &str, path: &str, token: Option<&str>, body: &str) -> Result<Answer> {
     let bearer = format!("Bearer {}", token.unwrap_or_default());
     let headers: &[(&str, &str)] = if token.is_some() { &[("authorization", &bearer)] } else { &[] };
     match client.request(method, path, headers, body, PATIENCE) {

@@ -9,33 +9,33 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use ::tests::servers::daemon;
 use anyhow::Result;
+use harness::servers::daemon;
 
 use crate::workspace;
 
 static ON: AtomicBool = AtomicBool::new(false);
 
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
-pub(crate) struct DryRun {
+pub struct DryRun {
     /// Print the commands that would run, as a shell script, and change nothing
     #[arg(long, global = true)]
     dry_run: bool,
 }
 
 impl DryRun {
-    pub(crate) fn apply(self) {
+    pub fn apply(self) {
         ON.store(self.dry_run, Ordering::Relaxed);
     }
 }
 
 /// Whether commands are only printed. What is done without an outside program, such as writing a file, has to ask.
-pub(crate) fn is_on() -> bool {
+pub fn is_on() -> bool {
     ON.load(Ordering::Relaxed)
 }
 
 /// Asks an outside program a short question. A dry run prints the question, and takes this for the answer.
-pub(crate) fn ask(command: Command, limit: Duration, answer_when_dry: &str) -> Result<String> {
+pub fn ask(command: Command, limit: Duration, answer_when_dry: &str) -> Result<String> {
     if is_on() {
         println!("{}", shell_line(&command));
         return Ok(answer_when_dry.to_owned());
@@ -44,7 +44,7 @@ pub(crate) fn ask(command: Command, limit: Duration, answer_when_dry: &str) -> R
 }
 
 /// The command as bash at the clone's top would take it, with the variables that it sets or removes.
-pub(crate) fn shell_line(command: &Command) -> String {
+pub fn shell_line(command: &Command) -> String {
     let mut words = Vec::new();
     let (mut removed, mut set) = (Vec::new(), Vec::new());
     for (name, value) in command.get_envs() {

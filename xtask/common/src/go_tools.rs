@@ -7,28 +7,32 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use tests::places;
-use tests::servers::{daemon, programs};
+use harness::places;
+use harness::servers::{daemon, programs};
 
 use crate::steps::Progress;
 use crate::workspace;
 
 /// One program of a module of ours.
 #[derive(Debug)]
-pub(crate) struct GoTool {
+pub struct GoTool {
     /// What the program is called in `target/tools/bin`.
-    pub(crate) name: &'static str,
+    pub name: &'static str,
     /// The folder of its go.mod, from the clone's top.
-    pub(crate) module: &'static str,
+    pub module: &'static str,
     /// What to build: `.`, or an import path that the module requires.
-    pub(crate) package: &'static str,
+    pub package: &'static str,
     /// `-X` settings of the linker, each `PATH.NAME=VALUE`.
-    pub(crate) settings: &'static [&'static str],
+    pub settings: &'static [&'static str],
 }
+
+/// What receives traces, for `dev --observe`, the tests and the benchmarks.
+pub const COLLECTOR: GoTool =
+    GoTool { name: "collector", module: "deploy/observability/collector", package: ".", settings: &[] };
 
 impl GoTool {
     /// The built program; builds it when its module, its settings or Go changed.
-    pub(crate) fn build(&self, progress: &Progress) -> Result<PathBuf> {
+    pub fn build(&self, progress: &Progress) -> Result<PathBuf> {
         let tools = places::target_dir()?.join("tools");
         let binary = tools.join("bin").join(self.name);
         let stamp = tools.join(format!("{}.stamp", self.name));
@@ -84,7 +88,7 @@ fn collect(dir: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
 }
 
 /// Go 1.21 or newer, which fetches the release that a module asks for by itself.
-pub(crate) fn go() -> Result<PathBuf> {
+pub fn go() -> Result<PathBuf> {
     const ADVICE: &str = "install Go 1.21 or newer: https://go.dev/dl, or your system's package `golang`";
     let usual = Path::new("/usr/local/go/bin/go");
     let found = programs::in_path("go").or_else(|| usual.is_file().then(|| usual.to_owned()));

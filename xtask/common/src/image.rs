@@ -9,9 +9,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use ::tests::{Scratch, places};
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
+use harness::{Scratch, places};
 
 use crate::dry_run::{self, DryRun};
 use crate::steps::{Progress, step};
@@ -26,13 +26,13 @@ const MIB: f64 = 1024.0 * 1024.0;
 const AUTHORITIES: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
 
-#[derive(clap::Args)]
+#[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   cargo xtask image                            chat-service:VERSION, in target/image
   cargo xtask image --tag try --load kind      for the cluster of `cargo xtask kind up`
   cargo xtask image --sbom --push registry.example.com/team/chat-service
   cargo xtask image --dry-run                  the commands, as a script")]
-pub(crate) struct Args {
+pub struct Args {
     /// The image's tag; what the chart asks for unless told otherwise is the version
     #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]
     tag: String,
@@ -76,7 +76,7 @@ enum Load {
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Platform {
+pub enum Platform {
     #[value(name = "linux/amd64")]
     Amd64,
     #[value(name = "linux/arm64")]
@@ -101,20 +101,20 @@ impl Platform {
 
 /// What to build.
 #[derive(Clone, Debug)]
-pub(crate) struct Options {
-    pub(crate) tag: String,
-    pub(crate) platform: Platform,
-    pub(crate) profile: String,
-    pub(crate) engine: Option<Engine>,
+pub struct Options {
+    pub tag: String,
+    pub platform: Platform,
+    pub profile: String,
+    pub engine: Option<Engine>,
     /// The whole name, where it is not to be `chat-service:TAG`.
-    pub(crate) name: Option<String>,
+    pub name: Option<String>,
     /// A binary that is there already.
-    pub(crate) binary: Option<PathBuf>,
+    pub binary: Option<PathBuf>,
 }
 
 impl Options {
     /// This machine's release build under a tag.
-    pub(crate) fn tagged(tag: &str) -> Self {
+    pub fn tagged(tag: &str) -> Self {
         let platform = if Platform::Arm64.is_here() { Platform::Arm64 } else { Platform::Amd64 };
         let (tag, profile) = (tag.to_owned(), "release".to_owned());
         Self { tag, platform, profile, engine: None, name: None, binary: None }
@@ -133,17 +133,17 @@ impl Options {
 
 /// An image that was built.
 #[derive(Clone, Debug)]
-pub(crate) struct Image {
+pub struct Image {
     /// `docker.io/library/chat-service:TAG`, which is what `chat-service:TAG` means to every runtime.
-    pub(crate) name: String,
+    pub name: String,
     /// The image in a file, as `docker load` and `ctr images import` take it.
-    pub(crate) archive: PathBuf,
+    pub archive: PathBuf,
     /// The digest of its configuration, by which nodes know it.
-    pub(crate) id: String,
-    pub(crate) bytes: u64,
+    pub id: String,
+    pub bytes: u64,
 }
 
-pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+pub fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
     args.dry_run.apply();
     let options = Options {
@@ -184,7 +184,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// The release's image and SBOM, as files of `dir`.
-pub(crate) fn for_release(version: &str, dir: &Path, progress: &Progress) -> Result<[PathBuf; 2]> {
+pub fn for_release(version: &str, dir: &Path, progress: &Progress) -> Result<[PathBuf; 2]> {
     let options = Options::tagged(version);
     let image = build(&options, progress)?;
     let sbom = sbom::write(&options, &image, progress)?;
@@ -199,7 +199,7 @@ pub(crate) fn for_release(version: &str, dir: &Path, progress: &Progress) -> Res
 }
 
 /// Builds the binary and the image around it, and leaves the image in `target/image`.
-pub(crate) fn build(options: &Options, progress: &Progress) -> Result<Image> {
+pub fn build(options: &Options, progress: &Progress) -> Result<Image> {
     let engine = engine::find(options.engine, progress)?;
     let origin = binary::Origin::of_this_clone()?;
     let dir = places::target_dir()?.join("image");

@@ -6,27 +6,27 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use tests::places;
-use tests::servers::{daemon, programs};
+use harness::places;
+use harness::servers::{daemon, programs};
 
 use crate::dry_run::{self, DryRun};
 use crate::steps::{Progress, step};
 use crate::{signals, workspace};
 
-#[derive(clap::Args)]
+#[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   cargo xtask kind up && tilt up       the developer's loop
   cargo xtask kind up --metrics-server --prometheus-crds
   cargo xtask kind up --dry-run        the commands, as a script
   cargo xtask kind down")]
-pub(crate) struct Args {
+pub struct Args {
     #[command(subcommand)]
     command: KindCommand,
     #[command(flatten)]
     dry_run: DryRun,
 }
 
-#[derive(clap::Subcommand)]
+#[derive(clap::Subcommand, Debug)]
 enum KindCommand {
     /// Create the cluster and its registry, or what is missing of them; says how to reach it
     Up(Extras),
@@ -36,18 +36,18 @@ enum KindCommand {
 
 /// What the cluster is to have beside itself.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
-pub(crate) struct Extras {
+pub struct Extras {
     /// The figures that the autoscaler and `kubectl top` need
     #[arg(long)]
-    pub(crate) metrics_server: bool,
+    pub metrics_server: bool,
     /// The kinds ServiceMonitor, PodMonitor and PrometheusRule
     #[arg(long)]
-    pub(crate) prometheus_crds: bool,
+    pub prometheus_crds: bool,
 }
 
 /// kind puts its own name before it: its context is `kind-chat`.
 const NAME: &str = "chat";
-pub(crate) const CONTEXT: &str = "kind-chat";
+pub const CONTEXT: &str = "kind-chat";
 const NODE: &str = "chat-control-plane";
 const CONFIG: &str = "deploy/kind.yaml";
 
@@ -74,7 +74,7 @@ const NEEDED: [(&str, &str); 5] = [
 /// For short questions.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
-pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+pub fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
     args.dry_run.apply();
     match args.command {
@@ -104,7 +104,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// Whether a Docker engine answers; one that hangs is none.
-pub(crate) fn engine_answers() -> bool {
+pub fn engine_answers() -> bool {
     let Some(docker) = programs::in_path("docker") else { return false };
     let mut ask = Command::new(docker);
     ask.args(["version", "--format", "{{.Server.Version}}"]);
@@ -112,7 +112,7 @@ pub(crate) fn engine_answers() -> bool {
 }
 
 /// The cluster, ready. What is there is left alone.
-pub(crate) fn up(extras: Extras) -> Result<PathBuf> {
+pub fn up(extras: Extras) -> Result<PathBuf> {
     check_programs(&["docker", "kind", "kubectl", "helm"])?;
     if !dry_run::is_on() && !engine_answers() {
         bail!("no Docker engine answers: start it, or use `cargo xtask cluster up`, which needs none");
@@ -192,7 +192,7 @@ fn prometheus_crds(progress: &Progress) -> Result<()> {
 }
 
 /// Deletes the cluster and its registry.
-pub(crate) fn down() -> Result<()> {
+pub fn down() -> Result<()> {
     check_programs(&["docker", "kind"])?;
     step("kind down", |progress| {
         progress.run(kind(&["delete", "cluster", "--name", NAME])?)?;
@@ -201,7 +201,7 @@ pub(crate) fn down() -> Result<()> {
     })
 }
 
-pub(crate) fn is_up() -> Result<bool> {
+pub fn is_up() -> Result<bool> {
     if programs::in_path("kind").is_none() && !dry_run::is_on() {
         return Ok(false);
     }
@@ -210,14 +210,14 @@ pub(crate) fn is_up() -> Result<bool> {
 }
 
 /// Puts an image into the cluster's node.
-pub(crate) fn load(progress: &Progress, archive: &Path) -> Result<()> {
+pub fn load(progress: &Progress, archive: &Path) -> Result<()> {
     let mut load = kind(&["load", "image-archive", "--name", NAME])?;
     load.arg(archive);
     progress.run(load).map(drop)
 }
 
 /// Gives an image of the cluster's node a second name.
-pub(crate) fn tag(name: &str, other: &str) -> Result<()> {
+pub fn tag(name: &str, other: &str) -> Result<()> {
     let tag = ["exec", NODE, "ctr", "--namespace", "k8s.io", "images", "tag", "--force", name, other];
     daemon::run_ok(docker(&tag), ANSWER_LIMIT).map(drop)
 }

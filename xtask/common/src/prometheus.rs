@@ -1,5 +1,7 @@
 //! A real Prometheus with the real rules, and what it says of alerts.
 
+pub mod scale;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
@@ -9,56 +11,66 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use harness::install;
+use harness::servers::{daemon, ports};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use tests::install;
-use tests::servers::{daemon, ports};
 
-use super::scale;
 use crate::steps::Progress;
+
+/// The rules as they are shipped, from the clone's top.
+pub const RULES: &str = "deploy/prometheus/rules";
+
+/// The alerts that only a cluster can show, and the check of `cargo xtask e2e` that sees them fire and resolve.
+pub const ON_A_CLUSTER: (&str, [&str; 5]) = (
+    "alerts",
+    [
+        "ChatServiceCrashLooping",
+        "ChatServiceHpaAtLimit",
+        "ChatServiceMigrationFailed",
+        "ChatServiceReplicasUnavailable",
+        "ChatServiceRolloutStuck",
+    ],
+);
 
 const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-pub(crate) struct Prometheus {
+#[derive(Debug)]
+pub struct Prometheus {
     child: Child,
     port: u16,
 }
 
 /// What one scrape job asks, in Prometheus's own notation.
 #[derive(Debug)]
-pub(crate) struct ScrapeJob(pub(crate) Value);
+pub struct ScrapeJob(pub Value);
 
 /// One firing alert: its name, and the labels that tell it from its like.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Alert {
-    pub(crate) name: String,
-    pub(crate) namespace: String,
+pub struct Alert {
+    pub name: String,
+    pub namespace: String,
     severity: String,
     window: String,
 }
 
 impl Alert {
     /// Whether it is what a drill calls `key`, in this namespace.
-    pub(crate) fn is(&self, key: &str, namespace: &str) -> bool {
+    pub fn is(&self, key: &str, namespace: &str) -> bool {
         self.namespace == namespace && scale::is(key, &self.name, [&self.severity, &self.window])
     }
 
     /// Its name, with its window if it has one.
-    pub(crate) fn shown(&self) -> String {
+    pub fn shown(&self) -> String {
         format!("{} {}", self.name, self.window).trim_end().to_owned()
     }
 }
 
 impl Prometheus {
     /// Starts one with the rule files on the faster clock. Its files are in `dir`.
-    pub(crate) fn start(
-        progress: &Progress,
-        dir: &Path,
-        rules: &[PathBuf],
-        jobs: Vec<ScrapeJob>,
-    ) -> Result<Self> {
+    pub fn start(progress: &Progress, dir: &Path, rules: &[PathBuf], jobs: Vec<ScrapeJob>) -> Result<Self> {
         let programs = install::ensure_prometheus(|line| progress.note(line))?;
         let scaled = scale::write(rules, &dir.join("rules"))?;
         check(progress, &programs.promtool, &scaled)?;
@@ -79,13 +91,7 @@ impl Prometheus {
     }
 
     /// Starts the program with this configuration, whose paths are absolute. Its files are in `dir`.
-    pub(crate) fn launch(
-        server: &Path,
-        dir: &Path,
-        config: &str,
-        port: u16,
-        arguments: &[String],
-    ) -> Result<Self> {
+    pub fn launch(server: &Path, dir: &Path, config: &str, port: u16, arguments: &[String]) -> Result<Self> {
         let file = dir.join("prometheus.yaml");
         fs::write(&file, config).with_context(|| format!("write {}", file.display()))?;
         let log = dir.join("prometheus.log");
@@ -109,12 +115,12 @@ impl Prometheus {
         Ok(prometheus)
     }
 
-    pub(crate) fn url(&self) -> String {
+    pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }
 
     /// Every alert whose condition holds now, and whether it fires already.
-    pub(crate) fn active(&self) -> Result<BTreeMap<Alert, bool>> {
+    pub fn active(&self) -> Result<BTreeMap<Alert, bool>> {
         let answer = self.get("/api/v1/alerts")?;
         let alerts = answer["data"]["alerts"].as_array().context("no alerts in the answer")?;
         let mut active = BTreeMap::new();
@@ -132,7 +138,7 @@ impl Prometheus {
     }
 
     /// Fails with the name of a rule that cannot be evaluated.
-    pub(crate) fn rules_are_healthy(&self) -> Result<()> {
+    pub fn rules_are_healthy(&self) -> Result<()> {
         let answer = self.get("/api/v1/rules")?;
         let groups = answer["data"]["groups"].as_array().context("no rule groups")?;
         for rule in groups.iter().flat_map(|group| group["rules"].as_array().into_iter().flatten()) {
@@ -142,7 +148,7 @@ impl Prometheus {
     }
 
     /// Waits until everything that it should scrape answers.
-    pub(crate) fn await_targets(&self, limit: Duration) -> Result<()> {
+    pub fn await_targets(&self, limit: Duration) -> Result<()> {
         let mut down = String::new();
         let up = daemon::poll(limit, || {
             let answer = self.get("/api/v1/targets?state=active")?;
@@ -162,7 +168,7 @@ impl Prometheus {
 }
 
 /// Asks the Prometheus on this port, in HTTP/1.0, so that the answer is not chunked.
-pub(crate) fn get(port: u16, path: &str) -> Result<Value> {
+pub fn get(port: u16, path: &str) -> Result<Value> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let mut stream = TcpStream::connect_timeout(&address, ANSWER_LIMIT)?;
     stream.set_read_timeout(Some(ANSWER_LIMIT))?;
@@ -197,7 +203,7 @@ fn check(progress: &Progress, promtool: &Path, rules: &[PathBuf]) -> Result<()> 
 
 /// When which alert began and ended to fire, as seen by asking again and again.
 #[derive(Debug)]
-pub(crate) struct History {
+pub struct History {
     started: Instant,
     fired: BTreeMap<Alert, Vec<Firing>>,
 }
@@ -215,11 +221,11 @@ struct Firing {
 const CALM: Duration = Duration::from_secs(4);
 
 impl History {
-    pub(crate) fn new() -> Self {
+    pub fn new() -> Self {
         Self { started: Instant::now(), fired: BTreeMap::new() }
     }
 
-    pub(crate) fn add(&mut self, active: &BTreeMap<Alert, bool>) {
+    pub fn add(&mut self, active: &BTreeMap<Alert, bool>) {
         let now = Instant::now();
         for (alert, fires) in active {
             let firings = self.fired.entry(alert.clone()).or_default();
@@ -241,17 +247,12 @@ impl History {
     }
 
     /// Whether it fires now, or did a moment ago.
-    pub(crate) fn fires(&self, key: &str, namespace: &str) -> bool {
+    pub fn fires(&self, key: &str, namespace: &str) -> bool {
         self.of(key, namespace).any(|firing| firing.end().is_none())
     }
 
     /// When this alert first fired in the namespace after this moment, and when all of it had ended, if it has.
-    pub(crate) fn since(
-        &self,
-        moment: Instant,
-        key: &str,
-        namespace: &str,
-    ) -> Option<(Instant, Option<Instant>)> {
+    pub fn since(&self, moment: Instant, key: &str, namespace: &str) -> Option<(Instant, Option<Instant>)> {
         let firings: Vec<_> = self.of(key, namespace).filter(|firing| firing.from >= moment).collect();
         let from = firings.iter().map(|firing| firing.from).min()?;
         let ends: Option<Vec<Instant>> = firings.iter().map(|firing| firing.end()).collect();
@@ -259,14 +260,14 @@ impl History {
     }
 
     /// All that fired in the namespace after this moment.
-    pub(crate) fn all_since(&self, moment: Instant, namespace: &str) -> Vec<&Alert> {
+    pub fn all_since(&self, moment: Instant, namespace: &str) -> Vec<&Alert> {
         let ours = self.fired.iter().filter(|(alert, _)| alert.namespace == namespace);
         ours.filter(|(_, firings)| firings.iter().any(|firing| firing.from >= moment))
             .map(|(alert, _)| alert)
             .collect()
     }
 
-    pub(crate) fn elapsed(&self) -> Duration {
+    pub fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
 }

@@ -15,7 +15,7 @@ const SAME_WISH: Duration = Duration::from_secs(1);
 static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// From here on a signal no longer ends the process by itself.
-pub(crate) fn listen() -> Result<()> {
+pub fn listen() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     thread::spawn(move || {
         let mut first = None;
@@ -29,12 +29,12 @@ pub(crate) fn listen() -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn asked_to_end() -> bool {
+pub fn asked_to_end() -> bool {
     ASKED.load(Ordering::Relaxed)
 }
 
 /// For the space between two steps.
-pub(crate) fn check() -> Result<()> {
+pub fn check() -> Result<()> {
     if asked_to_end() {
         bail!("interrupted");
     }

@@ -1,7 +1,7 @@
 //! One step of a command: a line while it runs and a line when it is done, its time, and when it fails the end of
 //! what it said with the way to mend it.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, PipeReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -9,19 +9,21 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use harness::servers::daemon;
 use indicatif::{ProgressBar, ProgressStyle};
-use rustix::process::{Pid, Signal, kill_process_group};
-use tests::servers::daemon;
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 use crate::{dry_run, signals, workspace};
 
 /// No step takes nearly as long, even from an empty target directory on a small machine.
 const STEP_LIMIT: Duration = Duration::from_secs(3600);
+/// Names the file in which a command that another includes leaves its counts.
+const COUNTS: &str = "XTASK_COUNTS";
 const NAME_WIDTH: usize = 24;
 const TAIL_LINES: usize = 60;
 
 /// Runs one step under a progress line.
-pub(crate) fn step<T>(name: &str, work: impl FnOnce(&Progress) -> Result<T>) -> Result<T> {
+pub fn step<T>(name: &str, work: impl FnOnce(&Progress) -> Result<T>) -> Result<T> {
     signals::check()?;
     let progress = Progress::start(name);
     let outcome = work(&progress);
@@ -31,14 +33,14 @@ pub(crate) fn step<T>(name: &str, work: impl FnOnce(&Progress) -> Result<T>) -> 
 
 /// Counts checks: each step is one, a test run counts its tests.
 #[derive(Debug, Default)]
-pub(crate) struct Tally {
-    pub(crate) passed: u64,
-    pub(crate) failed: u64,
+pub struct Tally {
+    pub passed: u64,
+    pub failed: u64,
 }
 
 impl Tally {
     /// Runs a step that counts as one check. A failure is shown with its fix and does not end the command.
-    pub(crate) fn check<T>(
+    pub fn check<T>(
         &mut self,
         name: &str,
         fix: &str,
@@ -62,11 +64,38 @@ impl Tally {
         }
     }
 
-    /// The closing line that CI reads.
-    pub(crate) fn close(&self) -> std::process::ExitCode {
+    /// Runs one of our own commands, whose checks count among these. It has the terminal meanwhile.
+    pub fn include(&mut self, mut command: Command) -> Result<()> {
+        signals::check()?;
+        let counts = workspace::log_file("counts")?;
+        let _ = fs::remove_file(&counts);
+        let mut child = command.env(COUNTS, &counts).stdin(Stdio::null()).spawn()?;
+        while child.try_wait()?.is_none() {
+            if signals::asked_to_end() {
+                // Ctrl-C has reached it, too; twice within a second counts as once.
+                let _ = kill_process(Pid::from_child(&child), Signal::TERM);
+                child.wait()?;
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        let text = fs::read_to_string(&counts).unwrap_or_default();
+        let (passed, failed) = text.split_once(' ').context("it ended early, see above")?;
+        self.passed += passed.parse::<u64>()?;
+        self.failed += failed.parse::<u64>()?;
+        Ok(())
+    }
+
+    /// The closing line that CI reads, or for the command that includes this one a file.
+    pub fn close(&self) -> std::process::ExitCode {
         if signals::asked_to_end() {
             println!("  interrupted");
             return std::process::ExitCode::from(130);
+        }
+        if let Some(file) = std::env::var_os(COUNTS) {
+            // Without it, that command counts a failure.
+            let _ = fs::write(file, format!("{} {}", self.passed, self.failed));
+            return std::process::ExitCode::from(u8::from(self.failed > 0));
         }
         println!("\n{} passed, {} failed", self.passed, self.failed);
         std::process::ExitCode::from(u8::from(self.failed > 0))
@@ -74,7 +103,8 @@ impl Tally {
 }
 
 /// The line of a running step.
-pub(crate) struct Progress {
+#[derive(Debug)]
+pub struct Progress {
     name: String,
     bar: ProgressBar,
     started: Instant,
@@ -117,14 +147,14 @@ impl Progress {
     }
 
     /// What the step is at.
-    pub(crate) fn say(&self, line: &str) {
+    pub fn say(&self, line: &str) {
         // Escape sequences would survive the bar's shortening only by half.
         let plain: String = line.chars().filter(|c| !c.is_control()).collect();
         self.bar.set_message(plain);
     }
 
     /// A line that stays.
-    pub(crate) fn note(&self, line: &str) {
+    pub fn note(&self, line: &str) {
         if dry_run::is_on() {
             println!("# {line}");
         } else if self.bar.is_hidden() {
@@ -138,12 +168,12 @@ impl Progress {
 
     /// Runs a command to its end and returns its output. The whole of it is kept in a file that a failure names. A dry
     /// run prints the command, and returns nothing.
-    pub(crate) fn run(&self, command: Command) -> Result<String> {
+    pub fn run(&self, command: Command) -> Result<String> {
         self.run_counted(command, |_| ())
     }
 
     /// As [`Self::run`], and each line is shown to `see` as it comes, also those of a command that fails later.
-    pub(crate) fn run_counted(&self, mut command: Command, see: impl FnMut(&str)) -> Result<String> {
+    pub fn run_counted(&self, mut command: Command, see: impl FnMut(&str)) -> Result<String> {
         if dry_run::is_on() {
             println!("{}", dry_run::shell_line(&command));
             return Ok(String::new());

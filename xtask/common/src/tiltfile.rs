@@ -17,70 +17,70 @@ const PROGRAM: GoTool =
 
 /// What Tilt would do.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Plan {
-    pub(crate) resources: Vec<Unit>,
-    pub(crate) images: Vec<Image>,
-    pub(crate) charts: Vec<Chart>,
+pub struct Plan {
+    pub resources: Vec<Unit>,
+    pub images: Vec<Image>,
+    pub charts: Vec<Chart>,
     /// As kubectl names them: `kind/name`.
-    pub(crate) objects: Vec<String>,
-    pub(crate) manifests: Vec<Value>,
+    pub objects: Vec<String>,
+    pub manifests: Vec<Value>,
 }
 
 /// One of Tilt's resources.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Unit {
-    pub(crate) name: String,
+pub struct Unit {
+    pub name: String,
     #[serde(default)]
-    pub(crate) needs: Vec<String>,
+    pub needs: Vec<String>,
     /// `Kind/name`.
     #[serde(default)]
-    pub(crate) objects: Vec<String>,
+    pub objects: Vec<String>,
     #[serde(default)]
-    pub(crate) command: Vec<String>,
-    pub(crate) auto: bool,
+    pub command: Vec<String>,
+    pub auto: bool,
 }
 
 #[derive(Debug, Deserialize)]
-pub(crate) struct Image {
+pub struct Image {
     #[serde(rename = "ref")]
-    pub(crate) name: String,
-    pub(crate) command: Vec<String>,
-    pub(crate) skips_local_docker: bool,
+    pub name: String,
+    pub command: Vec<String>,
+    pub skips_local_docker: bool,
 }
 
 #[derive(Debug, Deserialize)]
-pub(crate) struct Chart {
-    pub(crate) path: String,
-    pub(crate) values: Vec<String>,
+pub struct Chart {
+    pub path: String,
+    pub values: Vec<String>,
 }
 
 /// As what Tilt is run.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Scenario<'a> {
-    pub(crate) context: &'a str,
-    pub(crate) namespace: &'a str,
+pub struct Scenario<'a> {
+    pub context: &'a str,
+    pub namespace: &'a str,
     /// `up` or `ci`.
-    pub(crate) subcommand: &'a str,
+    pub subcommand: &'a str,
     /// What `uname -s` says.
-    pub(crate) system: &'a str,
-    pub(crate) arguments: &'a [&'a str],
+    pub system: &'a str,
+    pub arguments: &'a [&'a str],
 }
 
 impl Scenario<'_> {
     /// `tilt up` on Linux.
-    pub(crate) fn up(context: &str) -> Scenario<'_> {
+    pub fn up(context: &str) -> Scenario<'_> {
         Scenario { context, namespace: "default", subcommand: "up", system: "Linux", arguments: &[] }
     }
 }
 
 impl Plan {
-    pub(crate) fn unit(&self, name: &str) -> Result<&Unit> {
+    pub fn unit(&self, name: &str) -> Result<&Unit> {
         self.resources.iter().find(|unit| unit.name == name).with_context(|| format!("no resource {name}"))
     }
 }
 
 /// Executes a Tiltfile as if it were the one at the clone's top.
-pub(crate) fn plan(progress: &Progress, helm: &Path, file: &Path, scenario: Scenario<'_>) -> Result<Plan> {
+pub fn plan(progress: &Progress, helm: &Path, file: &Path, scenario: Scenario<'_>) -> Result<Plan> {
     let mut command = Command::new(PROGRAM.build(progress)?);
     command.arg("-helm").arg(helm).current_dir(workspace::root());
     command.args(["-context", scenario.context, "-namespace", scenario.namespace]);

@@ -10,25 +10,18 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use harness::places;
+use harness::servers::{daemon, ports};
 use serde_json::json;
-use tests::places;
-use tests::servers::{daemon, ports};
 
-use super::stage::{DEPLOYMENT, NAMESPACE, Stage};
-use crate::drill::prometheus::{History, Prometheus, ScrapeJob};
-use crate::go_tools::GoTool;
-use crate::rules::RULES;
-use crate::steps::Progress;
-use crate::{signals, workspace};
+use crate::stage::{DEPLOYMENT, NAMESPACE, Stage};
+use common::go_tools::GoTool;
+use common::prometheus::RULES;
+use common::prometheus::{History, ON_A_CLUSTER, Prometheus, ScrapeJob};
+use common::steps::Progress;
+use common::{signals, workspace};
 
-/// What [`all()`] drills.
-pub(super) const ALERTS: [&str; 5] = [
-    "ChatServiceCrashLooping",
-    "ChatServiceHpaAtLimit",
-    "ChatServiceMigrationFailed",
-    "ChatServiceReplicasUnavailable",
-    "ChatServiceRolloutStuck",
-];
+const ALERTS: [&str; 5] = ON_A_CLUSTER.1;
 
 const KUBE_STATE_METRICS: GoTool = GoTool {
     name: "kube-state-metrics",

@@ -3,15 +3,15 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use harness::http::Client;
 use kube::ResourceExt;
 use serde_json::json;
-use tests::history::http::Client;
 
-use super::load::{PASSWORD, ask, expect};
-use super::stage::{DEPLOYMENT, IMAGES, NAMESPACE, RELEASE, ROLLOUT_LIMIT, SERVER, Stage};
 use crate::kubernetes::{is_ready, no_warnings};
-use crate::steps::Progress;
-use crate::test::chart;
+use crate::stage::{DEPLOYMENT, IMAGES, NAMESPACE, RELEASE, ROLLOUT_LIMIT, SERVER, Stage};
+use common::chart;
+use common::conversation::{PASSWORD, ask, expect};
+use common::steps::Progress;
 
 /// Every combination of values, rendered and accepted by the real API server, definitions of other vendors included.
 pub(super) fn values_files(stage: &mut Stage, progress: &Progress) -> Result<()> {

@@ -4,13 +4,13 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use tests::history::http::Client;
-use tests::servers::daemon;
+use harness::http::Client;
+use harness::servers::daemon;
 
-use super::load::ask;
-use super::stage::{DEPLOYMENT, NAMESPACE, POSTGRES, REDIS, ROLLOUT_LIMIT, SERVER, Stage};
 use crate::kubernetes::is_ready;
-use crate::steps::Progress;
+use crate::stage::{DEPLOYMENT, NAMESPACE, POSTGRES, REDIS, ROLLOUT_LIMIT, SERVER, Stage};
+use common::conversation::ask;
+use common::steps::Progress;
 
 /// Readiness falls, nothing is restarted, and it comes back by itself with every message.
 pub(super) fn postgres_killed(stage: &mut Stage, progress: &Progress) -> Result<()> {

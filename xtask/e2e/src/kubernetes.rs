@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use harness::servers::daemon;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
 use k8s_openapi::api::core::v1::{Event, Node, Pod, Secret};
@@ -18,10 +19,9 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::wait::await_condition;
 use kube::{Api, Client, Config, Resource, ResourceExt};
 use serde_json::Value;
-use tests::servers::daemon;
 use tokio::runtime::Runtime;
 
-use crate::signals;
+use common::signals;
 
 pub(crate) use forward::Forward;
 

@@ -4,7 +4,7 @@
 mod alerts;
 mod checks;
 mod faults;
-pub(crate) mod load;
+mod kubernetes;
 mod procedures;
 mod readme;
 mod stage;
@@ -13,37 +13,13 @@ mod tilt;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::ValueEnum;
+use clap::Parser;
 
-use crate::steps::{Progress, Tally, step};
-use crate::{cluster, kind, signals};
+use common::args::{E2e as Args, Provider};
+use common::prometheus::ON_A_CLUSTER;
+use common::steps::{Progress, Tally, step};
+use common::{cluster, kind, signals};
 use stage::Stage;
-
-#[derive(clap::Args)]
-#[command(after_help = "Examples:
-  cargo xtask e2e                      all of it, on a cluster of its own
-  cargo xtask e2e --only upgrade --keep    one check, and the cluster stays
-  cargo xtask e2e --same-image         after a change of the chart alone")]
-pub(crate) struct Args {
-    /// Where to run; kind where a Docker engine answers, else a node of our own
-    #[arg(long)]
-    provider: Option<Provider>,
-    /// Leave the cluster and what is installed
-    #[arg(long)]
-    keep: bool,
-    /// Use the image of the last run instead of building one
-    #[arg(long)]
-    same_image: bool,
-    /// Only the checks with this in their name; the installation always comes first
-    #[arg(long, value_name = "NAME")]
-    only: Option<String>,
-}
-
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Provider {
-    Kind,
-    Cluster,
-}
 
 type Check = fn(&mut Stage, &Progress) -> Result<()>;
 
@@ -68,28 +44,31 @@ const CHECKS: [(&str, Check); 23] = [
     ("broken image", faults::broken_image),
     ("bad value", faults::bad_value),
     ("autoscaling", checks::autoscaling),
-    (ALERTS.0, alerts::all),
+    (ON_A_CLUSTER.0, alerts::all),
     ("backup and restore", procedures::backup_and_restore),
     ("tilt loop", tilt::tilt_loop),
     ("uninstall", procedures::uninstall),
 ];
 
-/// The check that sees alerts fire and resolve, and which: what only a cluster can show.
-pub(crate) const ALERTS: (&str, &[&str]) = ("alerts", &alerts::ALERTS);
-
 /// Without these the others have nothing to look at.
 const ALWAYS: &str = "install";
 
-pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    signals::listen()?;
-    let mut tally = Tally::default();
-    all(&mut tally, args)?;
-    Ok(tally.close())
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
+enum Cli {
+    E2e(Args),
 }
 
-/// What CI runs.
-pub(crate) fn everything(tally: &mut Tally) -> Result<()> {
-    all(tally, &Args { provider: None, keep: false, same_image: false, only: None })
+fn main() -> ExitCode {
+    let Cli::E2e(args) = Cli::parse();
+    let mut tally = Tally::default();
+    match signals::listen().and_then(|()| all(&mut tally, &args)) {
+        Ok(()) => tally.close(),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn all(tally: &mut Tally, args: &Args) -> Result<()> {

@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use tests::history::http::Client;
+use harness::http::Client;
 
-use super::load::ask;
-use super::stage::{DEPLOYMENT, NAMESPACE, Stage};
-use crate::steps::Progress;
+use crate::stage::{DEPLOYMENT, NAMESPACE, Stage};
+use common::conversation::ask;
+use common::steps::Progress;
 
 /// The blocks of `## Rotate`, in their order.
 const SIGNING_KEY: usize = 0;
@@ -135,7 +135,7 @@ fn me(stage: &Stage, token: &str) -> Result<u16> {
 
 impl Stage {
     fn rolled_out(&self) -> Result<()> {
-        self.kubernetes.rolled_out(DEPLOYMENT, super::stage::ROLLOUT_LIMIT)?;
+        self.kubernetes.rolled_out(DEPLOYMENT, crate::stage::ROLLOUT_LIMIT)?;
         self.await_old_pods_gone()
     }
 }

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
-use crate::workspace;
+use common::workspace;
 
 /// The shell commands of a section, block by block.
 pub(super) fn blocks(section: &str) -> Result<Vec<String>> {

@@ -10,14 +10,15 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use tests::servers::daemon;
+use harness::servers::daemon;
 
-use super::load::{self, Pair, Report};
-use super::{Provider, readme};
 use crate::kubernetes::Kubernetes;
-use crate::steps::{Progress, step};
-use crate::test::chart::HELM;
-use crate::{cluster, image, kind, workspace};
+use crate::readme;
+use common::args::Provider;
+use common::chart::HELM;
+use common::conversation::{self as load, Pair, Report};
+use common::steps::{Progress, step};
+use common::{cluster, image, kind, workspace};
 
 /// The README's is `chat`, which may be somebody's.
 pub(super) const NAMESPACE: &str = "chat-e2e";
@@ -29,7 +30,7 @@ pub(super) const SERVER: &str = "app.kubernetes.io/instance=chat,app.kubernetes.
 /// The same program under two names: to Kubernetes, two images.
 pub(super) const IMAGES: [&str; 2] = ["e2e-1", "e2e-2"];
 
-const VALUES: &str = "xtask/src/e2e/values.yaml";
+const VALUES: &str = "xtask/e2e/src/values.yaml";
 const WATCH_EVERY: Duration = Duration::from_secs(2);
 const PAIRS: usize = 3;
 const PAUSE: Duration = Duration::from_millis(10);
@@ -49,7 +50,7 @@ pub(super) struct Stage {
 /// The image under both names.
 fn put_image(progress: &Progress, provider: Provider, same: bool) -> Result<()> {
     let name = |tag: &str| format!("docker.io/library/chat-service:{tag}");
-    let archive = tests::places::target_dir()?.join(format!("image/chat-service-{}.tar", IMAGES[0]));
+    let archive = harness::places::target_dir()?.join(format!("image/chat-service-{}.tar", IMAGES[0]));
     if !same || !archive.exists() {
         image::build(&image::Options::tagged(IMAGES[0]), progress)?;
     }
@@ -137,7 +138,7 @@ impl Stage {
         );
         let script = script.replace("--namespace chat", &format!("--namespace {NAMESPACE}"));
         // Files that it writes are not the clone's.
-        let dir = tests::Scratch::new("readme")?;
+        let dir = harness::Scratch::new("readme")?;
         let chart = workspace::root().join("helm");
         let script = format!("cd '{}'\n{}", dir.path().display(), script)
             .replace("helm/chat-service", &chart.join("chat-service").to_string_lossy());
@@ -148,7 +149,7 @@ impl Stage {
     pub(super) fn follow_readme_section(&self, progress: &Progress, section: &str) -> Result<()> {
         let all = readme::blocks(section)?.concat();
         ensure!(!all.is_empty(), "the README has no section {section}");
-        let dir = tests::Scratch::new("readme")?;
+        let dir = harness::Scratch::new("readme")?;
         let chart = workspace::root().join("helm/chat-service");
         let script = all
             .replace("--namespace chat", &format!("--namespace {NAMESPACE}"))
@@ -294,7 +295,7 @@ impl Stage {
     }
 
     fn is_healthy(&self) -> bool {
-        let mut client = tests::history::http::Client::new(self.address);
+        let mut client = harness::http::Client::new(self.address);
         let answer = client.request("GET", "/healthz", &[], "", Duration::from_secs(5));
         answer.is_ok_and(|answer| answer.status == 200)
     }
@@ -327,7 +328,7 @@ impl Stage {
     }
 
     pub(super) fn scratch_file(name: &str, text: &str) -> Result<PathBuf> {
-        let path = tests::places::target_dir()?.join("xtask").join(name);
+        let path = harness::places::target_dir()?.join("xtask").join(name);
         fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
         Ok(path)
     }

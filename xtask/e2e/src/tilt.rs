@@ -3,12 +3,12 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::Provider;
-use super::stage::Stage;
 use crate::kubernetes::no_warnings;
-use crate::steps::Progress;
-use crate::tiltfile::{Plan, Scenario, plan};
-use crate::{cluster, kind, workspace};
+use crate::stage::Stage;
+use common::args::Provider;
+use common::steps::Progress;
+use common::tiltfile::{Plan, Scenario, plan};
+use common::{cluster, kind, workspace};
 
 /// Beside the release that the other checks look at.
 const NAMESPACE: &str = "chat-tilt-e2e";

@@ -8,8 +8,8 @@
 mod cpu;
 mod measures;
 mod reference;
-mod rig;
 mod scaling;
+mod setup;
 mod tracing;
 
 use std::path::{Path, PathBuf};
@@ -17,46 +17,17 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use clap::Args as ClapArgs;
-use tests::servers;
+use harness::servers;
 
-use crate::steps::step;
-use crate::test::traces::COLLECTOR;
-use crate::{go_tools, workspace};
+use common::args::Bench as Args;
+use common::go_tools::COLLECTOR;
+use common::steps::step;
+use common::{go_tools, workspace};
 
-use rig::Rig;
+use setup::Rig;
 
 /// Users in pairs: one conversation for each of up to 256 connections.
 const USERS: usize = 512;
-
-#[derive(ClapArgs)]
-#[command(after_help = "Examples:
-  cargo xtask bench                        all of it, about ten minutes on a quiet machine
-  cargo xtask bench --only send,messages   two of the measurements
-  cargo xtask bench --only send --rounds 3 --seconds 2 --json")]
-pub(crate) struct Args {
-    /// Only these: send, messages, tracing, login, storm, startup, memory, connections, replicas, conversations, depth
-    #[arg(long, value_name = "NAME", value_delimiter = ',')]
-    only: Vec<String>,
-    /// Measure this build instead of a fresh one, to compare two
-    #[arg(long, value_name = "PATH")]
-    binary: Option<PathBuf>,
-    /// Print JSON instead of the table
-    #[arg(long)]
-    json: bool,
-    /// Turns of each pair
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=50))]
-    rounds: u32,
-    /// Seconds of each measurement
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=120))]
-    seconds: u64,
-}
-
-impl Args {
-    fn wants(&self, name: &str) -> bool {
-        self.only.is_empty() || self.only.iter().any(|only| only == name)
-    }
-}
 
 /// One row of the table.
 pub(crate) struct Row {
@@ -111,8 +82,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             bail!("--only {name}: there is no such measurement; choose among {}", known.join(", "));
         }
     }
-    tests::install::ensure_programs(|what| println!("{what}"))?;
-    let dir = tests::places::target_dir()?.join("bench");
+    harness::install::ensure_programs(|what| println!("{what}"))?;
+    let dir = harness::places::target_dir()?.join("bench");
     servers::clear(&dir)?;
     std::fs::create_dir_all(&dir)?;
     let binary = match &args.binary {
@@ -157,8 +128,8 @@ fn collector(args: &Args) -> Result<Option<PathBuf>> {
 fn release_build() -> Result<PathBuf> {
     let mut build = Command::new(env!("CARGO"));
     build.args(["build", "--quiet", "--release", "--package", "chat-service"]).env("SQLX_OFFLINE", "true");
-    rig::output(build.current_dir(workspace::root()))?;
-    Ok(tests::places::target_dir()?.join("release").join("chat-service"))
+    setup::output(build.current_dir(workspace::root()))?;
+    Ok(harness::places::target_dir()?.join("release").join("chat-service"))
 }
 
 impl Goal {

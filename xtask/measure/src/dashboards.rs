@@ -19,8 +19,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{signals, workspace};
 use check::Scope;
+use common::args::Dashboards as Args;
+use common::{signals, workspace};
 use model::Dashboard;
 
 /// Where the chart finds them.
@@ -28,27 +29,7 @@ const CHART_FOLDER: &str = "helm/chat-service/files/dashboards";
 pub(crate) const FOLDER: &str = "deploy/grafana";
 const FROM_FOLDER_TO_CHART: &str = "../../helm/chat-service/files/dashboards";
 
-#[derive(clap::Args)]
-#[command(after_help = "Examples:
-  cargo xtask dashboards               after a change in xtask/src/dashboards: write the JSON files
-  cargo xtask dashboards --check http://127.0.0.1:9090")]
-pub(crate) struct Args {
-    /// Instead of writing the files, ask this Prometheus every panel's query and list those without data
-    #[arg(long, value_name = "URL")]
-    check: Option<String>,
-    /// With --check: how far to look back, in seconds
-    #[arg(long, default_value_t = 900, value_name = "N", requires = "check")]
-    seconds: u64,
-    /// With --check: the namespace, as a regular expression
-    #[arg(long, default_value = ".*", value_name = "RE", requires = "check")]
-    namespace: String,
-    /// With --check: also the panels that need more than the service's own metrics
-    #[arg(long, requires = "check")]
-    cluster: bool,
-}
-
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    signals::listen()?;
     let Some(url) = &args.check else {
         write()?;
         return Ok(ExitCode::SUCCESS);
@@ -112,7 +93,7 @@ pub(crate) fn compare() -> Result<()> {
     let root = workspace::root();
     for (path, text) in files()? {
         let committed = fs::read_to_string(root.join(&path)).unwrap_or_default();
-        ensure!(committed == text, "{} is not what xtask/src/dashboards makes of it", path.display());
+        ensure!(committed == text, "{} is not what xtask/measure/src/dashboards makes of it", path.display());
     }
     for (path, target) in links() {
         let committed = fs::read_link(root.join(&path)).ok();

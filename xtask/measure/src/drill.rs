@@ -4,9 +4,7 @@
 
 mod collector;
 mod faults;
-pub(crate) mod prometheus;
-mod rig;
-pub(crate) mod scale;
+mod scene;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,33 +16,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use tests::{install, places};
+use harness::{install, places};
 
 use crate::dashboards::check::{self, Scope};
-use crate::e2e;
-use crate::rules::{self, RULES, Rule};
-use crate::steps::{Progress, Tally};
-use crate::workspace::offline_cargo;
-use crate::{signals, workspace};
+use crate::rules::{self, Rule};
+use common::args::Drill as Args;
+use common::prometheus::{self, History, ON_A_CLUSTER, Prometheus, RULES, scale};
+use common::steps::{Progress, Tally};
+use common::workspace::offline_cargo;
+use common::{signals, workspace};
 use faults::{DRILLS, Drill, Lane};
-use prometheus::{History, Prometheus};
-use rig::{Rig, lock};
-
-#[derive(clap::Args)]
-#[command(after_help = "Examples:
-  cargo xtask drill                                   every alert: about five minutes
-  cargo xtask drill ChatServicePostgresDown --keep    one, and then look at its Prometheus
-  cargo xtask drill --list                            which fault fires which alert")]
-pub(crate) struct Args {
-    /// Only the drill of this alert
-    alert: Option<String>,
-    /// Name every alert with its fault, and start nothing
-    #[arg(long)]
-    list: bool,
-    /// When all is done, leave everything running until Ctrl-C
-    #[arg(long)]
-    keep: bool,
-}
+use scene::{Rig, lock};
 
 /// Alerts that nobody has seen fire: those on the kubelet's volumes, which are as full as the disk of the machine.
 const UNIT_TEST_ONLY: [&str; 1] = ["ChatServiceVolumeFilling"];
@@ -79,7 +61,6 @@ struct Show<'a> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    signals::listen()?;
     if args.list {
         list()?;
         return Ok(ExitCode::SUCCESS);
@@ -89,29 +70,39 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(tally.close())
 }
 
-/// What CI runs.
-pub(crate) fn everything(tally: &mut Tally) -> Result<()> {
-    play(tally, &Args { alert: None, list: false, keep: false })
-}
-
 /// Fails with the names of alerts that nothing proves, and of drills whose alerts are gone.
 fn check_coverage() -> Result<()> {
     let mut rules = rules::all()?;
     rules.retain(|rule| rule.alert.is_some());
     let local = DRILLS.iter().flat_map(|drill| drill.alerts);
-    let drilled: BTreeSet<&str> = local.chain(e2e::ALERTS.1).copied().collect();
+    let drilled: BTreeSet<&str> = local.chain(&ON_A_CLUSTER.1).copied().collect();
     // A bare name does for a rule that has no namesake.
     let proven = |rule: &Rule| {
         let namesakes = rules.iter().filter(|other| other.alert == rule.alert).count();
-        drilled.iter().any(|key| scale::is_of(key, rule) && (namesakes == 1 || key.contains(' ')))
-            || UNIT_TEST_ONLY.iter().any(|key| scale::is_of(key, rule))
+        drilled.iter().any(|key| is_of(key, rule) && (namesakes == 1 || key.contains(' ')))
+            || UNIT_TEST_ONLY.iter().any(|key| is_of(key, rule))
     };
-    let missing: Vec<String> = rules.iter().filter(|rule| !proven(rule)).map(scale::key).collect();
-    ensure!(missing.is_empty(), "no drill for {}: add one to xtask/src/drill/faults.rs", missing.join(", "));
+    let missing: Vec<String> = rules.iter().filter(|rule| !proven(rule)).map(key).collect();
+    ensure!(
+        missing.is_empty(),
+        "no drill for {}: add one to xtask/measure/src/drill/faults.rs",
+        missing.join(", ")
+    );
     let named = drilled.iter().copied().chain(UNIT_TEST_ONLY);
-    let gone: Vec<&str> = named.filter(|key| !rules.iter().any(|rule| scale::is_of(key, rule))).collect();
+    let gone: Vec<&str> = named.filter(|key| !rules.iter().any(|rule| is_of(key, rule))).collect();
     ensure!(gone.is_empty(), "{RULES} has no alerts {gone:?}, which are drilled or excused");
     Ok(())
+}
+
+/// How a drill calls an alert: `Name 1h` by its window if it has one, else `Name critical` by its severity.
+fn key(rule: &Rule) -> String {
+    let which = if rule.label("window").is_empty() { rule.label("severity") } else { rule.label("window") };
+    format!("{} {which}", rule.alert.as_deref().unwrap_or_default())
+}
+
+/// Whether `key` means this rule: `Name`, `Name 1h` or `Name critical`.
+fn is_of(key: &str, rule: &Rule) -> bool {
+    scale::is(key, rule.alert.as_deref().unwrap_or_default(), [rule.label("severity"), rule.label("window")])
 }
 
 fn list() -> Result<()> {
@@ -121,8 +112,8 @@ fn list() -> Result<()> {
             println!("  {alert:<36}{}", drill.fault);
         }
     }
-    for alert in e2e::ALERTS.1 {
-        println!("  {alert:<36}on a cluster: cargo xtask e2e --only {}", e2e::ALERTS.0);
+    for alert in ON_A_CLUSTER.1 {
+        println!("  {alert:<36}on a cluster: cargo xtask e2e --only {}", ON_A_CLUSTER.0);
     }
     for alert in UNIT_TEST_ONLY {
         println!("  {alert:<36}not drilled: unit test only");
@@ -134,7 +125,7 @@ fn list() -> Result<()> {
 fn chosen(alert: Option<&str>) -> Result<Vec<&'static Drill>> {
     let Some(alert) = alert else { return Ok(DRILLS.iter().collect()) };
     let means = |key: &str| key == alert || key.split_once(' ').is_some_and(|(name, _)| name == alert);
-    let (check, on_a_cluster) = e2e::ALERTS;
+    let (check, on_a_cluster) = ON_A_CLUSTER;
     ensure!(
         !on_a_cluster.contains(&alert),
         "only a cluster can show {alert}: cargo xtask e2e --only {check}"
@@ -206,7 +197,7 @@ fn check_panels(progress: &Progress, prometheus: &Prometheus, range: Duration) -
 fn clear(dir: &Path) -> Result<()> {
     for lane in Lane::ALL {
         for server in ["postgres", "redis"] {
-            tests::servers::clear(&dir.join(lane.namespace()).join(server))?;
+            harness::servers::clear(&dir.join(lane.namespace()).join(server))?;
         }
     }
     match fs::remove_dir_all(dir) {

@@ -7,10 +7,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use crate::workspace;
+use common::prometheus::RULES;
+use common::workspace;
 
-/// Where they are, from the clone's top.
-pub(crate) const RULES: &str = "deploy/prometheus/rules";
 pub(crate) const TESTS: &str = "deploy/prometheus/tests";
 
 /// A recording rule or an alert. Several alerts may have one name, and then differ in their window or severity.

@@ -7,35 +7,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
+use harness::{install, places};
 use tests::history::{self, Options, Report, check};
-use tests::{install, places};
 
-use crate::signals;
-use crate::steps::{Progress, Tally, step};
-use crate::workspace::offline_cargo;
-
-#[derive(clap::Args)]
-#[command(after_help = "Examples:
-  cargo xtask soak                     ten minutes of faults, each answer checked
-  cargo xtask soak --minutes 60        an hour
-  cargo xtask soak --seed 42           the choices of an earlier run")]
-pub(crate) struct Args {
-    /// How long faults happen
-    #[arg(long, default_value_t = 10.0, value_name = "N", value_parser = minutes)]
-    minutes: f64,
-    /// The same choices as in an earlier run; how they interleave differs
-    #[arg(long, value_name = "S")]
-    seed: Option<u64>,
-    /// Check this build instead of a fresh one
-    #[arg(long, value_name = "PATH")]
-    binary: Option<PathBuf>,
-    /// Check the checker: it has to find the fault of each build that is broken on purpose
-    #[arg(long, conflicts_with_all = ["minutes", "binary", "memory"])]
-    self_check: bool,
-    /// Instead of histories: more load than the queues hold, on a slow Postgres, has to end in 503s
-    #[arg(long)]
-    memory: bool,
-}
+use common::args::Soak as Args;
+use common::signals;
+use common::steps::{Progress, Tally, step};
+use common::workspace::offline_cargo;
 
 /// Every way to break the service that `service/src/sabotage.rs` knows. The first ones are found within seconds;
 /// the others only where a fault meets a window in use.
@@ -57,13 +35,7 @@ const SELF_CHECK_LIMIT: Duration = Duration::from_secs(300);
 /// By how much the memory of a replica may still grow in the last third of a run.
 const GROWTH_MAX: f64 = 0.1;
 
-fn minutes(text: &str) -> Result<f64, String> {
-    let minutes: f64 = text.parse().map_err(|_| "not a number of minutes".to_owned())?;
-    if (0.1..=1440.0).contains(&minutes) { Ok(minutes) } else { Err("choose 0.1 to 1440 minutes".to_owned()) }
-}
-
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    signals::listen()?;
     install::ensure_programs(|line| println!("{line}"))?;
     let seed = args.seed.unwrap_or_else(history::random_seed);
     if args.self_check {

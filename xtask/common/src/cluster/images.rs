@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use tests::servers::programs;
-use tests::{install, places};
+use harness::servers::programs;
+use harness::{install, places};
 
 use super::node;
 use crate::go_tools::GoTool;
@@ -34,7 +34,7 @@ pub(super) fn pause(progress: &Progress) -> Result<PathBuf> {
 }
 
 /// Puts stand-ins for the official Postgres and Redis images into the node; see `deploy/cluster/images/README.md`.
-pub(crate) fn stand_ins(progress: &Progress) -> Result<()> {
+pub fn stand_ins(progress: &Progress) -> Result<()> {
     install::ensure_programs(|line| progress.note(line))?;
     if programs::in_path("busybox").is_none() {
         install::install(&["busybox-static"])?;
@@ -57,7 +57,7 @@ pub(crate) fn stand_ins(progress: &Progress) -> Result<()> {
 }
 
 /// Loads an archive whose image goes by `name`.
-pub(crate) fn load(progress: &Progress, archive: &Path) -> Result<()> {
+pub fn load(progress: &Progress, archive: &Path) -> Result<()> {
     progress.say("into the node");
     let file = File::open(archive).with_context(|| format!("open {}", archive.display()))?;
     node::containerd(&["images", "import", "-"], Some(file))?;
@@ -65,7 +65,7 @@ pub(crate) fn load(progress: &Progress, archive: &Path) -> Result<()> {
 }
 
 /// Gives an image of the node a second name.
-pub(crate) fn tag(name: &str, other: &str) -> Result<()> {
+pub fn tag(name: &str, other: &str) -> Result<()> {
     node::containerd(&["images", "tag", "--force", name, other], None).map(drop)
 }
 

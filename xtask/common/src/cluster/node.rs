@@ -8,9 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use harness::places;
+use harness::servers::daemon;
 use rustix::process::{Flock, FlockType, Pid, Signal, fcntl_getlk, kill_process};
-use tests::places;
-use tests::servers::daemon;
 
 use super::{API, NODE_PORT};
 use crate::workspace;

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use tests::servers::programs;
-use tests::{install, places};
+use harness::servers::programs;
+use harness::{install, places};
 
 use super::{Options, Platform};
 use crate::steps::Progress;
@@ -19,18 +19,18 @@ const CARGO_HOME: &str = "/usr/local/cargo";
 
 /// The commit that is built.
 #[derive(Clone, Debug)]
-pub(crate) struct Origin {
+pub(super) struct Origin {
     /// The commit's hash, with `-dirty` where files were changed since.
-    pub(crate) revision: String,
+    pub revision: String,
     /// When it was committed, in seconds since 1970.
-    pub(crate) epoch: u64,
+    pub epoch: u64,
     /// The same in RFC 3339.
-    pub(crate) created: String,
+    pub created: String,
 }
 
 impl Origin {
     /// Sources without their history, as from an archive, have neither name nor time.
-    pub(crate) fn of_this_clone() -> Result<Self> {
+    pub(super) fn of_this_clone() -> Result<Self> {
         let describe = git::ask(&["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]);
         let Some(revision) = describe else {
             let created = "1970-01-01T00:00:00Z".to_owned();

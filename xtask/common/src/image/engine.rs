@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use tests::servers::{daemon, programs};
-use tests::{Scratch, install};
+use harness::servers::{daemon, programs};
+use harness::{Scratch, install};
 
 use super::binary::Origin;
 use super::{Image, Options};
@@ -18,7 +18,7 @@ use crate::workspace;
 const PROBE_LIMIT: Duration = Duration::from_secs(20);
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Engine {
+pub enum Engine {
     Docker,
     Podman,
     Buildah,

@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use ::tests::places;
-use ::tests::servers::daemon;
 use anyhow::{Context, Result, ensure};
+use harness::places;
+use harness::servers::daemon;
 use serde_json::{Value, json};
 
 use super::binary::{self, Origin};

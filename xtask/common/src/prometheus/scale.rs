@@ -21,36 +21,23 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::rules::Rule;
-
 /// By how much time passes faster.
-pub(crate) const FACTOR: u32 = 120;
+pub const FACTOR: u32 = 120;
 
 /// Of each replica.
-pub(crate) const SCRAPE_INTERVAL: Duration = Duration::from_millis(500);
+pub const SCRAPE_INTERVAL: Duration = Duration::from_millis(500);
 
-pub(crate) const EVALUATION_INTERVAL: Duration = Duration::from_millis(250);
+pub const EVALUATION_INTERVAL: Duration = Duration::from_millis(250);
 
 const SCRAPES_MIN: u32 = 4;
 
 /// How far back Prometheus looks for a sample. Its usual 5 minutes would be 2.5 s, and a busy machine may let no rule be
 /// evaluated for longer: alerts would lose sight of what is recorded for them, and begin their `for` anew. What is really
 /// gone is marked so by the next scrape, and found at once.
-pub(crate) const LOOKBACK: Duration = Duration::from_secs(15);
-
-/// How a drill calls an alert: `Name 1h` by its window if it has one, else `Name critical` by its severity.
-pub(crate) fn key(rule: &Rule) -> String {
-    let which = if rule.label("window").is_empty() { rule.label("severity") } else { rule.label("window") };
-    format!("{} {which}", rule.alert.as_deref().unwrap_or_default())
-}
-
-/// Whether `key` means this rule: `Name`, `Name 1h` or `Name critical`.
-pub(crate) fn is_of(key: &str, rule: &Rule) -> bool {
-    is(key, rule.alert.as_deref().unwrap_or_default(), [rule.label("severity"), rule.label("window")])
-}
+pub const LOOKBACK: Duration = Duration::from_secs(15);
 
 /// Whether `key` means an alert of this name, with one of these labels if it names one.
-pub(crate) fn is(key: &str, name: &str, labels: [&str; 2]) -> bool {
+pub fn is(key: &str, name: &str, labels: [&str; 2]) -> bool {
     match key.split_once(' ') {
         None => key == name,
         Some((its_name, which)) => its_name == name && labels.contains(&which),
@@ -58,7 +45,7 @@ pub(crate) fn is(key: &str, name: &str, labels: [&str; 2]) -> bool {
 }
 
 /// The files with every window scaled, below `to`.
-pub(crate) fn write(files: &[PathBuf], to: &Path) -> Result<Vec<PathBuf>> {
+pub fn write(files: &[PathBuf], to: &Path) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(to).with_context(|| format!("create {}", to.display()))?;
     let mut written = Vec::new();
     for file in files {
@@ -175,7 +162,7 @@ fn parse(text: &str) -> Option<Duration> {
     (!text.is_empty()).then(|| Duration::from_millis(milliseconds))
 }
 
-pub(crate) fn render(duration: Duration) -> String {
+pub fn render(duration: Duration) -> String {
     match duration.as_millis() {
         milliseconds if milliseconds % 1000 == 0 => format!("{}s", milliseconds / 1000),
         milliseconds => format!("{milliseconds}ms"),

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use super::rig::Rig;
+use super::setup::Rig;
 
 /// Ticks of /proc/PID/stat in a second: fixed by the kernel's interface to user space.
 const TICKS_PER_SECOND: f64 = 100.0;

@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use harness::replica::PASSWORD;
 use load::{Report, Script};
-use tests::replica::PASSWORD;
 
 use super::cpu::Cpu;
-use super::rig::Rig;
+use super::setup::Rig;
 use super::{Bench, Goal, Row, figures, median, reference};
 
 pub(super) const CONNECTIONS: usize = 64;

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use argon2::{Algorithm, Argon2, Params, Version};
-use tests::servers::programs;
+use harness::servers::programs;
 
-use super::rig::{self, CONTENT, DATABASE, Rig};
+use super::setup::{self as rig, CONTENT, DATABASE, Rig};
 use super::{Bench, scratch};
 
 /// Rows a second of single-row INSERTs by 64 clients: the very row that the service inserts, into a table with

@@ -1,9 +1,9 @@
 //! How the figures change with the load's shape. They have no goal; the curve is what counts.
 
 use anyhow::Result;
-use tests::replica::User;
+use harness::replica::User;
 
-use super::rig::{DATABASE, Rig};
+use super::setup::{DATABASE, Rig};
 use super::{Bench, Row};
 
 const DEEP_ROWS: u64 = 10_000_000;

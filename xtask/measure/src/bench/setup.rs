@@ -9,10 +9,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use harness::replica::{User, register, resident_kib};
+use harness::servers::{daemon, ports};
+use harness::{Postgres, PostgresOptions, Redis, RedisOptions};
 use load::Script;
-use tests::replica::{User, register, resident_kib};
-use tests::servers::{daemon, ports};
-use tests::{Postgres, PostgresOptions, Redis, RedisOptions};
 
 pub(crate) const DATABASE: &str = "bench";
 

@@ -1,10 +1,10 @@
 //! What traces cost: the same load on a service that makes none, one in ten as it is by default, and all of them.
 
 use anyhow::{Context as _, Result};
-use tests::servers::collector::{Collector, Spans};
+use harness::servers::collector::{Collector, Spans};
 
 use super::measures::{CONNECTIONS, fill_conversations};
-use super::rig::{Replica, Rig, request};
+use super::setup::{Replica, Rig, request};
 use super::{Bench, Goal, Row, median, scratch};
 
 /// One way to trace, and what was measured of it.

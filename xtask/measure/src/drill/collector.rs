@@ -8,9 +8,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use tests::servers::ports;
+use harness::servers::ports;
 
-use super::rig::lock;
+use super::scene::lock;
 
 const POLL: Duration = Duration::from_millis(50);
 /// Longer than an exporter keeps a connection silent.

@@ -5,14 +5,14 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use harness::Replica;
+use harness::replica::PASSWORD;
+use harness::servers::daemon;
 use load::Script;
 use serde_json::json;
-use tests::Replica;
 use tests::history::proxy::Line;
-use tests::replica::PASSWORD;
-use tests::servers::daemon;
 
-use super::rig::{DATABASE, Rig, lock};
+use super::scene::{DATABASE, Rig, lock};
 
 pub(super) struct Drill {
     pub(super) lane: Lane,
@@ -249,14 +249,14 @@ fn lock_messages(rig: &Rig) -> Result<()> {
         let (port, password) = (postgres.port(), postgres.password().to_owned());
         // Ends with its session, which the healing ends.
         thread::spawn(move || {
-            let login = tests::servers::sql::Login {
+            let login = harness::servers::sql::Login {
                 host: "127.0.0.1",
                 port,
                 user: "postgres",
                 password: &password,
                 database: DATABASE,
             };
-            tests::servers::sql::query(login, "BEGIN; LOCK TABLE messages; SELECT pg_sleep(55)")
+            harness::servers::sql::query(login, "BEGIN; LOCK TABLE messages; SELECT pg_sleep(55)")
         })
     };
     let is_held = || {

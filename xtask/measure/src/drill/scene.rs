@@ -9,17 +9,17 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::Result;
+use harness::http::Client;
+use harness::replica::{User, register};
+use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica};
 use load::Script;
 use serde_json::{Value, json};
-use tests::history::http::Client;
 use tests::history::proxy::{Line, Proxy};
-use tests::replica::{User, register};
-use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Replica};
 use tokio::runtime::Runtime;
 
 use super::collector::Collector;
 use super::faults::Lane;
-use super::prometheus::ScrapeJob;
+use common::prometheus::ScrapeJob;
 
 pub(super) const DATABASE: &str = "drill";
 /// As the chart names the Service behind its ServiceMonitor, so that `job` is what it is in a cluster.

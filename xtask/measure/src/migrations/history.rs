@@ -7,8 +7,8 @@ use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
 
-use super::Script;
-use crate::steps::Progress;
+use common::migrations::Script;
+use common::steps::Progress;
 
 /// Each script has to be as the commit has it that brought it to the main line: there somebody may have applied it.
 pub(super) fn check(dir: &Path, scripts: &[Script], progress: &Progress) -> Result<()> {
@@ -85,13 +85,13 @@ fn git(dir: &Path, args: &[&str]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::scripts;
     use super::*;
-    use crate::steps::step;
+    use common::migrations::scripts;
+    use common::steps::step;
 
     #[test]
     fn what_is_on_the_main_line_may_not_change_and_what_is_on_a_branch_may() {
-        let scratch = ::tests::Scratch::new("history").expect("a directory");
+        let scratch = harness::Scratch::new("history").expect("a directory");
         let dir = scratch.path();
         let git = |args: &[&str]| {
             let base = ["-c", "user.name=t", "-c", "user.email=t@example.com"];

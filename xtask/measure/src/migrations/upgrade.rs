@@ -17,15 +17,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use ::tests::history::http::Client;
-use ::tests::servers::{daemon, ports};
-use ::tests::{Postgres, Redis, Scratch, places};
 use anyhow::{Context, Result, bail, ensure};
+use harness::http::Client;
+use harness::servers::{daemon, ports};
+use harness::{Postgres, Redis, Scratch, places};
 use serde_json::{Value, json};
 
-use super::Script;
-use crate::steps::Progress;
-use crate::{git, workspace};
+use common::migrations::Script;
+use common::steps::Progress;
+use common::{git, workspace};
 
 const DATABASE: &str = "migrate_check";
 /// Where all migrations are applied in the ordinary way, to take the bookkeeping from.
@@ -434,7 +434,8 @@ fn fastrand_u64() -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use ::tests::{PostgresOptions, RedisOptions, service_binary};
+    use common::migrations::{DIR, scripts};
+    use harness::{PostgresOptions, RedisOptions, service_binary};
 
     use super::*;
 
@@ -447,7 +448,7 @@ mod tests {
         let redis = Redis::start(&scratch.path().join("redis"), RedisOptions::default()).expect("Redis");
         let binary = service_binary().expect("the service");
         let trial = Trial { postgres: &postgres, redis: &redis, dir: scratch.path() };
-        let scripts = super::super::scripts(&workspace::root().join(super::super::DIR)).expect("scripts");
+        let scripts = scripts(&workspace::root().join(DIR)).expect("scripts");
         let verdict = |sql: &str| {
             prepare(&postgres, &binary, &scripts, scripts.len()).expect("a database");
             trial.serve_through(&binary, || postgres.query(DATABASE, sql).map(drop), None)

@@ -6,14 +6,14 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use ::tests::places;
 use anyhow::{Context, Result, bail, ensure};
+use harness::places;
 
 use super::scrape::Metrics;
 use super::{metrics, parse_queries};
 use crate::rules::{self, AlertTest, Rule};
-use crate::steps::{Progress, Tally};
-use crate::workspace;
+use common::steps::{Progress, Tally};
+use common::workspace;
 
 const RUNBOOKS: &str = "deploy/runbooks";
 

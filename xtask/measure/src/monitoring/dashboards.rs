@@ -1,24 +1,22 @@
 //! The dashboards, as far as they can be judged without Grafana: by its own model, by Prometheus's parser, and by the
 //! metrics that there are. That every panel has data is seen by `cargo xtask drill`.
 
-mod lint;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
-use tests::places;
+use harness::places;
 
 use super::scrape::{self, Metrics};
-use super::{metrics, parse_queries};
+use super::{lint, metrics, parse_queries};
 use crate::dashboards::check::{self, Scope};
 use crate::dashboards::{self, overview};
-use crate::go_tools::{self, GoTool};
 use crate::rules;
-use crate::steps::{Progress, Tally};
-use crate::workspace::{self, in_ci};
+use common::go_tools::{self, GoTool};
+use common::steps::{Progress, Tally};
+use common::workspace::{self, in_ci};
 
 const MODEL: GoTool =
     GoTool { name: "dashboards", module: "deploy/lint", package: "./dashboards", settings: &[] };

@@ -6,7 +6,8 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::{dashboards, workspace};
+use crate::dashboards;
+use common::workspace;
 
 const PLUGINS: [&str; 7] = ["row", "stat", "timeseries", "heatmap", "bargauge", "state-timeline", "table"];
 const COLUMNS: u64 = 24;

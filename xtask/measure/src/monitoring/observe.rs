@@ -8,15 +8,15 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use harness::servers::{daemon, ports};
+use harness::{Postgres, Redis, Scratch, install};
 use rustix::process::{Pid, Signal, kill_process};
-use tests::servers::{daemon, ports};
-use tests::{Scratch, install};
 
-use super::Servers;
-use crate::drill::prometheus;
-use crate::steps::{Progress, Tally};
-use crate::workspace::{self, in_ci};
-use crate::{go_tools, rules};
+use crate::rules;
+use common::go_tools;
+use common::prometheus;
+use common::steps::{Progress, Tally};
+use common::workspace::{self, in_ci};
 
 const DATABASE: &str = "observed";
 
@@ -26,24 +26,24 @@ const SCRAPE_LIMIT: Duration = Duration::from_secs(40);
 const EXPORT_LIMIT: Duration = Duration::from_secs(20);
 const END_LIMIT: Duration = Duration::from_secs(60);
 
-pub(super) fn check(tally: &mut Tally, servers: &Servers) {
+pub(crate) fn check(tally: &mut Tally, postgres: &Postgres, redis: &Redis) {
     let there = go_tools::go().is_ok() && install::has_prometheus();
     if !in_ci() && !there {
         println!("  {:24}skipped: needs Go and Prometheus", "dev --observe");
         return;
     }
     let fix = "end another `cargo xtask dev` of this clone, and read its output above";
-    tally.check("dev --observe", fix, |progress| run(progress, servers));
+    tally.check("dev --observe", fix, |progress| run(progress, postgres, redis));
 }
 
-fn run(progress: &Progress, servers: &Servers) -> Result<()> {
-    servers.postgres.create_database(DATABASE)?;
+fn run(progress: &Progress, postgres: &Postgres, redis: &Redis) -> Result<()> {
+    postgres.create_database(DATABASE)?;
     let scratch = Scratch::new("observe")?;
     let log = scratch.path().join("output");
     let (port, ops_port) = (ports::free()?, ports::free()?);
-    let mut command = Command::new(std::env::current_exe()?);
+    let mut command = Command::new(std::env::current_exe()?.with_file_name("xtask"));
     command.args(["dev", "--observe"]).current_dir(workspace::root());
-    command.env("DATABASE_URL", servers.postgres.url(DATABASE)).env("REDIS_URL", servers.redis.url(0));
+    command.env("DATABASE_URL", postgres.url(DATABASE)).env("REDIS_URL", redis.url(0));
     command.env("PORT", port.to_string()).env("OPS_PORT", ops_port.to_string()).env("HOST", "127.0.0.1");
     command.env_remove("OTEL_EXPORTER_OTLP_ENDPOINT");
     command.stdin(Stdio::null()).stdout(File::create(&log)?).stderr(File::options().append(true).open(&log)?);

@@ -6,13 +6,14 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use tests::servers::{daemon, ports};
-use tests::{Postgres, Redis, Scratch, places};
+use harness::servers::{daemon, ports};
+use harness::{Postgres, Redis, Scratch, places};
 
-use super::chart;
-use crate::steps::Progress;
-use crate::workspace::in_ci;
-use crate::{go_tools, rules};
+use crate::rules;
+use common::chart;
+use common::go_tools;
+use common::steps::Progress;
+use common::workspace::in_ci;
 
 /// Whose documentation names the metrics of Kubernetes' objects.
 const KUBE_STATE_METRICS: &str = "k8s.io/kube-state-metrics/v2@v2.18.0";
