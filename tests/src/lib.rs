@@ -2,7 +2,4 @@
 
 pub mod history;
 
-pub use harness::{
-    Durability, Postgres, PostgresOptions, Redis, RedisOptions, Replica, Scratch, http, install, places,
-    replica, servers, service_binary,
-};
+pub use harness::*;

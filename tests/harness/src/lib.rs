@@ -6,8 +6,10 @@ pub mod install;
 pub mod places;
 pub mod replica;
 pub mod servers;
+pub mod users;
 
 pub use places::{Scratch, service_binary};
 pub use replica::Replica;
 pub use servers::postgres::{Durability, Postgres, PostgresOptions};
 pub use servers::redis::{Redis, RedisOptions};
+pub use users::{PASSWORD, User};

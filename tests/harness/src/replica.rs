@@ -9,20 +9,18 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::http::Client;
+use crate::http;
 use crate::servers::{daemon, ports};
 
-pub const PASSWORD: &str = "correct horse battery";
+/// For one question about its health.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
 /// More than the service gives itself to end.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
-
-/// More than the service gives a request.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 #[derive(Debug)]
 pub struct Replica {
@@ -32,14 +30,6 @@ pub struct Replica {
     environment: Vec<(String, String)>,
     log: PathBuf,
     child: Mutex<Option<Child>>,
-}
-
-/// Somebody who has logged in.
-#[derive(Clone, Debug)]
-pub struct User {
-    pub id: String,
-    pub name: String,
-    pub token: String,
 }
 
 impl Replica {
@@ -81,10 +71,19 @@ impl Replica {
 
     /// Waits until it is ready, with Postgres and Redis.
     pub fn await_ready(&self) -> Result<()> {
-        let ready = daemon::poll(READY_LIMIT, || Ok(self.is_ready().then_some(())))?;
+        self.await_health(200, "ok")
+    }
+
+    /// Waits until `/healthz` answers this.
+    pub fn await_health(&self, status: u16, word: &str) -> Result<()> {
+        let is_so = || {
+            let Ok(answer) = http::get(self.public, "/healthz", ANSWER_LIMIT) else { return Ok(None) };
+            let body = serde_json::from_slice::<Value>(&answer.body).unwrap_or_default();
+            Ok((answer.status == status && body["status"] == word).then_some(()))
+        };
         let limit = READY_LIMIT.as_secs();
-        ensure!(ready.is_some(), "a replica is not ready after {limit} s:\n{}", self.last_words());
-        Ok(())
+        let words = || format!("/healthz was not {status} {word} within {limit} s:\n{}", self.last_words());
+        daemon::poll(READY_LIMIT, is_so)?.with_context(words)
     }
 
     /// Ends it at once.
@@ -125,17 +124,15 @@ impl Replica {
         daemon::tail(&std::fs::read_to_string(&self.log).unwrap_or_default(), 20)
     }
 
-    /// Resident memory, where /proc tells it and the process runs.
-    pub fn resident_kib(&self) -> Option<u64> {
-        resident_kib(self.child().as_ref()?.id())
+    pub fn pid(&self) -> Option<u32> {
+        Some(self.child().as_ref()?.id())
     }
 
-    fn is_ready(&self) -> bool {
-        let answer = Client::new(self.public).request("GET", "/healthz", &[], "", Duration::from_secs(2));
-        answer.is_ok_and(|answer| {
-            let body = serde_json::from_slice::<Value>(&answer.body).unwrap_or_default();
-            answer.status == 200 && body["status"] == "ok"
-        })
+    /// Resident memory, where /proc tells it and the process runs.
+    pub fn resident_kib(&self) -> Option<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()?)).ok()?;
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+        line.split_whitespace().nth(1)?.parse().ok()
     }
 
     fn child(&self) -> MutexGuard<'_, Option<Child>> {
@@ -143,25 +140,8 @@ impl Replica {
     }
 }
 
-/// A new user of the service at this address, logged in.
-pub fn register(service: SocketAddr, number: usize) -> Result<User> {
-    let name = format!("user{number}");
-    let body = json!({"username": name, "email": format!("{name}@example.com"), "password": PASSWORD});
-    let body = body.to_string();
-    let mut client = Client::new(service);
-    let mut post = |path: &str, field: &str| -> Result<String> {
-        let answer = client.request("POST", path, &[], &body, PATIENCE);
-        let answer = answer.map_err(|lost| anyhow::anyhow!("{path}: {}", lost.reason()))?;
-        let value: Value = serde_json::from_slice(&answer.body)?;
-        let text = value[field].as_str();
-        Ok(text.with_context(|| format!("{path} answered {}: {value}", answer.status))?.to_owned())
-    };
-    Ok(User { id: post("/register", "id")?, token: post("/login", "access_token")?, name })
-}
-
-/// Resident memory of a process, where /proc tells it.
-pub fn resident_kib(pid: u32) -> Option<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
-    line.split_whitespace().nth(1)?.parse().ok()
+impl Drop for Replica {
+    fn drop(&mut self) {
+        self.kill();
+    }
 }

@@ -12,8 +12,8 @@ use tokio::runtime::Runtime;
 
 use super::plan::{REPLICAS, Server, USERS};
 use super::proxy::{Line, Proxy};
+use crate::User;
 use crate::http::Client;
-use crate::replica::{User, register};
 use crate::servers;
 use crate::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, Scratch};
 
@@ -82,7 +82,7 @@ impl Rig {
         };
         rig.await_ready()?;
         for number in 0..USERS {
-            let user = register(rig.replicas[0].public, number)?;
+            let user = User::register(rig.replicas[0].public, &format!("user{number}"))?;
             rig.users.push(user);
         }
         Ok(rig)

@@ -16,8 +16,8 @@ use super::plan::{self, CONVERSATIONS, Fault, Look, PATIENT, READERS, REPLICAS, 
 use super::proxy::Line;
 use super::rig::{Rig, lock, mend, window_hits};
 use super::{Action, History, Message, Operation, Outcome, Page};
+use crate::User;
 use crate::http::{Client, Lost};
-use crate::replica::User;
 
 /// Without faults, before the end: everything has to work again.
 const CALM: Duration = Duration::from_secs(3);

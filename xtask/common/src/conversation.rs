@@ -7,22 +7,18 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use harness::http::{Answer, Client};
+use harness::User;
+use harness::http::Client;
 use serde_json::{Value, json};
 
-/// Longer than the service's own limit of a request.
-const PATIENCE: Duration = Duration::from_secs(15);
 /// Of so many requests, one comes over a connection of its own.
 const FRESH_EVERY: usize = 4;
 const FAILURES_SHOWN: usize = 8;
-pub const PASSWORD: &str = "correct horse battery";
 
 /// Two users and their conversation.
 #[derive(Debug)]
 pub struct Pair {
-    names: [String; 2],
-    ids: [String; 2],
-    tokens: [String; 2],
+    users: [User; 2],
     /// What was acknowledged: the message with `seq` N stands at N - 1.
     contents: Vec<String>,
 }
@@ -32,7 +28,7 @@ pub struct Pair {
 pub struct Report {
     pub requests: usize,
     pub failures: Vec<String>,
-    slowest: Duration,
+    pub slowest: Duration,
 }
 
 impl Report {
@@ -50,36 +46,17 @@ impl Report {
 
 impl Pair {
     /// Registers both and logs them in.
-    pub fn new(address: SocketAddr, name: &str) -> Result<Self> {
-        let mut client = Client::new(address);
-        let mut pair = Self {
-            names: ["a", "b"].map(|side| format!("{name}-{side}")),
-            ids: Default::default(),
-            tokens: Default::default(),
-            contents: Vec::new(),
-        };
-        for side in 0..2 {
-            let name = &pair.names[side];
-            let body =
-                json!({"username": name, "email": format!("{name}@example.com"), "password": PASSWORD});
-            let user = expect(&mut client, 201, "POST", "/register", None, &body.to_string())?;
-            pair.ids[side] = text(&user, "id")?;
-        }
-        pair.log_in(address)?;
-        Ok(pair)
+    pub fn new(service: SocketAddr, name: &str) -> Result<Self> {
+        let user = |side: &str| User::register(service, &format!("{name}-{side}"));
+        Ok(Self { users: [user("a")?, user("b")?], contents: Vec::new() })
     }
 
-    pub fn log_in(&mut self, address: SocketAddr) -> Result<()> {
-        let mut client = Client::new(address);
-        for (name, token) in self.names.iter().zip(&mut self.tokens) {
-            let body = json!({"username": name, "password": PASSWORD}).to_string();
-            *token = text(&expect(&mut client, 200, "POST", "/login", None, &body)?, "access_token")?;
-        }
-        Ok(())
+    pub fn log_in(&mut self, service: SocketAddr) -> Result<()> {
+        self.users.iter_mut().try_for_each(|user| user.log_in(service))
     }
 
     pub fn token(&self) -> &str {
-        &self.tokens[0]
+        &self.users[0].token
     }
 
     /// Reads the whole conversation, upwards from its beginning: every acknowledged message, once, in order. Then it may
@@ -88,8 +65,8 @@ impl Pair {
         let mut client = Client::new(address);
         let mut seen = 0;
         loop {
-            let path = format!("/messages?peer_id={}&limit=100&after={seen}", self.ids[1]);
-            let page = expect(&mut client, 200, "GET", &path, Some(&self.tokens[0]), "")?;
+            let path = format!("/messages?peer_id={}&limit=100&after={seen}", self.users[1].id);
+            let page = client.expect(200, "GET", &path, Some(&self.users[0].token), "")?;
             let page = page.as_array().context("a page is an array")?;
             // Newest first.
             for message in page.iter().rev() {
@@ -126,7 +103,11 @@ impl Pair {
             let mut other = Client::new(address);
             let client = if fresh { &mut other } else { &mut kept };
             let started = Instant::now();
-            let outcome = if report.requests % 3 == 2 { self.read(client) } else { self.send(client) };
+            let outcome = match report.requests % 6 {
+                2 => self.read(client, false),
+                5 => self.read(client, true),
+                _ => self.send(client),
+            };
             report.slowest = report.slowest.max(started.elapsed());
             report.requests += 1;
             if let Err(error) = outcome {
@@ -146,9 +127,9 @@ impl Pair {
     fn send(&mut self, client: &mut Client) -> Result<()> {
         let number = self.contents.len();
         let from = number % 2;
-        let content = format!("{} says {number}", self.names[from]);
-        let body = json!({"recipient_id": self.ids[1 - from], "content": content}).to_string();
-        let message = expect(client, 201, "POST", "/send", Some(&self.tokens[from]), &body)?;
+        let content = format!("{} says {number}", self.users[from].name);
+        let body = json!({"recipient_id": self.users[1 - from].id, "content": content}).to_string();
+        let message = client.expect(201, "POST", "/send", Some(&self.users[from].token), &body)?;
         let seq = message["seq"].as_u64();
         // Nobody else writes to this conversation.
         self.contents.push(content);
@@ -156,10 +137,12 @@ impl Pair {
         Ok(())
     }
 
-    /// The newest message, which one has just been told of.
-    fn read(&self, client: &mut Client) -> Result<()> {
-        let path = format!("/messages?peer_id={}&limit=1", self.ids[1]);
-        let page = expect(client, 200, "GET", &path, Some(&self.tokens[0]), "")?;
+    /// The newest message, which one has just been told of: from the window in Redis, or from Postgres.
+    fn read(&self, client: &mut Client, from_postgres: bool) -> Result<()> {
+        // `before` is never answered by the window.
+        let deep = if from_postgres { "&before=1000000" } else { "" };
+        let path = format!("/messages?peer_id={}&limit=1{deep}", self.users[1].id);
+        let page = client.expect(200, "GET", &path, Some(&self.users[0].token), "")?;
         let newest = page[0]["seq"].as_u64().unwrap_or(0);
         let known = self.contents.len() as u64;
         ensure!(newest >= known, "the newest message is {newest}, though {known} was acknowledged");
@@ -197,30 +180,6 @@ pub fn during<T>(
         }
         outcome.map(|value| (value, all))
     })
-}
-
-/// One request; its status has to be the expected one.
-pub fn expect(
-    client: &mut Client,
-    status: u16,
-    method: &str,
-    path: &str,
-    token: Option<&str>,
-    body: &str,
-) -> Result<Value> {
-    let answer = ask(client, method, path, token, body)?;
-    let said = String::from_utf8_lossy(&answer.body);
-    ensure!(answer.status == status, "{method} {path}: {} {said}", answer.status);
-    serde_json::from_str(&said).with_context(|| format!("{method} {path} answers JSON"))
-}
-
-pub fn ask(client: &mut Client, method: &str, path: &str, token: Option<&str>, body: &str) -> Result<Answer> {
-    let bearer = format!("Bearer {}", token.unwrap_or_default());
-    let headers: &[(&str, &str)] = if token.is_some() { &[("authorization", &bearer)] } else { &[] };
-    match client.request(method, path, headers, body, PATIENCE) {
-        Ok(answer) => Ok(answer),
-        Err(lost) => bail!("{method} {path}: {}", lost.reason()),
-    }
 }
 
 fn text(value: &Value, field: &str) -> Result<String> {

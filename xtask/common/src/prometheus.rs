@@ -4,13 +4,13 @@ pub mod scale;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use harness::http;
 use harness::install;
 use harness::servers::{daemon, ports};
 use rustix::process::{Pid, Signal, kill_process};
@@ -167,19 +167,13 @@ impl Prometheus {
     }
 }
 
-/// Asks the Prometheus on this port, in HTTP/1.0, so that the answer is not chunked.
+/// Asks the Prometheus on this port.
 pub fn get(port: u16, path: &str) -> Result<Value> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let mut stream = TcpStream::connect_timeout(&address, ANSWER_LIMIT)?;
-    stream.set_read_timeout(Some(ANSWER_LIMIT))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nhost: {address}\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("no answer from Prometheus")?;
-    let status = head.get(9..12).unwrap_or_default();
-    ensure!(status == "200", "Prometheus answers {status} to {path}: {body}");
+    let answer = http::get(address, path, ANSWER_LIMIT).context("no answer from Prometheus")?;
+    ensure!(answer.status == 200, "Prometheus answers {} to {path}: {}", answer.status, answer.text());
     // `/-/ready` says so in a sentence.
-    Ok(serde_json::from_str(body).unwrap_or(Value::Null))
+    Ok(serde_json::from_slice(&answer.body).unwrap_or(Value::Null))
 }
 
 impl Drop for Prometheus {

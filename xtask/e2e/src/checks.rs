@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use harness::User;
 use harness::http::Client;
 use kube::ResourceExt;
 use serde_json::json;
@@ -10,7 +11,6 @@ use serde_json::json;
 use crate::kubernetes::{is_ready, no_warnings};
 use crate::stage::{DEPLOYMENT, IMAGES, NAMESPACE, RELEASE, ROLLOUT_LIMIT, SERVER, Stage};
 use common::chart;
-use common::conversation::{PASSWORD, ask, expect};
 use common::steps::Progress;
 
 /// Every combination of values, rendered and accepted by the real API server, definitions of other vendors included.
@@ -62,32 +62,26 @@ pub(super) fn conversation(stage: &mut Stage, progress: &Progress) -> Result<()>
     let forward = stage.kubernetes.forward(SERVER, 8000)?;
     let mut people = Vec::new();
     for (name, address) in [("anna", stage.address), ("ben", forward.address)] {
-        let mut client = Client::new(address);
-        let user = json!({"username": name, "email": format!("{name}@example.com"), "password": PASSWORD});
-        let body = user.to_string();
-        let id = expect(&mut client, 201, "POST", "/register", None, &body)?["id"].clone();
-        let token = expect(&mut client, 200, "POST", "/login", None, &body)?["access_token"].clone();
-        let text = |value: serde_json::Value| value.as_str().map(str::to_owned).context("a string");
-        people.push((client, text(id)?, text(token)?));
+        people.push((Client::new(address), User::register(address, name)?));
     }
     let lines = ["Hello, Ben", "Hello, Anna 👋", "مرحبا"];
     for (number, line) in lines.iter().enumerate() {
-        let recipient = people[(number + 1) % 2].1.clone();
-        let (client, _, token) = &mut people[number % 2];
+        let recipient = people[(number + 1) % 2].1.id.clone();
+        let (client, user) = &mut people[number % 2];
         let body = json!({"recipient_id": recipient, "content": line}).to_string();
-        let message = expect(client, 201, "POST", "/send", Some(token), &body)?;
+        let message = client.expect(201, "POST", "/send", Some(&user.token), &body)?;
         ensure!(message["seq"] == number + 1, "seq {} after {number}", message["seq"]);
     }
     for reader in 0..2 {
-        let peer = people[1 - reader].1.clone();
-        let (client, _, token) = &mut people[reader];
-        let page = expect(client, 200, "GET", &format!("/messages?peer_id={peer}"), Some(token), "")?;
+        let peer = people[1 - reader].1.id.clone();
+        let (client, user) = &mut people[reader];
+        let page = client.expect(200, "GET", &format!("/messages?peer_id={peer}"), Some(&user.token), "")?;
         let contents: Vec<_> =
             page.as_array().context("a page")?.iter().rev().map(|m| &m["content"]).collect();
         ensure!(contents == lines, "{contents:?} instead of {lines:?}");
     }
     // The operations port is behind no Service that clients reach.
-    let metrics = ask(&mut Client::new(stage.address), "GET", "/metrics", None, "")?;
+    let metrics = Client::new(stage.address).ask("GET", "/metrics", None, "")?;
     ensure!(metrics.status == 404, "/metrics answers {} on the public port", metrics.status);
     progress.note("through the Service and through a port-forward, the same conversation");
     Ok(())

@@ -9,7 +9,6 @@ use harness::servers::daemon;
 
 use crate::kubernetes::is_ready;
 use crate::stage::{DEPLOYMENT, NAMESPACE, POSTGRES, REDIS, ROLLOUT_LIMIT, SERVER, Stage};
-use common::conversation::ask;
 use common::steps::Progress;
 
 /// Readiness falls, nothing is restarted, and it comes back by itself with every message.
@@ -142,7 +141,7 @@ fn fails_and_is_undone(
 
 fn status(address: SocketAddr, path: &str) -> Option<u16> {
     let mut client = Client::new(address);
-    daemon::poll(Duration::from_secs(10), || Ok(ask(&mut client, "GET", path, None, "").ok()))
+    daemon::poll(Duration::from_secs(10), || Ok(client.ask("GET", path, None, "").ok()))
         .ok()?
         .map(|answer| answer.status)
 }

@@ -7,7 +7,6 @@ use anyhow::{Context, Result, bail, ensure};
 use harness::http::Client;
 
 use crate::stage::{DEPLOYMENT, NAMESPACE, Stage};
-use common::conversation::ask;
 use common::steps::Progress;
 
 /// The blocks of `## Rotate`, in their order.
@@ -52,8 +51,8 @@ pub(super) fn rotate_postgres_password(stage: &mut Stage, progress: &Progress) -
 
 pub(super) fn rotate_redis_password(stage: &mut Stage, progress: &Progress) -> Result<()> {
     rotate_password(stage, progress, REDIS_PASSWORD, "redis-password")?;
-    let healthz = ask(&mut Client::new(stage.address), "GET", "/healthz", None, "")?;
-    let said = String::from_utf8_lossy(&healthz.body).into_owned();
+    let healthz = Client::new(stage.address).ask("GET", "/healthz", None, "")?;
+    let said = healthz.text();
     ensure!(!said.contains("degraded"), "the service has no Redis any more: {said}");
     Ok(())
 }
@@ -127,7 +126,7 @@ fn remaining(stage: &Stage, progress: &Progress) -> Result<BTreeSet<String>> {
 fn me(stage: &Stage, token: &str) -> Result<u16> {
     let mut statuses = BTreeSet::new();
     for _ in 0..12 {
-        statuses.insert(ask(&mut Client::new(stage.address), "GET", "/me", Some(token), "")?.status);
+        statuses.insert(Client::new(stage.address).ask("GET", "/me", Some(token), "")?.status);
     }
     ensure!(statuses.len() == 1, "the replicas do not agree: {statuses:?}");
     statuses.into_iter().next().context("an answer")

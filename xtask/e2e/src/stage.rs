@@ -295,8 +295,7 @@ impl Stage {
     }
 
     fn is_healthy(&self) -> bool {
-        let mut client = harness::http::Client::new(self.address);
-        let answer = client.request("GET", "/healthz", &[], "", Duration::from_secs(5));
+        let answer = harness::http::get(self.address, "/healthz", Duration::from_secs(5));
         answer.is_ok_and(|answer| answer.status == 200)
     }
 

@@ -21,7 +21,7 @@ use anyhow::{Context, Result, ensure};
 
 use check::Scope;
 use common::args::Dashboards as Args;
-use common::{signals, workspace};
+use common::workspace;
 use model::Dashboard;
 
 /// Where the chart finds them.

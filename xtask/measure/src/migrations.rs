@@ -4,7 +4,7 @@ mod history;
 mod locks;
 mod upgrade;
 
-use anyhow::{Result, bail};
+use anyhow::bail;
 use common::migrations::{DIR, scripts};
 use common::steps::Tally;
 use common::workspace;

@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use harness::Replica;
+
 use super::setup::Rig;
 
 /// Ticks of /proc/PID/stat in a second: fixed by the kernel's interface to user space.
@@ -25,7 +27,7 @@ impl Cpu {
     pub(crate) fn now(rig: &Rig) -> Self {
         let postmaster = rig.postgres.pid().unwrap_or_default();
         let redis = rig.redis.pid().unwrap_or_default();
-        let services: Vec<u32> = rig.replicas.iter().map(|replica| replica.pid()).collect();
+        let services: Vec<u32> = rig.replicas.iter().filter_map(Replica::pid).collect();
         let part = |pid, parent| match pid {
             pid if services.contains(&pid) => Some(Part::Service),
             pid if pid == postmaster || parent == postmaster => Some(Part::Postgres),

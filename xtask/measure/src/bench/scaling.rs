@@ -1,7 +1,7 @@
 //! How the figures change with the load's shape. They have no goal; the curve is what counts.
 
 use anyhow::Result;
-use harness::replica::User;
+use harness::User;
 
 use super::setup::{DATABASE, Rig};
 use super::{Bench, Row};

@@ -1,17 +1,13 @@
 //! What is measured: a durable Postgres, a Redis, one or two replicas of the release build, and users who have
 //! logged in.
 
-use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use harness::replica::{User, register, resident_kib};
-use harness::servers::{daemon, ports};
-use harness::{Postgres, PostgresOptions, Redis, RedisOptions};
+use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, User, http};
 use load::Script;
 
 pub(crate) const DATABASE: &str = "bench";
@@ -28,15 +24,6 @@ pub(crate) struct Rig {
     pub(crate) users: Vec<User>,
 }
 
-/// A process of the service; dropping it ends it.
-pub(crate) struct Replica {
-    child: Child,
-    pub(crate) public: SocketAddr,
-    pub(crate) operations: SocketAddr,
-    /// From exec to the first 200 on `/healthz`.
-    pub(crate) startup: Duration,
-}
-
 impl Rig {
     /// Starts everything below `dir`, with one replica and `users` users.
     pub(crate) fn start(dir: &Path, binary: &Path, users: usize) -> Result<Self> {
@@ -48,7 +35,7 @@ impl Rig {
         let mut rig = Self { postgres, redis, replicas: Vec::new(), users: Vec::new() };
         rig.add_replica(dir, binary)?;
         for number in 0..users {
-            rig.users.push(register(rig.address(0), number)?);
+            rig.users.push(User::register(rig.address(0), &format!("user{number}"))?);
         }
         Ok(rig)
     }
@@ -71,43 +58,21 @@ impl Rig {
         binary: &Path,
         variables: &[(&str, String)],
     ) -> Result<Replica> {
-        let (port, ops_port) = (ports::free()?, ports::free()?);
-        let log = File::create(dir.join(format!("service-{port}.log")))?;
-        let mut command = daemon::dies_with_us(binary, "KILL");
-        command
-            .arg("serve")
-            .env_clear()
-            .envs([
-                ("DATABASE_URL", self.postgres.url(DATABASE)),
-                ("REDIS_URL", self.redis.url(0)),
-                ("SECRET_KEY", "a key for measurements only, 32 bytes and more".to_owned()),
-                ("HOST", "127.0.0.1".to_owned()),
-                ("PORT", port.to_string()),
-                ("OPS_PORT", ops_port.to_string()),
-            ])
-            .envs(
-                ["LOGIN", "SEND", "REGISTER"]
-                    .map(|limit| (format!("{limit}_RATE_LIMIT_PER_MINUTE"), NO_LIMIT)),
-            )
-            .envs(variables.iter().map(|(name, value)| (name, value)))
-            .current_dir(dir)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
-        let started = Instant::now();
-        let child = daemon::spawn(command).context("start the service")?;
-        let [public, operations] = [port, ops_port].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
-        let mut replica = Replica { child, public, operations, startup: Duration::ZERO };
-        loop {
-            if request(public, "GET", "/healthz", None, "").is_ok_and(|(status, _)| status == 200) {
-                replica.startup = started.elapsed();
-                return Ok(replica);
-            }
-            if started.elapsed() > START_LIMIT {
-                bail!("the service did not become ready; see its log in {}", dir.display());
+        let urls = [("DATABASE_URL", self.postgres.url(DATABASE)), ("REDIS_URL", self.redis.url(0))];
+        let limits = ["LOGIN", "SEND", "REGISTER"]
+            .map(|limit| (format!("{limit}_RATE_LIMIT_PER_MINUTE"), NO_LIMIT.to_owned()));
+        let variables = urls.iter().chain(variables).map(|(name, value)| ((*name).to_owned(), value.clone()));
+        let log = dir.join(format!("service-{:08x}.log", fastrand::u32(..)));
+        let replica = Replica::start(binary, log, limits.into_iter().chain(variables))?;
+        let deadline = Instant::now() + START_LIMIT;
+        // Oftener than the harness asks: this wait is measured.
+        while !http::get(replica.public, "/healthz", START_LIMIT).is_ok_and(|answer| answer.status == 200) {
+            if Instant::now() > deadline {
+                bail!("the service did not become ready:\n{}", replica.last_words());
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+        Ok(replica)
     }
 
     /// The address of the replica that this connection uses.
@@ -147,49 +112,6 @@ impl Rig {
 
 /// A message like most: a sentence.
 pub(crate) const CONTENT: &str = "Shall we meet at the station at seven, or is that too late for you?";
-
-impl Replica {
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Resident memory in KiB.
-    pub(crate) fn resident_kib(&self) -> Result<u64> {
-        resident_kib(self.pid()).context("resident memory is read from /proc, which is only on Linux")
-    }
-}
-
-impl Drop for Replica {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
-}
-
-/// One request on a connection of its own.
-pub(crate) fn request(
-    address: SocketAddr,
-    method: &str,
-    path: &str,
-    token: Option<&str>,
-    body: &str,
-) -> Result<(u16, String)> {
-    let limit = Duration::from_secs(10);
-    let mut stream = TcpStream::connect_timeout(&address, limit)?;
-    stream.set_read_timeout(Some(limit))?;
-    let authorization = token.map(|token| format!("authorization: Bearer {token}\r\n")).unwrap_or_default();
-    write!(
-        stream,
-        "{method} {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n{authorization}\
-         content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
-    )?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
-    let status = head.get(9..12).context("no status")?.parse()?;
-    Ok((status, body.to_owned()))
-}
 
 /// A program that is run to its end, with what it printed.
 pub(crate) fn output(command: &mut Command) -> Result<String> {

@@ -1,10 +1,12 @@
 //! What traces cost: the same load on a service that makes none, one in ten as it is by default, and all of them.
 
 use anyhow::{Context as _, Result};
+use harness::Replica;
+use harness::http::Client;
 use harness::servers::collector::{Collector, Spans};
 
 use super::measures::{CONNECTIONS, fill_conversations};
-use super::setup::{Replica, Rig, request};
+use super::setup::Rig;
 use super::{Bench, Goal, Row, median, scratch};
 
 /// One way to trace, and what was measured of it.
@@ -76,7 +78,7 @@ impl Side {
     /// How much of what was made arrived: what the queue had no room for was dropped.
     fn exported(&self) -> Result<String> {
         let operations = self.replicas.first().context("no replica")?.operations;
-        let (_, text) = request(operations, "GET", "/metrics", None, "")?;
+        let text = Client::new(operations).ask("GET", "/metrics", None, "")?.text();
         let spans = |outcome: &str| -> Result<f64> {
             let name = format!("chat_trace_spans_total{{outcome=\"{outcome}\"}} ");
             let value = text.lines().find_map(|line| line.strip_prefix(&name));

@@ -5,8 +5,8 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use harness::PASSWORD;
 use harness::Replica;
-use harness::replica::PASSWORD;
 use harness::servers::daemon;
 use load::Script;
 use serde_json::json;

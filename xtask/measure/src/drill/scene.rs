@@ -10,8 +10,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use harness::http::Client;
-use harness::replica::{User, register};
-use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica};
+use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, User};
 use load::Script;
 use serde_json::{Value, json};
 use tests::history::proxy::{Line, Proxy};
@@ -25,8 +24,6 @@ pub(super) const DATABASE: &str = "drill";
 /// As the chart names the Service behind its ServiceMonitor, so that `job` is what it is in a cluster.
 const SERVICE: &str = "chat-chat-service-ops";
 const REPLICAS: usize = 2;
-/// More than the service gives a request.
-const PATIENCE: Duration = Duration::from_secs(15);
 /// People per replica, and what each waits for between two requests: 40 requests a second and replica when all is well,
 /// and still some when each takes a second.
 const TALKERS: usize = 4;
@@ -92,7 +89,9 @@ impl Rig {
             replicas.push(replica);
             lines.push(to_postgres);
         }
-        let users = (0..4).map(|number| register(replicas[0].public, number)).collect::<Result<Vec<_>>>()?;
+        let users = (0..4)
+            .map(|number| User::register(replicas[0].public, &format!("user{number}")))
+            .collect::<Result<Vec<_>>>()?;
         let mut rig = Self {
             namespace: lane.namespace(),
             users,
@@ -176,9 +175,10 @@ impl Rig {
             let number = fastrand::usize(..users.len());
             let (from, to) = (&users[number], &users[(number + 1) % users.len()]);
             let body = json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"});
-            ask(client, from, "POST", "/send", &body.to_string());
+            // Whatever the answer is: this makes traffic, and the service counts.
+            let _ = client.ask("POST", "/send", Some(&from.token), &body.to_string());
             thread::sleep(PAUSE);
-            ask(client, from, "GET", &format!("/messages?peer_id={}", to.id), "");
+            let _ = client.ask("GET", &format!("/messages?peer_id={}", to.id), Some(&from.token), "");
             thread::sleep(PAUSE);
         })
     }
@@ -188,16 +188,7 @@ impl Drop for Rig {
     fn drop(&mut self) {
         let _ = self.disperse();
         self.talkers = None;
-        for replica in &self.replicas {
-            replica.kill();
-        }
     }
-}
-
-/// Whatever the answer is: who talks here makes traffic, and the service counts.
-fn ask(client: &mut Client, user: &User, method: &str, path: &str, body: &str) {
-    let authorization = format!("Bearer {}", user.token);
-    let _ = client.request(method, path, &[("authorization", &authorization)], body, PATIENCE);
 }
 
 impl Talkers {

@@ -7,38 +7,31 @@
 //! the newest migration, live and unready, and has to become ready without a restart. In both cases the statements that
 //! were committed before the newest migrations have to be accepted by Postgres after them.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::net::SocketAddr;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use harness::http::Client;
-use harness::servers::{daemon, ports};
-use harness::{Postgres, Redis, Scratch, places};
-use serde_json::{Value, json};
-
+use common::conversation::{self, Pair};
 use common::migrations::Script;
 use common::steps::Progress;
 use common::{git, workspace};
+use harness::http::Client;
+use harness::servers::daemon;
+use harness::{Postgres, Redis, Replica, Scratch, places};
+use serde_json::Value;
 
 const DATABASE: &str = "migrate_check";
 /// Where all migrations are applied in the ordinary way, to take the bookkeeping from.
 const REFERENCE: &str = "migrate_reference";
 
-const START_LIMIT: Duration = Duration::from_secs(30);
-const PATIENCE: Duration = Duration::from_secs(10);
-/// How long requests flow before the migration, and after it.
-const BEFORE: Duration = Duration::from_millis(700);
-const AFTER: Duration = Duration::from_millis(1500);
 /// A request that waited longer met a lock. The tables are small here: what takes so long, takes minutes elsewhere.
 const SLOWEST: Duration = Duration::from_secs(3);
-const CLIENTS: usize = 4;
+const PAIRS: usize = 4;
+const PAUSE: Duration = Duration::from_millis(2);
 
 pub(super) fn check(
     scripts: &[Script],
@@ -220,216 +213,68 @@ impl Trial<'_> {
         change: impl FnOnce() -> Result<()>,
         new: Option<&Path>,
     ) -> Result<Duration> {
-        let first = Server::start(old, self, "old")?;
-        first.becomes(200)?;
-        let load = Load::start(first.public)?;
-        thread::sleep(BEFORE);
-        change()?;
-        let second = new.map(|new| Server::start(new, self, "new")).transpose()?;
-        if let Some(second) = &second {
-            second.becomes(200)?;
-            Load::start(second.public)?.succeeded("the new binary", AFTER)?;
-        }
-        load.succeeded("the old binary, while the schema changed,", AFTER)
+        let first = self.start(old, "old")?;
+        first.await_ready()?;
+        succeeds(&first, "the old binary, while the schema changed,", || {
+            change()?;
+            let Some(new) = new else { return Ok(()) };
+            let second = self.start(new, "new")?;
+            second.await_ready()?;
+            succeeds(&second, "the new binary", || Ok(())).map(drop)
+        })
     }
 
     /// The binary waits for the schema, live, and serves as soon as it is there.
     fn wait_through(&self, binary: &Path, change: impl FnOnce() -> Result<()>) -> Result<()> {
-        let server = Server::start(binary, self, "new")?;
-        server.becomes(503).context("on the schema without the newest migration")?;
-        // Live all the while, whoever asks for what.
-        let stop = Arc::new(AtomicBool::new(false));
-        let (asked, operations) = (Arc::clone(&stop), server.operations);
-        let live = thread::spawn(move || -> Result<u64> {
-            let (mut client, mut count) = (Client::new(operations), 0);
-            while !asked.load(Ordering::Relaxed) {
-                let answer = client.request("GET", "/livez", &[], "", PATIENCE);
-                let status = answer.map_err(|lost| anyhow::anyhow!("/livez: {}", lost.reason()))?.status;
-                ensure!(status == 200, "/livez answered {status} while it migrated");
-                count += 1;
-                thread::sleep(Duration::from_millis(5));
-            }
-            Ok(count)
-        });
-        let changed = change();
-        let ready =
-            changed.and_then(|()| server.becomes(200).context("after the migration, without a restart"));
-        stop.store(true, Ordering::Relaxed);
-        let asked = live.join().map_err(|_| anyhow::anyhow!("the prober panicked"))?;
-        ready?;
-        ensure!(asked? > 0, "nobody asked whether it lives");
-        Load::start(server.public)?.succeeded("after the migration, the binary", BEFORE).map(drop)
-    }
-}
-
-/// A process of the service; dropping it ends it.
-struct Server {
-    child: Child,
-    public: SocketAddr,
-    operations: SocketAddr,
-    log: PathBuf,
-}
-
-impl Server {
-    fn start(binary: &Path, trial: &Trial<'_>, name: &str) -> Result<Self> {
-        let (port, operations) = (ports::free()?, ports::free()?);
-        let log = trial.dir.join(format!("{name}-{port}.log"));
-        let mut serve = daemon::dies_with_us(binary, "KILL");
-        serve.arg("serve").env_clear().current_dir(trial.dir).stdin(Stdio::null());
-        serve.env("DATABASE_URL", trial.postgres.url(DATABASE)).env("REDIS_URL", trial.redis.url(0));
-        serve.env("HOST", "127.0.0.1").env("PORT", port.to_string()).env("OPS_PORT", operations.to_string());
-        serve.env("MIGRATE_ON_START", "false").env("SECRET_KEY", "of-the-check-alone-and-long-enough-for-it");
-        for limit in ["LOGIN", "SEND", "REGISTER"] {
-            serve.env(format!("{limit}_RATE_LIMIT_PER_MINUTE"), "0");
-        }
-        let output = File::create(&log)?;
-        serve.stdout(output.try_clone()?).stderr(output);
-        let child = daemon::spawn(serve).with_context(|| format!("start {}", binary.display()))?;
-        let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
-        Ok(Self { child, public: local(port), operations: local(operations), log })
-    }
-
-    /// Waits until readiness has this status.
-    fn becomes(&self, status: u16) -> Result<()> {
-        let mut client = Client::new(self.public);
-        let answers = daemon::poll(START_LIMIT, || {
-            let answer = client.request("GET", "/healthz", &[], "", PATIENCE);
-            Ok(answer.ok().filter(|answer| answer.status == status))
-        })?;
-        let said = || daemon::tail(&fs::read_to_string(&self.log).unwrap_or_default(), 12);
-        answers.map(drop).with_context(|| {
-            format!("/healthz was not {status} within {} s:\n{}", START_LIMIT.as_secs(), said())
-        })
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Pairs of users who write to each other and read what they wrote, over and over.
-struct Load {
-    stop: Arc<AtomicBool>,
-    clients: Vec<JoinHandle<Tried>>,
-}
-
-#[derive(Debug, Default)]
-struct Tried {
-    succeeded: u64,
-    slowest: Duration,
-    /// What else came, with how often.
-    failures: BTreeMap<String, u64>,
-}
-
-impl Load {
-    fn start(address: SocketAddr) -> Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let clients = (0..CLIENTS)
-            .map(|_| {
-                let mut pair = Pair::register(address)?;
-                let stop = Arc::clone(&stop);
-                Ok(thread::spawn(move || pair.talk(&stop)))
-            })
-            .collect::<Result<_>>()?;
-        Ok(Self { stop, clients })
-    }
-
-    /// Lets it go on for so long, ends it, and returns the time of the slowest answer, if all of them were successes.
-    fn succeeded(self, who: &str, more: Duration) -> Result<Duration> {
-        thread::sleep(more);
-        self.stop.store(true, Ordering::Relaxed);
-        let mut all = Tried::default();
-        for client in self.clients {
-            let tried = client.join().map_err(|_| anyhow::anyhow!("a client panicked"))?;
-            all.succeeded += tried.succeeded;
-            all.slowest = all.slowest.max(tried.slowest);
-            for (what, count) in tried.failures {
-                *all.failures.entry(what).or_default() += count;
-            }
-        }
-        ensure!(
-            all.failures.is_empty(),
-            "{who} failed: {:?}, and succeeded {} times",
-            all.failures,
-            all.succeeded
-        );
-        ensure!(all.succeeded > 0, "{who} answered nothing");
-        ensure!(
-            all.slowest <= SLOWEST,
-            "{who} took {:.1} s for an answer, more than {} s: what did the migration lock?",
-            all.slowest.as_secs_f32(),
-            SLOWEST.as_secs()
-        );
-        Ok(all.slowest)
-    }
-}
-
-struct Pair {
-    client: Client,
-    token: String,
-    peer: String,
-}
-
-impl Pair {
-    fn register(address: SocketAddr) -> Result<Self> {
-        let mut client = Client::new(address);
-        let mut post = |path: &str, body: Value, status: u16| -> Result<Value> {
-            let answer = client.request("POST", path, &[], &body.to_string(), PATIENCE);
-            let answer = answer.map_err(|lost| anyhow::anyhow!("{path}: {}", lost.reason()))?;
-            let text = String::from_utf8_lossy(&answer.body).into_owned();
-            ensure!(answer.status == status, "{path} answered {}: {text}", answer.status);
-            serde_json::from_str(&text).with_context(|| text.clone())
-        };
-        let mut user = |name: &str| {
-            let email = format!("{name}@example.com");
-            post("/register", json!({"username": name, "email": email, "password": "correct horse"}), 201)
-        };
-        let name = format!("u{:x}", fastrand_u64()?);
-        user(&name)?;
-        let peer = user(&format!("{name}p"))?["id"].as_str().context("an id")?.to_owned();
-        let login = post("/login", json!({"username": name, "password": "correct horse"}), 200)?;
-        let token = login["access_token"].as_str().context("a token")?.to_owned();
-        Ok(Self { client, token, peer })
-    }
-
-    fn talk(&mut self, stop: &AtomicBool) -> Tried {
-        let mut tried = Tried::default();
-        let authorization = format!("Bearer {}", self.token);
-        let headers = [("authorization", authorization.as_str())];
-        let body = json!({"recipient_id": self.peer, "content": "while it migrates"}).to_string();
-        // Beyond the window of the cache, so that Postgres is asked.
-        let read = format!("/messages?peer_id={}&before=1000000&limit=3", self.peer);
-        while !stop.load(Ordering::Relaxed) {
-            for (method, path, body, status) in
-                [("POST", "/send", body.as_str(), 201), ("GET", &read, "", 200)]
-            {
-                let started = Instant::now();
-                let answer = self.client.request(method, path, &headers, body, PATIENCE);
-                tried.slowest = tried.slowest.max(started.elapsed());
-                match answer {
-                    Ok(answer) if answer.status == status => tried.succeeded += 1,
-                    Ok(answer) => {
-                        *tried.failures.entry(format!("{path:.9} {}", answer.status)).or_default() += 1
-                    }
-                    Err(lost) => {
-                        *tried.failures.entry(format!("{path:.9} {}", lost.reason())).or_default() += 1
-                    }
+        let replica = self.start(binary, "new")?;
+        replica.await_health(503, "unavailable").context("on the schema without the newest migration")?;
+        let over = AtomicBool::new(false);
+        // Live all the while.
+        let asked = thread::scope(|scope| {
+            let probe = scope.spawn(|| -> Result<u64> {
+                let (mut client, mut count) = (Client::new(replica.operations), 0);
+                while !over.load(Ordering::Relaxed) {
+                    client.expect(200, "GET", "/livez", None, "").context("while it migrated")?;
+                    count += 1;
+                    thread::sleep(Duration::from_millis(5));
                 }
-            }
-            thread::sleep(Duration::from_millis(2));
-        }
-        tried
+                Ok(count)
+            });
+            let ready = change()
+                .and_then(|()| replica.await_ready().context("after the migration, without a restart"));
+            over.store(true, Ordering::Relaxed);
+            let asked = probe.join().expect("no panic")?;
+            ready.map(|()| asked)
+        })?;
+        ensure!(asked > 0, "/livez was not asked");
+        succeeds(&replica, "after the migration, the binary", || Ok(())).map(drop)
+    }
+
+    fn start(&self, binary: &Path, name: &str) -> Result<Replica> {
+        let environment = [
+            ("DATABASE_URL", self.postgres.url(DATABASE)),
+            ("REDIS_URL", self.redis.url(0)),
+            ("MIGRATE_ON_START", "false".to_owned()),
+        ];
+        let environment = environment.map(|(name, value)| (name.to_owned(), value));
+        Replica::start(binary, self.dir.join(format!("{name}-{:08x}.log", fastrand::u32(..))), environment)
     }
 }
 
-/// A name that nobody has.
-fn fastrand_u64() -> Result<u64> {
-    let mut bytes = [0_u8; 8];
-    std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut bytes)?;
-    Ok(u64::from_le_bytes(bytes))
+/// Conversations go on while `work` is done, and none of their requests may fail or wait long. Returns the time of the
+/// slowest answer.
+fn succeeds(replica: &Replica, who: &str, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+    let pair = |_| Pair::new(replica.public, &format!("u{:08x}", fastrand::u32(..)));
+    let mut pairs = (0..PAIRS).map(pair).collect::<Result<Vec<_>>>()?;
+    let ((), report) = conversation::during(&mut pairs, replica.public, PAUSE, work)?;
+    report.verdict().with_context(|| format!("{who} failed"))?;
+    ensure!(
+        report.slowest <= SLOWEST,
+        "{who} took {:.1} s for an answer, more than {} s: what did the migration lock?",
+        report.slowest.as_secs_f32(),
+        SLOWEST.as_secs()
+    );
+    Ok(report.slowest)
 }
 
 #[cfg(test)]

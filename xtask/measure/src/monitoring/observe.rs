@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use harness::http;
 use harness::servers::{daemon, ports};
 use harness::{Postgres, Redis, Scratch, install};
 use rustix::process::{Pid, Signal, kill_process};
@@ -64,7 +65,8 @@ fn look(progress: &Progress, child: &mut Running, log: &Path, port: u16) -> Resu
     let said = said();
     let watch = port_in(&said, "  alerts    http://127.0.0.1:")?;
     let rules = evaluated(watch)?;
-    ensure!(status_of(port, "/me")? == 401, "/me");
+    let service = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    ensure!(http::get(service, "/me", http::PATIENCE)?.status == 401, "/me");
     let file = said.lines().find_map(|line| line.strip_prefix("  traces    ")?.split_once(','));
     let file = workspace::root().join(file.context("no line about traces")?.0);
     let traced = || fs::read_to_string(&file).unwrap_or_default().contains("\"GET /me\"").then_some(());
@@ -105,11 +107,6 @@ fn port_in(text: &str, before: &str) -> Result<u16> {
     let (_, rest) = text.split_once(before).with_context(|| format!("no {before:?}"))?;
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().with_context(|| format!("no port behind {before:?}"))
-}
-
-fn status_of(port: u16, path: &str) -> Result<u16> {
-    let response = reqwest::blocking::get(format!("http://127.0.0.1:{port}{path}"))?;
-    Ok(response.status().as_u16())
 }
 
 /// Ended when it is dropped, in order, so that what it started ends, too.

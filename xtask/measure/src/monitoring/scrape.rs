@@ -1,13 +1,11 @@
 //! What the built service exports, and which other metrics there are.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::process::{Child, Stdio};
-use std::time::Duration;
+use std::fs;
 
-use anyhow::{Context, Result, anyhow};
-use harness::servers::{daemon, ports};
-use harness::{Postgres, Redis, Scratch, places};
+use anyhow::{Context, Result, ensure};
+use harness::http::Client;
+use harness::{Postgres, Redis, Replica, Scratch, places};
 
 use crate::rules;
 use common::chart;
@@ -31,8 +29,6 @@ const KUBELET: [&str; 7] = [
     "kubelet_volume_stats_capacity_bytes",
     "kubelet_volume_stats_used_bytes",
 ];
-
-const START_LIMIT: Duration = Duration::from_secs(20);
 
 /// All metrics that an expression may name.
 pub(super) struct Metrics {
@@ -81,41 +77,18 @@ pub(super) fn of_a_cluster(name: &str) -> bool {
     KUBELET.contains(&name) || name.starts_with("kube_")
 }
 
-/// A running service; dropping it ends it.
-struct Service(Child);
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
 fn scrape(postgres: &Postgres, redis: &Redis) -> Result<String> {
     const DATABASE: &str = "dashboards";
     postgres.query("postgres", &format!("DROP DATABASE IF EXISTS {DATABASE}"))?;
     postgres.create_database(DATABASE)?;
     let scratch = Scratch::new("dashboards")?;
-    let log = File::create(scratch.path().join("service.log"))?;
-    let ops_port = ports::free()?;
-    let mut command = daemon::dies_with_us(&places::service_binary()?, "KILL");
-    command.arg("serve").env_clear().current_dir(scratch.path());
-    command.envs([
-        ("DATABASE_URL", postgres.url(DATABASE)),
-        ("REDIS_URL", redis.url(0)),
-        ("HOST", "127.0.0.1".to_owned()),
-        ("PORT", ports::free()?.to_string()),
-        ("OPS_PORT", ops_port.to_string()),
-    ]);
-    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-    let _service = Service(daemon::spawn(command).context("start the service")?);
-    let url = format!("http://127.0.0.1:{ops_port}");
-    let client = reqwest::blocking::Client::builder().timeout(Duration::from_secs(5)).build()?;
-    let text = daemon::poll(START_LIMIT, || {
-        let get = |path: &str| client.get(format!("{url}{path}")).send()?.error_for_status()?.text();
-        Ok(get("/healthz").and_then(|_| get("/metrics")).ok())
-    })?;
-    text.ok_or_else(|| anyhow!("no metrics within {} s", START_LIMIT.as_secs()))
+    let urls = [("DATABASE_URL", postgres.url(DATABASE)), ("REDIS_URL", redis.url(0))];
+    let urls = urls.map(|(name, url)| (name.to_owned(), url));
+    let replica = Replica::start(&places::service_binary()?, scratch.path().join("service.log"), urls)?;
+    replica.await_ready()?;
+    let answer = Client::new(replica.operations).ask("GET", "/metrics", None, "")?;
+    ensure!(answer.status == 200, "/metrics answers {}", answer.status);
+    Ok(answer.text())
 }
 
 fn kube_state_metrics(progress: &Progress) -> Result<Option<String>> {
