@@ -51,3 +51,28 @@ impl External {
         Ok(program)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Crates with their versions and features, as cargo compiles them for these packages.
+    fn crates(packages: &[&str]) -> BTreeSet<String> {
+        let mut tree = workspace::cargo(&["tree", "--locked", "--edges", "normal,build", "--prefix", "none"]);
+        let output =
+            tree.args(["--format", "{p} {f}", "--no-dedupe"]).args(packages).output().expect("cargo");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).expect("UTF-8");
+        text.lines().filter(|line| !line.contains("(/")).map(|line| line.trim().to_owned()).collect()
+    }
+
+    #[test]
+    fn the_front_door_is_thin_and_shares_every_crate_with_the_rest() {
+        let (ours, all) = (crates(&["--package", "xtask"]), crates(&["--workspace"]));
+        assert!(ours.len() < 60, "{} crates: what needs more is a crate of its own", ours.len());
+        let apart: Vec<_> = ours.difference(&all).collect();
+        assert!(apart.is_empty(), "compiled twice for their features, see xtask/Cargo.toml: {apart:?}");
+    }
+}

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, PipeReader, Write};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
@@ -173,47 +174,42 @@ impl Progress {
     }
 
     /// As [`Self::run`], and each line is shown to `see` as it comes, also those of a command that fails later.
-    pub fn run_counted(&self, mut command: Command, see: impl FnMut(&str)) -> Result<String> {
+    pub fn run_counted(&self, command: Command, see: impl FnMut(&str)) -> Result<String> {
         if dry_run::is_on() {
             println!("{}", dry_run::shell_line(&command));
             return Ok(String::new());
         }
-        let log_path = workspace::log_file(&self.name)?;
-        let (reader, writer) = std::io::pipe()?;
-        command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
-        let name = command.get_program().to_string_lossy().into_owned();
-        let mut child = daemon::spawn(command).with_context(|| format!("start {name}"))?;
-        let group = Pid::from_child(&child);
-        let lines = lines_of(reader, File::create(&log_path)?);
-        let output = self.follow(&mut child, &lines, see).inspect_err(|_| {
-            let _ = kill_process_group(group, Signal::TERM);
-        });
-        let ended = daemon::poll(Duration::from_secs(20), || Ok(child.try_wait()?))?;
-        let Some(status) = ended else {
-            let _ = kill_process_group(group, Signal::KILL);
-            child.wait()?;
-            bail!("{name} had to be killed");
+        self.follow(Job::start(&self.name, command)?, see)
+    }
+
+    /// Shows a command that was started before, and waits for its end.
+    pub fn join(&self, job: Job) -> Result<String> {
+        self.follow(job, |_| ())
+    }
+
+    fn follow(&self, mut job: Job, see: impl FnMut(&str)) -> Result<String> {
+        let output = self.read(&mut job, see);
+        if output.is_err() {
+            job.terminate();
+        }
+        let Some(status) = daemon::poll(Duration::from_secs(20), || Ok(job.child.try_wait()?))? else {
+            bail!("{} does not end and is killed", job.program);
         };
         let output = output?;
         if !status.success() {
             let tail = daemon::tail(&without_progress(&output), TAIL_LINES);
-            bail!("{tail}\n  {status}; all of its output: {}", workspace::shown(&log_path));
+            bail!("{tail}\n  {status}; all of its output: {}", workspace::shown(&job.log));
         }
         Ok(output)
     }
 
     /// Reads lines until the command closes its output, or has ended and left it to a straggler that says nothing.
-    fn follow(
-        &self,
-        child: &mut Child,
-        lines: &Receiver<String>,
-        mut see: impl FnMut(&str),
-    ) -> Result<String> {
+    fn read(&self, job: &mut Job, mut see: impl FnMut(&str)) -> Result<String> {
         let deadline = Instant::now() + STEP_LIMIT;
         let mut output = String::new();
         let mut ended = false;
         loop {
-            match lines.recv_timeout(Duration::from_millis(100)) {
+            match job.lines.recv_timeout(Duration::from_millis(100)) {
                 Ok(line) => {
                     self.say(line.trim());
                     see(&line);
@@ -223,11 +219,49 @@ impl Progress {
                 Err(RecvTimeoutError::Disconnected) => return Ok(output),
                 Err(RecvTimeoutError::Timeout) if ended => return Ok(output),
                 // Once more: on a busy machine the thread that reads may not have had its turn yet.
-                Err(RecvTimeoutError::Timeout) => ended = child.try_wait()?.is_some(),
+                Err(RecvTimeoutError::Timeout) => ended = job.child.try_wait()?.is_some(),
             }
             signals::check()?;
             if Instant::now() >= deadline {
                 bail!("no end after {} min", STEP_LIMIT.as_secs() / 60);
+            }
+        }
+    }
+}
+
+/// A command that runs while other steps do. It ends with the value.
+#[derive(Debug)]
+pub struct Job {
+    program: String,
+    child: Child,
+    lines: Receiver<String>,
+    log: PathBuf,
+}
+
+impl Job {
+    /// Starts the command; its output is kept in a file that is called after the step.
+    pub fn start(step: &str, mut command: Command) -> Result<Self> {
+        let log = workspace::log_file(step)?;
+        let (reader, writer) = std::io::pipe()?;
+        command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+        let program = command.get_program().to_string_lossy().into_owned();
+        let child = daemon::spawn(command).with_context(|| format!("start {program}"))?;
+        Ok(Self { program, child, lines: lines_of(reader, File::create(&log)?), log })
+    }
+
+    /// Asks it and what it has started to end.
+    fn terminate(&self) {
+        let _ = kill_process_group(Pid::from_child(&self.child), Signal::TERM);
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            self.terminate();
+            if !matches!(daemon::poll(Duration::from_secs(5), || Ok(self.child.try_wait()?)), Ok(Some(_))) {
+                let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+                let _ = self.child.wait();
             }
         }
     }

@@ -24,7 +24,7 @@ use common::go_tools::COLLECTOR;
 use common::steps::step;
 use common::{go_tools, workspace};
 
-use setup::Rig;
+use setup::Setup;
 
 /// Users in pairs: one conversation for each of up to 256 connections.
 const USERS: usize = 512;
@@ -58,7 +58,7 @@ pub(crate) struct Bench {
     pub(crate) collector: Option<PathBuf>,
 }
 
-type Measure = fn(&Bench, &mut Rig) -> Result<Vec<Row>>;
+type Measure = fn(&Bench, &mut Setup) -> Result<Vec<Row>>;
 
 /// In the order of the table. Those that fill the database come last.
 const MEASURES: [(&str, Measure); 11] = [
@@ -93,14 +93,14 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let collector = collector(args)?;
     let duration = Duration::from_secs(args.seconds);
     let bench = Bench { dir, binary, rounds: args.rounds, duration, collector };
-    let mut rig = step("Postgres, Redis, users", |_| Rig::start(&bench.dir, &bench.binary, USERS))?;
+    let mut setup = step("Postgres, Redis, users", |_| Setup::start(&bench.dir, &bench.binary, USERS))?;
     let mut rows = Vec::new();
     for (name, measure) in MEASURES {
         if args.wants(name) {
-            rows.extend(step(name, |_| measure(&bench, &mut rig))?);
+            rows.extend(step(name, |_| measure(&bench, &mut setup))?);
         }
     }
-    drop(rig);
+    drop(setup);
     servers::clear(&bench.dir)?;
     if args.json {
         print_json(&rows)

@@ -26,7 +26,7 @@ use common::steps::{Progress, Tally};
 use common::workspace::offline_cargo;
 use common::{signals, workspace};
 use faults::{DRILLS, Drill, Lane};
-use scene::{Rig, lock};
+use scene::{Scene, lock};
 
 /// Alerts that nobody has seen fire: those on the kubelet's volumes, which are as full as the disk of the machine.
 const UNIT_TEST_ONLY: [&str; 1] = ["ChatServiceVolumeFilling"];
@@ -145,13 +145,13 @@ fn play(tally: &mut Tally, args: &Args) -> Result<()> {
     let drills = chosen(args.alert.as_deref())?;
     let dir = places::target_dir()?.join("drill");
     clear(&dir)?;
-    let Some((rigs, prometheus)) = tally.check("stage", "", |progress| set_stage(progress, &dir, &drills))
+    let Some((scenes, prometheus)) = tally.check("stage", "", |progress| set_stage(progress, &dir, &drills))
     else {
         return Ok(());
     };
     let mut outcomes = Vec::new();
     tally.check("drills", "", |progress| {
-        outcomes = drill_all(progress, &prometheus, &rigs, &drills);
+        outcomes = drill_all(progress, &prometheus, &scenes, &drills);
         prometheus.rules_are_healthy()
     });
     print_table(&outcomes);
@@ -213,46 +213,47 @@ fn clear(dir: &Path) -> Result<()> {
 }
 
 /// The lanes that are needed, all at once, and a Prometheus that scrapes them.
-fn set_stage(progress: &Progress, dir: &Path, drills: &[&Drill]) -> Result<(Vec<(Lane, Rig)>, Prometheus)> {
+fn set_stage(progress: &Progress, dir: &Path, drills: &[&Drill]) -> Result<(Vec<(Lane, Scene)>, Prometheus)> {
     install::ensure_programs(|line| progress.note(line))?;
     progress.run(offline_cargo(&["build", "-p", "chat-service"]))?;
     let binary = places::service_binary()?;
     let lanes = Lane::ALL.into_iter().filter(|lane| drills.iter().any(|drill| drill.lane == *lane));
     progress.say("servers and replicas");
-    let rigs = thread::scope(|scope| {
+    let scenes = thread::scope(|scope| {
         let starting: Vec<_> = lanes
             .map(|lane| {
                 let binary = &binary;
-                (lane, scope.spawn(move || Rig::start(dir, binary, lane)))
+                (lane, scope.spawn(move || Scene::start(dir, binary, lane)))
             })
             .collect();
         starting
             .into_iter()
-            .map(|(lane, rig)| Ok((lane, rig.join().expect("no panic")?)))
+            .map(|(lane, scene)| Ok((lane, scene.join().expect("no panic")?)))
             .collect::<Result<Vec<_>>>()
     })?;
-    let jobs = rigs.iter().map(|(_, rig)| rig.scrape_job()).collect();
+    let jobs = scenes.iter().map(|(_, scene)| scene.scrape_job()).collect();
     let prometheus = Prometheus::start(progress, dir, &rules::files()?, jobs)?;
     prometheus.await_targets(Duration::from_secs(20))?;
-    Ok((rigs, prometheus))
+    Ok((scenes, prometheus))
 }
 
 /// The lanes at the same time, and in each lane one drill after the other.
 fn drill_all(
     progress: &Progress,
     prometheus: &Prometheus,
-    rigs: &[(Lane, Rig)],
+    scenes: &[(Lane, Scene)],
     drills: &[&'static Drill],
 ) -> Vec<Outcome> {
     let show = Show { prometheus, history: Mutex::new(History::new()), over: AtomicBool::new(false) };
     thread::scope(|scope| {
         let watcher = scope.spawn(|| show.watch(progress));
-        let lanes: Vec<_> = rigs
+        let lanes: Vec<_> = scenes
             .iter()
-            .map(|(lane, rig)| {
+            .map(|(lane, scene)| {
                 let ours: Vec<_> = drills.iter().copied().filter(|drill| drill.lane == *lane).collect();
                 let show = &show;
-                scope.spawn(move || ours.into_iter().map(|drill| show.drill(rig, drill)).collect::<Vec<_>>())
+                scope
+                    .spawn(move || ours.into_iter().map(|drill| show.drill(scene, drill)).collect::<Vec<_>>())
             })
             .collect();
         let outcomes = lanes.into_iter().flat_map(|lane| lane.join().expect("no panic")).collect();
@@ -281,34 +282,34 @@ impl Show<'_> {
         }
     }
 
-    fn drill(&self, rig: &Rig, drill: &'static Drill) -> Outcome {
+    fn drill(&self, scene: &Scene, drill: &'static Drill) -> Outcome {
         let started = Instant::now();
-        let times = self.fire_and_resolve(rig, drill);
+        let times = self.fire_and_resolve(scene, drill);
         let history = lock(&self.history);
-        let others = history.all_since(started, rig.namespace).into_iter();
-        let others = others.filter(|alert| !drill.alerts.iter().any(|key| alert.is(key, rig.namespace)));
+        let others = history.all_since(started, scene.namespace).into_iter();
+        let others = others.filter(|alert| !drill.alerts.iter().any(|key| alert.is(key, scene.namespace)));
         let others = others.map(prometheus::Alert::shown).collect();
         Outcome { drill, times, others }
     }
 
-    fn fire_and_resolve(&self, rig: &Rig, drill: &'static Drill) -> Result<Vec<Times>> {
+    fn fire_and_resolve(&self, scene: &Scene, drill: &'static Drill) -> Result<Vec<Times>> {
         // An alert that another fault has left would prove nothing.
         self.wait(RESOLVE_LIMIT, "fires before its fault", drill, |history, alert| {
-            (!history.fires(alert, rig.namespace)).then_some(())
+            (!history.fires(alert, scene.namespace)).then_some(())
         })?;
         let injected = Instant::now();
-        let outcome = (drill.inject)(rig).context("inject the fault").and_then(|()| {
+        let outcome = (drill.inject)(scene).context("inject the fault").and_then(|()| {
             self.wait(FIRE_LIMIT, "did not fire", drill, |history, alert| {
-                Some(history.since(injected, alert, rig.namespace)?.0)
+                Some(history.since(injected, alert, scene.namespace)?.0)
             })
         });
         // Whatever came of it, the next drill finds a sound service.
         let healed = Instant::now();
-        (drill.heal)(rig).context("heal the fault")?;
-        rig.await_ready()?;
+        (drill.heal)(scene).context("heal the fault")?;
+        scene.await_ready()?;
         let fired = outcome?;
         let resolved = self.wait(RESOLVE_LIMIT, "did not resolve", drill, |history, alert| {
-            history.since(injected, alert, rig.namespace)?.1
+            history.since(injected, alert, scene.namespace)?.1
         })?;
         let times = drill.alerts.iter().zip(fired.into_iter().zip(resolved));
         Ok(times

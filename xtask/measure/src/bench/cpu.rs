@@ -6,12 +6,12 @@ use std::fs;
 
 use harness::Replica;
 
-use super::setup::Rig;
+use super::setup::Setup;
 
 /// Ticks of /proc/PID/stat in a second: fixed by the kernel's interface to user space.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// Processor seconds so far of each process of the rig; none where there is no /proc.
+/// Processor seconds so far of each process of the setup; none where there is no /proc.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cpu(BTreeMap<u32, (Part, f64)>);
 
@@ -24,10 +24,10 @@ enum Part {
 }
 
 impl Cpu {
-    pub(crate) fn now(rig: &Rig) -> Self {
-        let postmaster = rig.postgres.pid().unwrap_or_default();
-        let redis = rig.redis.pid().unwrap_or_default();
-        let services: Vec<u32> = rig.replicas.iter().filter_map(Replica::pid).collect();
+    pub(crate) fn now(setup: &Setup) -> Self {
+        let postmaster = setup.postgres.pid().unwrap_or_default();
+        let redis = setup.redis.pid().unwrap_or_default();
+        let services: Vec<u32> = setup.replicas.iter().filter_map(Replica::pid).collect();
         let part = |pid, parent| match pid {
             pid if services.contains(&pid) => Some(Part::Service),
             pid if pid == postmaster || parent == postmaster => Some(Part::Postgres),

@@ -9,7 +9,7 @@ use harness::{PASSWORD, Replica};
 use load::{Report, Script};
 
 use super::cpu::Cpu;
-use super::setup::Rig;
+use super::setup::Setup;
 use super::{Bench, Goal, Row, figures, median, reference};
 
 pub(super) const CONNECTIONS: usize = 64;
@@ -20,18 +20,18 @@ const LOGIN_CONNECTIONS: usize = 8;
 /// Messages of a conversation that is read: more than a page.
 const HISTORY: u64 = 10;
 
-pub(crate) fn send(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+pub(crate) fn send(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
     let (mut ours, mut theirs, mut ratios, mut client) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut cpu = String::new();
     for _ in 0..bench.rounds {
-        let pgbench = reference::pgbench_insert(bench, rig)?;
-        let before = Cpu::now(rig);
-        let report = load::run(rig.send_scripts(CONNECTIONS, false), bench.duration)?.all(201)?;
-        cpu = before.per_answer(&Cpu::now(rig), report.latencies.len());
+        let pgbench = reference::pgbench_insert(bench, setup)?;
+        let before = Cpu::now(setup);
+        let report = load::run(setup.send_scripts(CONNECTIONS, false), bench.duration)?.all(201)?;
+        cpu = before.per_answer(&Cpu::now(setup), report.latencies.len());
         ratios.push(report.rate() / pgbench);
         ours.push(report.rate());
         theirs.push(pgbench);
-        client.push(client_share(rig, bench)?);
+        client.push(client_share(setup, bench)?);
     }
     let what = "POST /send, limits on, durable, to pgbench's single-row INSERT, both 64 clients";
     let detail = format!(
@@ -43,15 +43,15 @@ pub(crate) fn send(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
     Ok(vec![Row { name: "send", what: what.to_owned(), values: ratios, unit: "x", goal, detail }])
 }
 
-pub(crate) fn messages(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
-    fill_conversations(rig)?;
+pub(crate) fn messages(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
+    fill_conversations(setup)?;
     let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     let mut cpu = String::new();
     for _ in 0..bench.rounds {
-        let redis = reference::redis_get(bench, rig)?;
-        let before = Cpu::now(rig);
-        let report = load::run(rig.read_scripts(CONNECTIONS, ""), bench.duration)?.all(200)?;
-        cpu = before.per_answer(&Cpu::now(rig), report.latencies.len());
+        let redis = reference::redis_get(bench, setup)?;
+        let before = Cpu::now(setup);
+        let report = load::run(setup.read_scripts(CONNECTIONS, ""), bench.duration)?.all(200)?;
+        cpu = before.per_answer(&Cpu::now(setup), report.latencies.len());
         ratios.push(report.rate() / redis);
         ours.push(report.rate());
         theirs.push(redis);
@@ -62,11 +62,11 @@ pub(crate) fn messages(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
     Ok(vec![Row { name: "messages", what: what.to_owned(), values: ratios, unit: "x", goal, detail }])
 }
 
-pub(crate) fn login(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+pub(crate) fn login(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
     let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds {
         let argon2 = reference::argon2_rate(bench.duration)?;
-        let report = load::run(login_scripts(rig), bench.duration)?.all(200)?;
+        let report = load::run(login_scripts(setup), bench.duration)?.all(200)?;
         ratios.push(report.rate() / argon2);
         ours.push(report.rate());
         theirs.push(argon2);
@@ -78,18 +78,18 @@ pub(crate) fn login(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
 }
 
 /// The 99th percentile of reads at a moderate rate, with and without everybody logging in at once.
-pub(crate) fn storm(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
-    fill_conversations(rig)?;
+pub(crate) fn storm(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
+    fill_conversations(setup)?;
     let (mut calm, mut stormy, mut ratios) = (Figures::default(), Figures::default(), Vec::new());
     for _ in 0..bench.rounds {
-        let without = load::run(rig.read_scripts(4, ""), bench.duration)?.all(200)?;
+        let without = load::run(setup.read_scripts(4, ""), bench.duration)?.all(200)?;
         let stop = Arc::new(AtomicBool::new(false));
         let storm = {
-            let (scripts, stop) = (login_scripts(rig), Arc::clone(&stop));
+            let (scripts, stop) = (login_scripts(setup), Arc::clone(&stop));
             std::thread::spawn(move || load::run_until(scripts, Duration::from_secs(600), &stop))
         };
         std::thread::sleep(Duration::from_millis(200));
-        let during = load::run(rig.read_scripts(4, ""), bench.duration)?.all(200)?;
+        let during = load::run(setup.read_scripts(4, ""), bench.duration)?.all(200)?;
         stop.store(true, Ordering::Relaxed);
         storm.join().ok().context("the storm panicked")??.all(200)?;
         ratios.push(stormy.add(&during) / calm.add(&without));
@@ -124,11 +124,11 @@ impl Figures {
     }
 }
 
-pub(crate) fn startup(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+pub(crate) fn startup(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
     let mut values = Vec::new();
     for _ in 0..bench.rounds.max(5) {
         let started = Instant::now();
-        let _replica = rig.start_replica(&bench.dir, &bench.binary)?;
+        let _replica = setup.start_replica(&bench.dir, &bench.binary)?;
         values.push(started.elapsed().as_secs_f64() * 1e3);
     }
     let what = "exec to the first 200 on /healthz, migrated database".to_owned();
@@ -136,20 +136,20 @@ pub(crate) fn startup(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
     Ok(vec![Row { name: "startup", what, values, unit: "ms", goal, detail: String::new() }])
 }
 
-pub(crate) fn memory(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
-    let replica = rig.start_replica(&bench.dir, &bench.binary)?;
+pub(crate) fn memory(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
+    let replica = setup.start_replica(&bench.dir, &bench.binary)?;
     std::thread::sleep(Duration::from_secs(2));
     let idle = resident_kib(&replica)? as f64 / 1024.0;
     // Reads, sends and logins by turns on this one replica.
-    let others = std::mem::replace(&mut rig.replicas, vec![replica]);
+    let others = std::mem::replace(&mut setup.replicas, vec![replica]);
     let mut peak: f64 = 0.0;
     for scripts in
-        [rig.send_scripts(CONNECTIONS, false), rig.read_scripts(CONNECTIONS, ""), login_scripts(rig)]
+        [setup.send_scripts(CONNECTIONS, false), setup.read_scripts(CONNECTIONS, ""), login_scripts(setup)]
     {
         load::run(scripts, bench.duration)?;
-        peak = peak.max(resident_kib(&rig.replicas[0])? as f64 / 1024.0);
+        peak = peak.max(resident_kib(&setup.replicas[0])? as f64 / 1024.0);
     }
-    rig.replicas = others;
+    setup.replicas = others;
     let row = |what: &str, value, floor, aim| Row {
         name: "memory",
         what: what.to_owned(),
@@ -169,24 +169,24 @@ fn resident_kib(replica: &Replica) -> Result<u64> {
 }
 
 /// What the load generator can do at all: answers that cost the service next to nothing.
-fn client_share(rig: &Rig, bench: &Bench) -> Result<f64> {
-    let scripts = (0..CONNECTIONS).map(|i| Script::get(rig.address(i), "/me", "none")).collect();
+fn client_share(setup: &Setup, bench: &Bench) -> Result<f64> {
+    let scripts = (0..CONNECTIONS).map(|i| Script::get(setup.address(i), "/me", "none")).collect();
     Ok(load::run(scripts, bench.duration.min(Duration::from_secs(2)))?.all(401)?.rate())
 }
 
-fn login_scripts(rig: &Rig) -> Vec<Script> {
+fn login_scripts(setup: &Setup) -> Vec<Script> {
     (0..LOGIN_CONNECTIONS)
         .map(|connection| {
-            let (user, _) = rig.pair(connection);
+            let (user, _) = setup.pair(connection);
             let body = format!(r#"{{"username":"{}","password":"{PASSWORD}"}}"#, user.name);
-            Script::post(rig.address(connection), "/login", None, &[body])
+            Script::post(setup.address(connection), "/login", None, &[body])
         })
         .collect()
 }
 
 /// Gives every conversation that is read its messages.
-pub(super) fn fill_conversations(rig: &Rig) -> Result<()> {
-    let scripts = rig.send_scripts(CONNECTIONS, false);
+pub(super) fn fill_conversations(setup: &Setup) -> Result<()> {
+    let scripts = setup.send_scripts(CONNECTIONS, false);
     let mut sent = 0;
     while sent < HISTORY * CONNECTIONS as u64 {
         sent += load::run(scripts.clone(), Duration::from_millis(200))?.all(201)?.count(201);

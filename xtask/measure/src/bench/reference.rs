@@ -9,13 +9,13 @@ use anyhow::{Context as _, Result};
 use argon2::{Algorithm, Argon2, Params, Version};
 use harness::servers::programs;
 
-use super::setup::{self as rig, CONTENT, DATABASE, Rig};
+use super::setup::{self, CONTENT, DATABASE, Setup};
 use super::{Bench, scratch};
 
 /// Rows a second of single-row INSERTs by 64 clients: the very row that the service inserts, into a table with
 /// the same columns and key, prepared, durable, on the same server.
-pub(crate) fn pgbench_insert(bench: &Bench, rig: &Rig) -> Result<f64> {
-    rig.postgres.query(
+pub(crate) fn pgbench_insert(bench: &Bench, setup: &Setup) -> Result<f64> {
+    setup.postgres.query(
         DATABASE,
         "CREATE TABLE IF NOT EXISTS reference (LIKE messages INCLUDING ALL);
          CREATE SEQUENCE IF NOT EXISTS reference_seq CACHE 100",
@@ -29,26 +29,26 @@ pub(crate) fn pgbench_insert(bench: &Bench, rig: &Rig) -> Result<f64> {
              md5(:client_id::text)::uuid, '{CONTENT}', clock_timestamp());\n"
         ),
     )?;
-    let text = rig::output(
-        Command::new(rig.postgres.bin_dir().join("pgbench"))
+    let text = setup::output(
+        Command::new(setup.postgres.bin_dir().join("pgbench"))
             .args(["--no-vacuum", "--protocol=prepared", "--client=64", "--jobs=1"])
             .arg(format!("--time={}", bench.duration.as_secs()))
             .arg("--file")
             .arg(&script)
-            .arg(rig.postgres.url(DATABASE)),
+            .arg(setup.postgres.url(DATABASE)),
     )?;
     let line = text.lines().find(|line| line.starts_with("tps = ")).context("pgbench printed no tps")?;
     Ok(line.split_whitespace().nth(2).context("pgbench printed no rate")?.parse()?)
 }
 
 /// GETs a second by 64 connections without pipelining.
-pub(crate) fn redis_get(bench: &Bench, rig: &Rig) -> Result<f64> {
+pub(crate) fn redis_get(bench: &Bench, setup: &Setup) -> Result<f64> {
     let benchmark =
         programs::in_path("redis-benchmark").context("redis-benchmark comes with redis-tools: install it")?;
     // As many requests as take about the wanted time at a rate that most machines reach.
     let requests = 50_000 * bench.duration.as_secs();
-    let text = rig::output(
-        Command::new(benchmark).args(["-h", "127.0.0.1", "-p", &rig.redis.port().to_string()]).args([
+    let text = setup::output(
+        Command::new(benchmark).args(["-h", "127.0.0.1", "-p", &setup.redis.port().to_string()]).args([
             "-t",
             "get",
             "-c",

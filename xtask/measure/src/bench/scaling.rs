@@ -3,16 +3,16 @@
 use anyhow::Result;
 use harness::User;
 
-use super::setup::{DATABASE, Rig};
+use super::setup::{DATABASE, Setup};
 use super::{Bench, Row};
 
 const DEEP_ROWS: u64 = 10_000_000;
 
 /// The send rate over 1 to 256 connections.
-pub(crate) fn connections(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+pub(crate) fn connections(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for connections in [1, 4, 16, 64, 256] {
-        let report = load::run(rig.send_scripts(connections, false), bench.duration)?.all(201)?;
+        let report = load::run(setup.send_scripts(connections, false), bench.duration)?.all(201)?;
         rows.push(Row {
             name: "connections",
             what: format!("POST /send, {connections} connections"),
@@ -26,12 +26,12 @@ pub(crate) fn connections(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
 }
 
 /// All messages in one conversation, against one conversation per connection.
-pub(crate) fn conversations(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+pub(crate) fn conversations(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
     let mut ratios = Vec::new();
     let mut detail = String::new();
     for _ in 0..bench.rounds {
-        let many = load::run(rig.send_scripts(64, false), bench.duration)?.all(201)?;
-        let hot = load::run(rig.send_scripts(64, true), bench.duration)?.all(201)?;
+        let many = load::run(setup.send_scripts(64, false), bench.duration)?.all(201)?;
+        let hot = load::run(setup.send_scripts(64, true), bench.duration)?.all(201)?;
         ratios.push(hot.rate() / many.rate());
         detail = format!("one {:.0}/s, many {:.0}/s", hot.rate(), many.rate());
     }
@@ -40,16 +40,16 @@ pub(crate) fn conversations(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
 }
 
 /// Two replicas against one.
-pub(crate) fn replicas(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
-    let second = rig.start_replica(&bench.dir, &bench.binary)?;
+pub(crate) fn replicas(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
+    let second = setup.start_replica(&bench.dir, &bench.binary)?;
     let mut second = Some(second);
     let mut ratios = Vec::new();
     let mut detail = String::new();
     for _ in 0..bench.rounds {
-        let one = load::run(rig.send_scripts(64, false), bench.duration)?.all(201)?;
-        rig.replicas.extend(second.take());
-        let two = load::run(rig.send_scripts(64, false), bench.duration)?.all(201)?;
-        second = rig.replicas.pop();
+        let one = load::run(setup.send_scripts(64, false), bench.duration)?.all(201)?;
+        setup.replicas.extend(second.take());
+        let two = load::run(setup.send_scripts(64, false), bench.duration)?.all(201)?;
+        second = setup.replicas.pop();
         ratios.push(two.rate() / one.rate());
         detail = format!("two {:.0}/s, one {:.0}/s", two.rate(), one.rate());
     }
@@ -58,11 +58,11 @@ pub(crate) fn replicas(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
 }
 
 /// A page out of the middle of ten million messages, against one out of ten.
-pub(crate) fn depth(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
-    let (reader, peer) = rig.pair(200);
-    let (shallow_reader, shallow_peer) = rig.pair(201);
+pub(crate) fn depth(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
+    let (reader, peer) = setup.pair(200);
+    let (shallow_reader, shallow_peer) = setup.pair(201);
     for (one, other, messages) in [(reader, peer, DEEP_ROWS), (shallow_reader, shallow_peer, 10)] {
-        rig.postgres.query(
+        setup.postgres.query(
             DATABASE,
             &format!(
                 "WITH made AS (
@@ -80,12 +80,12 @@ pub(crate) fn depth(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
             ),
         )?;
     }
-    rig.postgres.query(DATABASE, "VACUUM ANALYZE messages")?;
+    setup.postgres.query(DATABASE, "VACUUM ANALYZE messages")?;
     let mut ratios = Vec::new();
     let mut detail = String::new();
     let page = |reader: &User, peer: &User, query: &str| {
         let path = format!("/messages?peer_id={}&{query}", peer.id);
-        let scripts = (0..16).map(|i| load::Script::get(rig.address(i), &path, &reader.token)).collect();
+        let scripts = (0..16).map(|i| load::Script::get(setup.address(i), &path, &reader.token)).collect();
         load::run(scripts, bench.duration)?.all(200)
     };
     for _ in 0..bench.rounds {

@@ -17,14 +17,14 @@ const NO_LIMIT: &str = "1000000000";
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 
-pub(crate) struct Rig {
+pub(crate) struct Setup {
     pub(crate) postgres: Postgres,
     pub(crate) redis: Redis,
     pub(crate) replicas: Vec<Replica>,
     pub(crate) users: Vec<User>,
 }
 
-impl Rig {
+impl Setup {
     /// Starts everything below `dir`, with one replica and `users` users.
     pub(crate) fn start(dir: &Path, binary: &Path, users: usize) -> Result<Self> {
         let postgres =
@@ -32,12 +32,12 @@ impl Rig {
         postgres.query("postgres", &format!("DROP DATABASE IF EXISTS {DATABASE}"))?;
         postgres.create_database(DATABASE)?;
         let redis = Redis::start(&dir.join("redis"), RedisOptions::default())?;
-        let mut rig = Self { postgres, redis, replicas: Vec::new(), users: Vec::new() };
-        rig.add_replica(dir, binary)?;
+        let mut setup = Self { postgres, redis, replicas: Vec::new(), users: Vec::new() };
+        setup.add_replica(dir, binary)?;
         for number in 0..users {
-            rig.users.push(User::register(rig.address(0), &format!("user{number}"))?);
+            setup.users.push(User::register(setup.address(0), &format!("user{number}"))?);
         }
-        Ok(rig)
+        Ok(setup)
     }
 
     pub(crate) fn add_replica(&mut self, dir: &Path, binary: &Path) -> Result<()> {

@@ -6,32 +6,32 @@ use harness::http::Client;
 use harness::servers::collector::{Collector, Spans};
 
 use super::measures::{CONNECTIONS, fill_conversations};
-use super::setup::Rig;
+use super::setup::Setup;
 use super::{Bench, Goal, Row, median, scratch};
 
 /// One way to trace, and what was measured of it.
 struct Side {
-    /// Its one replica, in a form that is swapped with the rig's.
+    /// Its one replica, in a form that is swapped with the setup's.
     replicas: Vec<Replica>,
     send: Vec<f64>,
     messages: Vec<f64>,
 }
 
 /// Metrics are kept by all three; the collector runs on the same cores and takes its share.
-pub(crate) fn tracing(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
+pub(crate) fn tracing(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
     let Some(program) = &bench.collector else { return Ok(Vec::new()) };
     let collector = Collector::start(program, &scratch(bench, "collector"), None, Spans::Dropped)?;
     let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint());
     let every = ("OTEL_TRACES_SAMPLER", "parentbased_always_on".to_owned());
     let mut sides = [
-        Side::start(bench, rig, &[])?,
-        Side::start(bench, rig, std::slice::from_ref(&endpoint))?,
-        Side::start(bench, rig, &[endpoint, every])?,
+        Side::start(bench, setup, &[])?,
+        Side::start(bench, setup, std::slice::from_ref(&endpoint))?,
+        Side::start(bench, setup, &[endpoint, every])?,
     ];
     for round in 0..bench.rounds as usize {
         // Each is the first by turns: what the machine does meanwhile favours none.
         for turn in 0..sides.len() {
-            sides[(round + turn) % 3].measure(bench, rig)?;
+            sides[(round + turn) % 3].measure(bench, setup)?;
         }
     }
     let [off, tenth, all] = &sides;
@@ -61,17 +61,17 @@ pub(crate) fn tracing(bench: &Bench, rig: &mut Rig) -> Result<Vec<Row>> {
 }
 
 impl Side {
-    fn start(bench: &Bench, rig: &Rig, variables: &[(&str, String)]) -> Result<Self> {
-        let replica = rig.start_replica_with(&bench.dir, &bench.binary, variables)?;
+    fn start(bench: &Bench, setup: &Setup, variables: &[(&str, String)]) -> Result<Self> {
+        let replica = setup.start_replica_with(&bench.dir, &bench.binary, variables)?;
         Ok(Self { replicas: vec![replica], send: Vec::new(), messages: Vec::new() })
     }
 
-    fn measure(&mut self, bench: &Bench, rig: &mut Rig) -> Result<()> {
-        std::mem::swap(&mut rig.replicas, &mut self.replicas);
-        self.send.push(load::run(rig.send_scripts(CONNECTIONS, false), bench.duration)?.all(201)?.rate());
-        fill_conversations(rig)?;
-        self.messages.push(load::run(rig.read_scripts(CONNECTIONS, ""), bench.duration)?.all(200)?.rate());
-        std::mem::swap(&mut rig.replicas, &mut self.replicas);
+    fn measure(&mut self, bench: &Bench, setup: &mut Setup) -> Result<()> {
+        std::mem::swap(&mut setup.replicas, &mut self.replicas);
+        self.send.push(load::run(setup.send_scripts(CONNECTIONS, false), bench.duration)?.all(201)?.rate());
+        fill_conversations(setup)?;
+        self.messages.push(load::run(setup.read_scripts(CONNECTIONS, ""), bench.duration)?.all(200)?.rate());
+        std::mem::swap(&mut setup.replicas, &mut self.replicas);
         Ok(())
     }
 

@@ -12,7 +12,7 @@ use load::Script;
 use serde_json::json;
 use tests::history::proxy::Line;
 
-use super::scene::{DATABASE, Rig, lock};
+use super::scene::{DATABASE, Scene, lock};
 
 pub(super) struct Drill {
     pub(super) lane: Lane,
@@ -20,8 +20,8 @@ pub(super) struct Drill {
     pub(super) fault: &'static str,
     /// All of them have to fire, and to resolve when the fault is gone.
     pub(super) alerts: &'static [&'static str],
-    pub(super) inject: fn(&Rig) -> Result<()>,
-    pub(super) heal: fn(&Rig) -> Result<()>,
+    pub(super) inject: fn(&Scene) -> Result<()>,
+    pub(super) heal: fn(&Scene) -> Result<()>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,39 +76,39 @@ pub(super) const DRILLS: [Drill; 13] = [
         lane: Lane::Outages,
         fault: "one of two replicas killed",
         alerts: &["ChatServiceReplicaDown"],
-        inject: |rig| {
-            rig.replicas[1].kill();
+        inject: |scene| {
+            scene.replicas[1].kill();
             Ok(())
         },
-        heal: |rig| rig.replicas[1].launch(),
+        heal: |scene| scene.replicas[1].launch(),
     },
     Drill {
         lane: Lane::Outages,
         fault: "both replicas killed",
         alerts: &["ChatServiceDown"],
-        inject: |rig| {
-            rig.replicas.iter().for_each(Replica::kill);
+        inject: |scene| {
+            scene.replicas.iter().for_each(Replica::kill);
             Ok(())
         },
-        heal: |rig| rig.replicas.iter().try_for_each(Replica::launch),
+        heal: |scene| scene.replicas.iter().try_for_each(Replica::launch),
     },
     Drill {
         lane: Lane::Outages,
         fault: "Postgres killed",
         alerts: &["ChatServicePostgresDown", "ChatServiceNotReady"],
-        inject: |rig| lock(&rig.postgres).kill(),
-        heal: |rig| lock(&rig.postgres).restart(),
+        inject: |scene| lock(&scene.postgres).kill(),
+        heal: |scene| lock(&scene.postgres).restart(),
     },
     Drill {
         lane: Lane::Outages,
         fault: "one replica cut off from Postgres",
         alerts: &["ChatServiceReplicaNotReady"],
-        inject: |rig| {
-            rig.to_postgres[1].set(Line::Cut);
+        inject: |scene| {
+            scene.to_postgres[1].set(Line::Cut);
             Ok(())
         },
-        heal: |rig| {
-            rig.to_postgres[1].set(Line::Open);
+        heal: |scene| {
+            scene.to_postgres[1].set(Line::Open);
             Ok(())
         },
     },
@@ -116,21 +116,21 @@ pub(super) const DRILLS: [Drill; 13] = [
         lane: Lane::Outages,
         fault: "Redis stopped",
         alerts: &["ChatServiceRedisDown"],
-        inject: |rig| lock(&rig.redis).stop(),
-        heal: |rig| lock(&rig.redis).restart(),
+        inject: |scene| lock(&scene.redis).stop(),
+        heal: |scene| lock(&scene.redis).restart(),
     },
     Drill {
         lane: Lane::Outages,
         fault: "newest migration taken back",
         alerts: &["ChatServiceSchemaBehind"],
-        inject: |rig| {
-            rig.sql(
+        inject: |scene| {
+            scene.sql(
                 "CREATE TABLE taken AS TABLE _sqlx_migrations;
                  DELETE FROM _sqlx_migrations WHERE version = (SELECT max(version) FROM taken)",
             )
         },
-        heal: |rig| {
-            rig.sql(
+        heal: |scene| {
+            scene.sql(
                 "INSERT INTO _sqlx_migrations SELECT * FROM taken ON CONFLICT DO NOTHING; DROP TABLE taken",
             )
         },
@@ -139,46 +139,46 @@ pub(super) const DRILLS: [Drill; 13] = [
         lane: Lane::Outages,
         fault: "the collector of traces gone",
         alerts: &["ChatServiceTraceExportFailing"],
-        inject: |rig| {
-            rig.collector.stop();
+        inject: |scene| {
+            scene.collector.stop();
             Ok(())
         },
-        heal: |rig| rig.collector.listen(),
+        heal: |scene| scene.collector.listen(),
     },
     Drill {
         lane: Lane::Overload,
         fault: "400 clients log in with wrong passwords",
         alerts: &["ChatServiceAuthFailures", "ChatServicePasswordQueueFilling"],
-        inject: |rig| {
-            rig.crowd(200, |address, user, _| {
+        inject: |scene| {
+            scene.crowd(200, |address, user, _| {
                 let body = json!({"username": user.name, "password": "wrong, and wrong again"}).to_string();
                 Script::post(address, "/login", None, &[body])
             });
             Ok(())
         },
-        heal: Rig::disperse,
+        heal: Scene::disperse,
     },
     Drill {
         lane: Lane::Overload,
         fault: "more registrations than are allowed",
         alerts: &["ChatServiceRateLimitSurge"],
-        inject: |rig| {
-            rig.crowd(1, |address, user, _| {
+        inject: |scene| {
+            scene.crowd(1, |address, user, _| {
                 // Known names: what the limit lets through makes no user.
                 let body = json!({"username": user.name, "email": "x@example.com", "password": PASSWORD});
                 Script::post(address, "/register", None, &[body.to_string()])
             });
             Ok(())
         },
-        heal: Rig::disperse,
+        heal: Scene::disperse,
     },
     Drill {
         lane: Lane::Overload,
         fault: "messages locked, 1000 clients send",
         alerts: &["ChatServiceOutboxBackingUp"],
-        inject: |rig| {
-            lock_messages(rig)?;
-            rig.crowd(500, |address, from, to| {
+        inject: |scene| {
+            lock_messages(scene)?;
+            scene.crowd(500, |address, from, to| {
                 let body = json!({"recipient_id": to.id, "content": "Is anybody there?"}).to_string();
                 Script::post(address, "/send", Some(&from.token), &[body])
             });
@@ -190,9 +190,9 @@ pub(super) const DRILLS: [Drill; 13] = [
         lane: Lane::Overload,
         fault: "messages locked, 40 clients read",
         alerts: &["ChatServicePoolExhausted"],
-        inject: |rig| {
-            lock_messages(rig)?;
-            rig.crowd(20, |address, from, to| {
+        inject: |scene| {
+            lock_messages(scene)?;
+            scene.crowd(20, |address, from, to| {
                 // Too deep for the window in Redis.
                 Script::get(address, &format!("/messages?peer_id={}&offset=60", to.id), &from.token)
             });
@@ -212,14 +212,14 @@ pub(super) const DRILLS: [Drill; 13] = [
             "ChatServiceErrorBudgetBurn 3d",
         ],
         // What the service does not know, unlike a table that is not there yet, which is a 503.
-        inject: |rig| {
-            rig.sql(
+        inject: |scene| {
+            scene.sql(
                 "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
                      'BEGIN RAISE EXCEPTION ''drill''; END';
                  CREATE TRIGGER refuse BEFORE INSERT ON messages EXECUTE FUNCTION refuse()",
             )
         },
-        heal: |rig| rig.sql("DROP TRIGGER refuse ON messages; DROP FUNCTION refuse()"),
+        heal: |scene| scene.sql("DROP TRIGGER refuse ON messages; DROP FUNCTION refuse()"),
     },
     Drill {
         lane: Lane::Latency,
@@ -231,21 +231,21 @@ pub(super) const DRILLS: [Drill; 13] = [
             "ChatServiceLatencyBudgetBurn 1d",
             "ChatServiceLatencyBudgetBurn 3d",
         ],
-        inject: |rig| {
-            rig.lines_to_postgres(Line::Slow(Duration::from_millis(200)));
+        inject: |scene| {
+            scene.lines_to_postgres(Line::Slow(Duration::from_millis(200)));
             Ok(())
         },
-        heal: |rig| {
-            rig.lines_to_postgres(Line::Open);
+        heal: |scene| {
+            scene.lines_to_postgres(Line::Open);
             Ok(())
         },
     },
 ];
 
 /// Whoever writes or reads messages waits, with a connection in hand. Readiness sees none of it: another table answers.
-fn lock_messages(rig: &Rig) -> Result<()> {
+fn lock_messages(scene: &Scene) -> Result<()> {
     let locked = {
-        let postgres = lock(&rig.postgres);
+        let postgres = lock(&scene.postgres);
         let (port, password) = (postgres.port(), postgres.password().to_owned());
         // Ends with its session, which the healing ends.
         thread::spawn(move || {
@@ -260,7 +260,7 @@ fn lock_messages(rig: &Rig) -> Result<()> {
         })
     };
     let is_held = || {
-        let rows = lock(&rig.postgres).query(
+        let rows = lock(&scene.postgres).query(
             DATABASE,
             "SELECT 1 FROM pg_locks WHERE relation = 'messages'::regclass AND mode = 'AccessExclusiveLock' AND granted",
         )?;
@@ -270,7 +270,7 @@ fn lock_messages(rig: &Rig) -> Result<()> {
     Ok(())
 }
 
-fn unlock_messages(rig: &Rig) -> Result<()> {
-    rig.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'BEGIN; LOCK%'")?;
-    rig.disperse()
+fn unlock_messages(scene: &Scene) -> Result<()> {
+    scene.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'BEGIN; LOCK%'")?;
+    scene.disperse()
 }

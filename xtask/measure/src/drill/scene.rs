@@ -31,7 +31,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// A crowd ends by itself, whatever becomes of the drill.
 const CROWD_LIMIT: Duration = Duration::from_secs(120);
 
-pub(super) struct Rig {
+pub(super) struct Scene {
     /// Also the namespace in the labels, so that no lane's faults are taken for another's.
     pub(super) namespace: &'static str,
     pub(super) users: Vec<User>,
@@ -63,7 +63,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Rig {
+impl Scene {
     pub(super) fn start(dir: &Path, binary: &Path, lane: Lane) -> Result<Self> {
         let dir = dir.join(lane.namespace());
         let collector = Collector::start()?;
@@ -92,7 +92,7 @@ impl Rig {
         let users = (0..4)
             .map(|number| User::register(replicas[0].public, &format!("user{number}")))
             .collect::<Result<Vec<_>>>()?;
-        let mut rig = Self {
+        let mut scene = Self {
             namespace: lane.namespace(),
             users,
             replicas,
@@ -104,8 +104,8 @@ impl Rig {
             talkers: None,
             _runtime: runtime,
         };
-        rig.talkers = Some(rig.talk());
-        Ok(rig)
+        scene.talkers = Some(scene.talk());
+        Ok(scene)
     }
 
     /// The scrape job that the chart's ServiceMonitor would make: the Service's name as the job, the pod's as a label.
@@ -184,7 +184,7 @@ impl Rig {
     }
 }
 
-impl Drop for Rig {
+impl Drop for Scene {
     fn drop(&mut self) {
         let _ = self.disperse();
         self.talkers = None;
