@@ -3,17 +3,19 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use common::signals;
+use common::steps::Tally;
 
-use crate::steps::Tally;
-use crate::{drill, e2e, signals, soak, test};
+use crate::external::{E2E, MEASURE};
+use crate::test;
 
 pub(crate) fn run() -> Result<ExitCode> {
     signals::listen()?;
     let mut tally = Tally::default();
     test::all(&mut tally)?;
-    drill::everything(&mut tally)?;
-    e2e::everything(&mut tally)?;
+    MEASURE.check(&mut tally, &["drill"]);
+    E2E.check(&mut tally, &["e2e"]);
     // A minute of faults is among the tests; this is the proof that it would notice.
-    soak::self_check(&mut tally, tests::history_checker::random_seed());
+    MEASURE.check(&mut tally, &["soak", "--self-check"]);
     Ok(tally.close())
 }

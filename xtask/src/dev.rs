@@ -13,14 +13,14 @@ use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
-use tests::{places, servers};
+use harness::{install, places, servers};
 
-use crate::steps::step;
-use crate::{signals, workspace};
 use backends::Backends;
+use common::steps::{Job, step};
+use common::{signals, workspace};
 use observe::Observers;
 pub(crate) use service::Service;
 use settings::Settings;
@@ -63,8 +63,11 @@ fn serve(args: &Args) -> Result<ExitCode> {
         step("empty the data", |_| reset(&dir))?;
     }
     let settings = Settings::read(&workspace::root().join(".env"))?;
+    let binary = binary(args.release)?;
+    println!("  {}", plan(&binary));
+    let build = Job::start("build", build(args.release))?;
     let backends = backends::start(&dir, &settings)?;
-    let binary = build(args.release)?;
+    step("build", |progress| progress.join(build))?;
     let mut service = Service::new(binary, &dir, &settings, &backends)?;
     write_environment(&dir, &service, &backends)?;
     step("migrations", |progress| service.migrate(progress))?;
@@ -181,12 +184,26 @@ fn reset(dir: &Path) -> Result<()> {
     container::reset()
 }
 
-fn build(release: bool) -> Result<PathBuf> {
-    let (profile, flag) = if release { ("release", Some("--release")) } else { ("debug", None) };
-    step("build", |progress| {
-        let mut build = workspace::offline_cargo(&["build", "-p", "chat-service"]);
-        build.args(flag);
-        progress.run(build)
-    })?;
+fn binary(release: bool) -> Result<PathBuf> {
+    let profile = if release { "release" } else { "debug" };
     Ok(places::target_dir()?.join(profile).join("chat-service"))
+}
+
+fn build(release: bool) -> Command {
+    if release {
+        // With the features of its own package alone, as benchmarks and images have it.
+        return workspace::offline_cargo(&["build", "--release", "-p", "chat-service"]);
+    }
+    workspace::build("chat-service")
+}
+
+/// What the next minutes bring.
+fn plan(binary: &Path) -> String {
+    let missing = install::missing_packages();
+    let servers = match missing.as_slice() {
+        [] => "starts Postgres and Redis".to_owned(),
+        missing => format!("gets {} and starts Postgres and Redis", missing.join(" and ")),
+    };
+    let long = if binary.exists() { "seconds" } else { "COLD" };
+    format!("builds the service, and meanwhile {servers}: {long}")
 }

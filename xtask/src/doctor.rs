@@ -5,10 +5,10 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::Result;
-use tests::servers::{daemon, ports, programs};
-use tests::{install, places};
+use harness::servers::{daemon, ports, programs};
+use harness::{install, places};
 
-use crate::{go_tools, kind, workspace};
+use common::{go_tools, kind, workspace};
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -194,7 +194,7 @@ fn ports_in_use() -> Vec<Finding> {
     vec![
         finding((8000, "port 8000", "dev: the API's usual port", other)),
         finding((9000, "port 9000", "dev: the operations' usual port", other)),
-        finding((crate::cluster::NODE_PORT, "port 30080", "cluster, kind, e2e", node)),
+        finding((common::cluster::NODE_PORT, "port 30080", "cluster, kind, e2e", node)),
         finding((16443, "port 16443", "cluster, e2e: the API of Kubernetes", node)),
     ]
 }

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::e2e::load::{self, Pair};
-use crate::signals;
-use crate::steps::step;
+use common::conversation::{self as load, Pair};
+use common::signals;
+use common::steps::step;
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         .next()
         .with_context(|| format!("{} is nowhere", args.address))?;
     let mut pairs = step("people", |_| {
-        let name = |number| format!("load-{:08x}-{number}", tests::history_checker::random_seed() as u32);
+        let name = |number| format!("load-{:08x}-{number}", fastrand::u32(..));
         (0..args.conversations).map(|number| Pair::new(address, &name(number))).collect::<Result<Vec<_>>>()
     })
     .with_context(|| {

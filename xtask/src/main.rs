@@ -1,37 +1,22 @@
-//! `cargo xtask`: what developers and CI run. One file per command.
+//! `cargo xtask`: what developers and CI run. One file per command; those of `external` are crates of their own.
 
-mod bench;
 mod ci;
-mod cluster;
 mod completions;
-mod dashboards;
 mod dev;
 mod doctor;
-mod drill;
-mod dry_run;
-mod e2e;
-mod git;
-mod go_tools;
-mod image;
-mod kind;
-mod kubernetes;
+mod external;
 mod load;
 mod migrate;
 mod openapi;
 mod prepare;
 mod release;
-mod rules;
 mod seed;
-mod signals;
-mod soak;
-mod steps;
 mod test;
-mod tiltfile;
-mod workspace;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use common::{args, cluster, image, kind};
 
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask", about, max_term_width = 100, after_help = EXAMPLES)]
@@ -64,9 +49,9 @@ enum Command {
   cargo xtask prepare            then commit .sqlx with the change")]
     Prepare,
     /// Measure the service against what the machine can do, in ratios
-    Bench(bench::Args),
+    Bench(args::Bench),
     /// Let servers, lines and replicas fail for minutes, and check every answer against the contract
-    Soak(soak::Args),
+    Soak(args::Soak),
     /// Build the container image
     Image(image::Args),
     /// A real Kubernetes node on this machine, without a container engine
@@ -76,11 +61,11 @@ enum Command {
     /// Let people talk to a service that runs already; none of their requests may fail
     Load(load::Args),
     /// Install, upgrade, attack, roll back and remove the chart on a real cluster, under load
-    E2e(e2e::Args),
+    E2e(args::E2e),
     /// Inject each alert's fault, and see it fire and resolve on a real Prometheus
-    Drill(drill::Args),
+    Drill(args::Drill),
     /// Write Grafana's dashboards, or ask a Prometheus whether every panel has data
-    Dashboards(dashboards::Args),
+    Dashboards(args::Dashboards),
     /// Apply, create, show and check the migrations of the schema
     Migrate(migrate::Args),
     /// Renew or check the committed copy of the API's document
@@ -100,19 +85,19 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let ours = std::env::args_os().skip(1);
     let outcome = match Cli::parse().command {
         Command::Dev(args) => dev::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Prepare => prepare::run(),
-        Command::Bench(args) => bench::run(&args),
-        Command::Soak(args) => soak::run(&args),
         Command::Image(args) => image::run(&args),
         Command::Cluster(args) => cluster::run(&args),
         Command::Kind(args) => kind::run(&args),
         Command::Load(args) => load::run(&args),
-        Command::E2e(args) => e2e::run(&args),
-        Command::Drill(args) => drill::run(&args),
-        Command::Dashboards(args) => dashboards::run(&args),
+        Command::Bench(_) | Command::Soak(_) | Command::Drill(_) | Command::Dashboards(_) => {
+            external::MEASURE.run(ours)
+        }
+        Command::E2e(_) => external::E2E.run(ours),
         Command::Migrate(args) => migrate::run(&args),
         Command::Openapi(args) => openapi::run(&args),
         Command::Seed(args) => seed::run(&args),

@@ -5,12 +5,12 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use ::tests::places;
-use ::tests::servers::daemon;
 use anyhow::{Context, Result, bail};
+use harness::places;
+use harness::servers::daemon;
 
-use crate::steps::step;
-use crate::{signals, workspace};
+use common::steps::step;
+use common::{signals, workspace};
 
 const SNAPSHOT: &str = "tests/it/openapi.json";
 
@@ -72,7 +72,7 @@ mod tests {
 
     #[test]
     fn a_check_changes_nothing_and_names_the_fix_and_the_command_without_it_mends() {
-        let scratch = ::tests::Scratch::new("openapi").expect("a directory");
+        let scratch = harness::Scratch::new("openapi").expect("a directory");
         let file = scratch.path().join("openapi.json");
         let committed = || fs::read_to_string(&file).expect("the file");
         fs::write(&file, "{\n}\n").expect("written");

@@ -7,10 +7,10 @@ use std::process::{Command, ExitCode};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
-use tests::{Postgres, PostgresOptions, Scratch, install, places};
+use harness::{Postgres, PostgresOptions, Scratch, install, places};
 
-use crate::steps::{Progress, step};
-use crate::{signals, workspace};
+use common::steps::{Progress, step};
+use common::{signals, workspace};
 
 /// Where the query macros of a package are rooted: touched, it is compiled again and the macros really ask.
 const ROOTS: [&str; 3] = ["service/src/lib.rs", "service/src/main.rs", "tests/it/main.rs"];

@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use ::tests::places;
-use ::tests::servers::{daemon, programs};
 use anyhow::{Context, Result, bail, ensure};
+use harness::places;
+use harness::servers::{daemon, programs};
 
-use crate::dry_run::{self, DryRun};
-use crate::steps::{Progress, step};
-use crate::test::chart::HELM;
-use crate::{git, image, signals, workspace};
+use common::chart::HELM;
+use common::dry_run::{self, DryRun};
+use common::steps::{Progress, step};
+use common::{git, image, signals, workspace};
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:

@@ -11,13 +11,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ::tests::http::{Client, Response};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use fastrand::Rng;
+use harness::http::{Client, Response};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use crate::{dev, signals};
+use crate::dev;
+use common::signals;
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -421,7 +422,7 @@ curl -sS \"{url}/messages?peer_id={}\" -H \"Authorization: Bearer $token\"; echo
 mod tests {
     use std::collections::BTreeSet;
 
-    use ::tests::{Postgres, PostgresOptions, Scratch, service_binary};
+    use harness::{Postgres, PostgresOptions, Scratch, service_binary};
 
     use super::*;
 

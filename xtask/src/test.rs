@@ -1,29 +1,24 @@
 //! `cargo xtask test`: everything that a change has to pass, on servers that it starts by itself.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+mod chart;
+mod commands;
+mod count;
+mod dev;
+mod tiltfile;
+mod traces;
+
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
-use anyhow::{Result, bail};
-use scrape::Metrics;
-use serde_json::{Value, json};
-use tests::servers::{daemon, programs};
-use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch, install, places};
+use anyhow::Result;
+use common::steps::{Progress, Tally};
+use common::workspace::{cargo, in_ci, offline_cargo};
+use common::{signals, workspace};
+use harness::servers::programs;
+use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch, install, places};
 
-use crate::steps::{Progress, Tally};
-use crate::workspace::{cargo, in_ci, offline_cargo};
-use crate::{migrate, prepare, signals, workspace};
-
-pub(crate) mod chart;
-mod commands;
-mod dashboards;
-mod dev;
-mod metrics;
-mod observe;
-mod rules;
-mod scrape;
-mod tiltfile;
-pub(crate) mod traces;
+use crate::external::MEASURE;
+use crate::prepare;
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -66,59 +61,14 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         dev::check(&mut tally);
         commands::check(&mut tally);
     } else if args.monitoring {
-        monitoring(&mut tally);
+        MEASURE.check(&mut tally, &["checks", "monitoring"]);
     } else if args.cargo_test.is_empty() {
         all(&mut tally)?;
     } else {
         let servers = tally.check("Postgres and Redis", "", start_servers);
-        build_and_test(&mut tally, servers.as_ref(), None, &args.cargo_test)?;
+        build_and_test(&mut tally, servers.as_ref(), &args.cargo_test)?;
     }
     Ok(tally.close())
-}
-
-/// What SREs look at.
-fn monitoring(tally: &mut Tally) {
-    let promtool = check_monitoring(tally);
-    let servers = tally.check("Postgres and Redis", "", start_servers);
-    if let (Some(servers), Some(_)) = (servers, build(tally)) {
-        check_metrics(tally, promtool.as_deref(), &servers);
-        observe::check(tally, &servers);
-    }
-}
-
-/// What of that needs no running service. Returns promtool, for the rest.
-fn check_monitoring(tally: &mut Tally) -> Option<PathBuf> {
-    let promtool = if in_ci() || programs::promtool().is_some() || install::can_install() {
-        let found = |progress: &Progress| install::ensure_prometheus(|line| progress.note(line));
-        tally.check("Prometheus", "", found).map(|programs| programs.promtool)
-    } else {
-        println!("  {:24}skipped: what needs promtool (Debian: apt-get install prometheus)", "Prometheus");
-        None
-    };
-    dashboards::check(tally, promtool.as_deref());
-    rules::check(tally, promtool.as_deref());
-    promtool
-}
-
-/// Which metrics there are is asked of the built service.
-fn check_metrics(tally: &mut Tally, promtool: Option<&Path>, servers: &Servers) {
-    let find = |progress: &Progress| Metrics::find(progress, &servers.postgres, &servers.redis);
-    if let Some(there) = tally.check("metrics: scrape", "", find) {
-        dashboards::check_metrics(tally, &there);
-        rules::check_metrics(tally, promtool, &there);
-    }
-}
-
-/// Reads every query with Prometheus's own parser, which takes it for a recording rule of that name.
-fn parse_queries(progress: &Progress, promtool: &Path, queries: &[(String, String)]) -> Result<()> {
-    let rule = |(name, expr): &(String, String)| json!({ "record": name, "expr": expr });
-    let rules: Vec<Value> = queries.iter().map(rule).collect();
-    let file = places::target_dir()?.join("xtask/queries.yaml");
-    // JSON is YAML.
-    fs::write(&file, json!({ "groups": [{ "name": "queries", "rules": rules }] }).to_string())?;
-    let mut judge = Command::new(promtool);
-    judge.args(["check", "rules", "--lint=none"]).arg(&file);
-    progress.run(judge).map(drop)
 }
 
 /// Every check. A failed one does not keep the later ones from running.
@@ -139,8 +89,7 @@ pub(crate) fn all(tally: &mut Tally) -> Result<()> {
     tiltfile::check(tally);
     dev::check(tally);
     commands::check(tally);
-    let promtool = check_monitoring(tally);
-    build_and_test(tally, servers.as_ref(), promtool.as_deref(), &[])
+    build_and_test(tally, servers.as_ref(), &[])
 }
 
 fn start_servers(progress: &Progress) -> Result<Servers> {
@@ -171,17 +120,11 @@ fn lint(tally: &mut Tally, servers: Option<&Servers>) {
     }
 }
 
-fn build(tally: &mut Tally) -> Option<String> {
-    tally.check("build", "", |progress| progress.run(offline_cargo(&["build", "-p", "chat-service"])))
-}
-
-fn build_and_test(
-    tally: &mut Tally,
-    servers: Option<&Servers>,
-    promtool: Option<&Path>,
-    args: &[String],
-) -> Result<()> {
-    let built = build(tally);
+fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String]) -> Result<()> {
+    if args.is_empty() {
+        MEASURE.check(tally, &["checks", "all"]);
+    }
+    let built = tally.check("build", "", |progress| progress.run(workspace::build("chat-service")));
     if signals::asked_to_end() {
         return Ok(());
     }
@@ -190,17 +133,12 @@ fn build_and_test(
         tally.failed += 1;
         return Ok(());
     };
-    if args.is_empty() {
-        check_metrics(tally, promtool, servers);
-        migrate::check(tally, &servers.postgres, &servers.redis);
-    }
     let mut command = test_command(servers)?;
     command.args(args);
     traces::prepare(tally, &mut command, args);
-    count_tests(tally, command);
+    count::run(tally, command);
     if args.is_empty() {
         traces::check(tally, servers);
-        observe::check(tally, servers);
     }
     Ok(())
 }
@@ -214,64 +152,6 @@ fn test_command(servers: &Servers) -> Result<Command> {
     // The failures' own output is what a reader needs; a backtrace of each buries it.
     command.env("RUST_BACKTRACE", "0");
     Ok(command)
-}
-
-/// A test run counts as its tests, and as one failure more when it fails for another reason, such as a build.
-fn count_tests(tally: &mut Tally, command: Command) {
-    let mut counts = (0, 0);
-    let mut failures = Failures::default();
-    let ran = tally.check("tests", "cargo xtask test -- NAME runs one alone", |progress| {
-        let outcome = progress.run_counted(command, |line| {
-            failures.see(line);
-            if let Some((passed, failed)) = test_result(line) {
-                counts.0 += passed;
-                counts.1 += failed;
-            }
-        });
-        match outcome {
-            Ok(_) if counts.0 == 0 => bail!("no test ran"),
-            Err(_) if !failures.lines.is_empty() => bail!(failures.text()),
-            outcome => outcome,
-        }
-    });
-    // The check counted itself as one.
-    match ran {
-        Some(_) => tally.passed -= 1,
-        None if counts.1 > 0 => tally.failed -= 1,
-        None => {}
-    }
-    tally.passed += counts.0;
-    tally.failed += counts.1;
-}
-
-/// What libtest says of the failed tests, out of all that the run says.
-#[derive(Default)]
-struct Failures {
-    lines: Vec<String>,
-    open: bool,
-}
-
-impl Failures {
-    /// The most that is shown; the step's log has all of it.
-    const LINES_MAX: usize = 400;
-
-    fn see(&mut self, line: &str) {
-        self.open = line == "failures:" || (self.open && !line.starts_with("test result: "));
-        if self.open && self.lines.len() < Self::LINES_MAX {
-            self.lines.push(line.to_owned());
-        }
-    }
-
-    fn text(&self) -> String {
-        daemon::tail(&self.lines.join("\n"), Self::LINES_MAX)
-    }
-}
-
-/// The counts of libtest's `test result: ok. 7 passed; 0 failed; ...`.
-fn test_result(line: &str) -> Option<(u64, u64)> {
-    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
-    let mut numbers = counts.split("; ").map(|count| count.split(' ').next()?.parse::<u64>().ok());
-    Some((numbers.next()??, numbers.next()??))
 }
 
 /// Licences, banned crates and sources. Advisories are left out: they need a network that not every machine has.

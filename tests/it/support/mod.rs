@@ -21,7 +21,7 @@ pub(crate) use database::Database;
 pub(crate) use document::document;
 pub(crate) use operations::{Operation, operations};
 pub(crate) use redis::RedisIndex;
-pub(crate) use tests::replica::{PASSWORD, User};
+pub(crate) use tests::{PASSWORD, User};
 
 /// The signing key of the tests' services.
 pub(crate) const SECRET_KEY: &str = "a key for tests that is long enough";

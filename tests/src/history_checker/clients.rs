@@ -10,8 +10,8 @@ use super::run::Run;
 use super::schedule::{self, CONVERSATIONS, REQUEST_TIMEOUT, RelativePage};
 use super::system::lock;
 use super::{Action, Message, Operation, Outcome, Page};
+use crate::User;
 use crate::http::{Client, RequestError, Response};
-use crate::replica::User;
 
 /// After a failed request, so that clients of a replica that is down do not spin.
 const BACK_OFF: Duration = Duration::from_millis(20);

@@ -14,7 +14,7 @@ use super::clients::UserClient;
 use super::schedule::{self, CONVERSATIONS, Fault, READERS, REPLICAS, WRITERS};
 use super::system::{System, lock, window_hits};
 use super::{History, Message, Outcome, Page};
-use crate::replica::User;
+use crate::User;
 
 /// Before the end, without faults: everything has to work again.
 const CALM: Duration = Duration::from_secs(3);

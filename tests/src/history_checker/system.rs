@@ -11,9 +11,9 @@ use anyhow::{Context as _, Result, ensure};
 use tokio::runtime::Runtime;
 
 use super::schedule::{REPLICAS, Server, USERS};
+use crate::User;
 use crate::http::Client;
 use crate::proxy::{Link, Proxy};
-use crate::replica::{User, register};
 use crate::servers;
 use crate::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, Scratch};
 
@@ -82,7 +82,7 @@ impl System {
         };
         system.await_ready()?;
         for number in 0..USERS {
-            let user = register(system.replicas[0].public, number)?;
+            let user = User::register(system.replicas[0].public, &format!("user{number}"))?;
             system.users.push(user);
         }
         Ok(system)

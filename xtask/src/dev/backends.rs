@@ -5,13 +5,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
-use tests::servers::{ports, programs};
-use tests::{Postgres, PostgresOptions, Redis, RedisOptions, install};
+use harness::servers::{ports, programs};
+use harness::{Postgres, PostgresOptions, Redis, RedisOptions, install};
 
 use super::container::{Container, Engine};
 use super::embedded;
 use super::settings::Settings;
-use crate::steps::{Progress, step};
+use common::steps::{Progress, step};
 
 pub(crate) const POSTGRES_DIR: &str = "postgres";
 pub(crate) const REDIS_DIR: &str = "redis";

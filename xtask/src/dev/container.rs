@@ -6,13 +6,13 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use tests::places::stable_hash;
-use tests::servers::sql::{self, Login};
-use tests::servers::{daemon, ports, programs, redis};
+use harness::places::stable_hash;
+use harness::servers::sql::{self, Login};
+use harness::servers::{daemon, ports, programs, redis};
 
 use super::backends::{DATABASE, POSTGRES_PORT, REDIS_PORT};
-use crate::steps::Progress;
-use crate::{signals, workspace};
+use common::steps::Progress;
+use common::{signals, workspace};
 
 const POSTGRES_IMAGE: &str = "postgres:17-alpine";
 const REDIS_IMAGE: &str = "redis:7-alpine";

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
-use tests::servers::programs;
+use harness::servers::programs;
 
-use crate::steps::Progress;
+use common::steps::Progress;
 
 const VERSION: &str = "17.10.0-beta.17";
 

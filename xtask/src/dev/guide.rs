@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use tests::servers::sql::{self, Login};
+use harness::servers::sql::{self, Login};
 
 use super::backends::{Backend, Backends, DATABASE};
 use super::observe::Observers;

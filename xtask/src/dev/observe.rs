@@ -7,18 +7,18 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use harness::install;
+use harness::servers::collector::{Collector, Spans};
+use harness::servers::{daemon, ports, programs};
 use rustix::process::{Pid, Signal, kill_process};
-use tests::install;
-use tests::servers::collector::{Collector, Spans};
-use tests::servers::{daemon, ports, programs};
 
 use super::container::{Container, Engine};
 use super::service::Addresses;
 use super::settings::Settings;
-use crate::drill::prometheus::Prometheus;
-use crate::steps::{Progress, step};
-use crate::test::traces::COLLECTOR;
-use crate::{go_tools, workspace};
+use common::go_tools::COLLECTOR;
+use common::prometheus::Prometheus;
+use common::steps::{Progress, step};
+use common::{go_tools, workspace};
 
 const CONFIG: &str = "deploy/observability";
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";

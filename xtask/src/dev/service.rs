@@ -2,20 +2,21 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::ToSocketAddrs;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use harness::http;
+use harness::servers::{daemon, ports};
 use rustix::process::{Pid, Signal, kill_process};
-use tests::servers::{daemon, ports};
 
 use super::backends::Backends;
 use super::settings::Settings;
-use crate::steps::Progress;
-use crate::{signals, workspace};
+use common::steps::Progress;
+use common::{signals, workspace};
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
 /// On top of the service's own grace.
@@ -190,10 +191,5 @@ pub(super) fn secret_key(file: &Path) -> Result<String> {
 /// The status that a GET is answered with, if it is.
 fn status_of(host: &str, port: u16, path: &str) -> Option<u16> {
     let address = (host, port).to_socket_addrs().ok()?.next()?;
-    let mut stream = TcpStream::connect_timeout(&address, REQUEST_LIMIT).ok()?;
-    stream.set_read_timeout(Some(REQUEST_LIMIT)).ok()?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n").ok()?;
-    let mut start = [0_u8; 12];
-    stream.read_exact(&mut start).ok()?;
-    std::str::from_utf8(&start).ok()?.strip_prefix("HTTP/1.1 ")?.parse().ok()
+    Some(http::get(address, path, REQUEST_LIMIT).ok()?.status)
 }

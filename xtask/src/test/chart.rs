@@ -6,32 +6,18 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
+use harness::places;
 use serde_json::Value;
-use tests::places;
 
-use crate::go_tools::{self, GoTool};
-use crate::steps::{Progress, Tally};
-use crate::workspace::{self, in_ci};
-
-const MODULE: &str = "deploy/lint";
-const CHART: &str = "helm/chat-service";
+use common::chart::{CHART, HELM, MODULE, SCHEMA_SOURCES, at_top, module_folder, values_files};
+use common::go_tools::{self, GoTool};
+use common::steps::{Progress, Tally};
+use common::workspace::{self, in_ci};
 
 /// What manifests are rendered for and checked against. Helm built from its module takes itself for 1.20 when no cluster
 /// is there to ask.
 const KUBERNETES: &str = "1.34.4";
 
-pub(crate) const HELM: GoTool = GoTool {
-    name: "helm",
-    module: MODULE,
-    package: "helm.sh/helm/v3/cmd/helm",
-    settings: &[
-        "helm.sh/helm/v3/internal/version.version=v3.19.5",
-        "helm.sh/helm/v3/pkg/lint/rules.k8sVersionMajor=1",
-        "helm.sh/helm/v3/pkg/lint/rules.k8sVersionMinor=34",
-        "helm.sh/helm/v3/pkg/chartutil.k8sVersionMajor=1",
-        "helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor=34",
-    ],
-};
 const HELM_UNITTEST: GoTool =
     plain("helm-unittest", "github.com/helm-unittest/helm-unittest/cmd/helm-unittest");
 const HELM_DOCS: GoTool = plain("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs");
@@ -43,20 +29,6 @@ const SCHEMAS: GoTool = plain("schemas", "./schemas");
 const fn plain(name: &'static str, package: &'static str) -> GoTool {
     GoTool { name, module: MODULE, package, settings: &[] }
 }
-
-/// Modules that hold schemas, and the files in them.
-pub(crate) const SCHEMA_SOURCES: [(&str, &[&str]); 3] = [
-    ("k8s.io/kubernetes@v1.34.4", &["api/openapi-spec/swagger.json"]),
-    (
-        "github.com/prometheus-operator/prometheus-operator@v0.85.0",
-        &[
-            "example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml",
-            "example/prometheus-operator-crd/monitoring.coreos.com_prometheusrules.yaml",
-            "example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml",
-        ],
-    ),
-    ("sigs.k8s.io/gateway-api@v1.4.0", &["config/crd/standard/gateway.networking.k8s.io_httproutes.yaml"]),
-];
 
 /// Values that must be refused, and what the refusal must speak of.
 const REFUSED: [(&str, &str); 20] = [
@@ -210,46 +182,6 @@ fn build(progress: &Progress) -> Result<Tools> {
         schemas: SCHEMAS.build(progress)?,
         out,
     })
-}
-
-/// The command in the clone's top, without what the user's own Helm may have set up.
-fn at_top(command: &mut Command) -> Command {
-    let mut own = Command::new(command.get_program());
-    own.args(command.get_args()).current_dir(workspace::root());
-    for (name, value) in command.get_envs() {
-        value.map(|value| own.env(name, value));
-    }
-    let target = places::target_dir().unwrap_or_else(|_| workspace::root().join("target"));
-    for home in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
-        own.env(home, target.join("chart/helm"));
-    }
-    own.env("KUBECONFIG", "/dev/null");
-    own
-}
-
-/// The values files that a rendering is named after: none, those for users, and those for the checks.
-pub(crate) fn values_files() -> Result<Vec<(String, Vec<PathBuf>)>> {
-    let chart = workspace::root().join(CHART);
-    let mut found = vec![("default".to_owned(), vec![])];
-    for folder in [chart.clone(), chart.join("ci")] {
-        let mut files: Vec<PathBuf> = fs::read_dir(&folder)
-            .with_context(|| format!("read {}", folder.display()))?
-            .map(|entry| Ok(entry?.path()))
-            .collect::<Result<_>>()?;
-        files.sort();
-        for file in files {
-            let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            if file.extension().is_some_and(|kind| kind == "yaml") && name.contains("values-")
-                || name.ends_with("-values")
-            {
-                found.push((name, vec![file]));
-            }
-        }
-    }
-    // As its own first lines say it is used.
-    let both = ["values-production.yaml", "values-external.yaml"].map(|file| chart.join(file));
-    found.push(("values-production-external".to_owned(), both.to_vec()));
-    Ok(found)
 }
 
 impl Tools {
@@ -554,16 +486,6 @@ fn reachable(line: &str) -> Option<String> {
         }
     };
     Some(format!("{} => {} : {ports}", short(from), short(to)))
-}
-
-/// Where Go keeps a module, fetched and checked by its sum.
-pub(crate) fn module_folder(progress: &Progress, module: &str) -> Result<PathBuf> {
-    let mut download = Command::new(go_tools::go()?);
-    download.args(["mod", "download", "-json", module]).env("GOWORK", "off").env("GOFLAGS", "-mod=mod");
-    let said = progress.run(at_top(&mut download))?;
-    let json = said.find('{').map_or("", |start| &said[start..]);
-    let answer: Value = serde_json::from_str(json).with_context(|| format!("go mod download {module}"))?;
-    Ok(answer["Dir"].as_str().map(Path::new).with_context(|| format!("{module} has no folder"))?.to_owned())
 }
 
 /// Every variable of the service can be set through the chart, and nothing else can.

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use ::tests::servers::{daemon, programs};
-use ::tests::{Scratch, install, places};
 use anyhow::{Context, Result, ensure};
+use harness::servers::{daemon, programs};
+use harness::{Scratch, install, places};
 
-use super::chart::{self, HELM};
-use crate::steps::{Progress, Tally};
-use crate::workspace::{self, in_ci};
+use super::chart;
+use common::chart::HELM;
+use common::steps::{Progress, Tally};
+use common::workspace::{self, in_ci};
 
 /// Above every version that there will be.
 const VERSION: &str = "999.0.0";

@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use tests::servers::programs;
-use tests::{Scratch, places};
+use harness::servers::programs;
+use harness::{Scratch, places};
 
 use super::chart;
-use crate::cluster;
-use crate::go_tools::GoTool;
-use crate::steps::{Progress, Tally};
-use crate::workspace::{self, in_ci};
+use common::cluster;
+use common::go_tools::GoTool;
+use common::steps::{Progress, Tally};
+use common::workspace::{self, in_ci};
 
 const MODULE: &str = "deploy/dev";
 const KIND: GoTool = GoTool { name: "kind", module: MODULE, package: "sigs.k8s.io/kind", settings: &[] };
@@ -67,7 +67,7 @@ fn configuration(progress: &Progress) -> Result<()> {
     let image = text.lines().find_map(|line| line.trim().strip_prefix("image: ")).context("no image")?;
     ensure!(node.ends_with(image), "another image than {image}: {node}");
     ensure!(image.contains("@sha256:"), "the node's image is not pinned by its digest");
-    let own = chart::module_folder(progress, KIND_MODULE)?.join("pkg/apis/config/defaults/image.go");
+    let own = common::chart::module_folder(progress, KIND_MODULE)?.join("pkg/apis/config/defaults/image.go");
     let own = fs::read_to_string(own)?;
     ensure!(
         own.contains(&format!("\"{image}\"")),

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use tests::places;
+use harness::places;
 
-use super::chart::{self, HELM};
-use crate::steps::{Progress, Tally};
-use crate::tiltfile::{Plan, Scenario, plan};
-use crate::workspace;
+use super::chart;
+use common::chart::HELM;
+use common::steps::{Progress, Tally};
+use common::tiltfile::{Plan, Scenario, plan};
+use common::workspace;
 
 const KIND: &str = "kind-chat";
 
@@ -55,7 +56,7 @@ pub(super) fn check(tally: &mut Tally) {
 fn every_scenario(progress: &Progress, helm: &Path, file: &Path) -> Result<()> {
     let kind = plan(progress, helm, file, Scenario::up(KIND))?;
     ensure!(!image(&kind)?.0 && image(&kind)?.1.contains("--with docker"), "kind gets its image from Docker");
-    let node = plan(progress, helm, file, Scenario::up(crate::cluster::CONTEXT))?;
+    let node = plan(progress, helm, file, Scenario::up(common::cluster::CONTEXT))?;
     let (skips, command) = image(&node)?;
     ensure!(skips && command.contains("--load cluster"), "the node gets its image from nobody: {command}");
     let ci = Scenario { subcommand: "ci", ..Scenario::up(KIND) };

@@ -5,13 +5,10 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use super::{Servers, test_command, test_result};
-use crate::go_tools::{self, GoTool};
-use crate::steps::{Progress, Tally};
-use crate::workspace::in_ci;
-
-pub(crate) const COLLECTOR: GoTool =
-    GoTool { name: "collector", module: "deploy/observability/collector", package: ".", settings: &[] };
+use super::{Servers, count, test_command};
+use common::go_tools::{self, COLLECTOR};
+use common::steps::{Progress, Tally};
+use common::workspace::in_ci;
 
 /// Tells the tests where the collector is.
 const PROGRAM: &str = "TEST_COLLECTOR";
@@ -53,7 +50,7 @@ fn run(progress: &Progress, servers: &Servers, program: &Path, count: &mut u64) 
     let mut command = test_command(servers)?;
     command.args(["--test", "it", "--", "--ignored", "process::traces"]).env(PROGRAM, program);
     let said = progress.run(command)?;
-    *count = said.lines().filter_map(test_result).map(|(passed, _)| passed).sum();
+    *count = said.lines().filter_map(count::result).map(|(passed, _)| passed).sum();
     if *count == 0 {
         bail!("no test ran");
     }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
-use tests::replica::User;
+use tests::User;
 
 use crate::process::support::{Database, Response, Service, Start, private_redis, start_in_one_minute};
 

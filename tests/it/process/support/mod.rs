@@ -11,8 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-pub(super) use tests::replica::{PASSWORD, User};
 use tests::servers::daemon;
+pub(super) use tests::{PASSWORD, User};
 use tests::{Redis, RedisOptions, Scratch};
 
 use crate::support::wait_for_a_minute;

@@ -8,8 +8,8 @@ use reqwest::blocking::{Client, RequestBuilder};
 use reqwest::header::HeaderMap;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use tests::replica::{PASSWORD, User};
 use tests::servers::daemon;
+use tests::{PASSWORD, User};
 
 use super::process::Process;
 use super::{LIMIT, eventually};

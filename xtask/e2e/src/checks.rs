@@ -1,0 +1,196 @@
+//! What a platform team does with the release, and what it expects of it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use harness::User;
+use harness::http::Client;
+use kube::ResourceExt;
+use serde_json::json;
+
+use crate::kubernetes::{is_ready, no_warnings};
+use crate::stage::{DEPLOYMENT, IMAGES, NAMESPACE, RELEASE, ROLLOUT_LIMIT, SERVER, Stage};
+use common::chart;
+use common::steps::Progress;
+
+/// Every combination of values, rendered and accepted by the real API server, definitions of other vendors included.
+pub(super) fn values_files(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    for (module, files) in chart::SCHEMA_SOURCES {
+        for file in files.iter().filter(|file| file.ends_with(".yaml")) {
+            let path = chart::module_folder(progress, module)?.join(file);
+            let apply = "kubectl apply --server-side --force-conflicts --filename";
+            stage.shell(progress, &format!("{apply} '{}'", path.display()))?;
+        }
+    }
+    let files = chart::values_files()?;
+    for (name, values) in &files {
+        // The test's pod is not made before its service account, and `helm test` tells enough of it.
+        let mut args = vec!["template", "dry", "helm/chat-service", "--skip-tests"];
+        let paths: Vec<_> = values.iter().map(|path| path.to_string_lossy()).collect();
+        args.extend(paths.iter().flat_map(|path| ["--values", &**path]));
+        let rendered = stage.helm(progress, &args)?;
+        let file = Stage::scratch_file(&format!("e2e-{name}.yaml"), &rendered)?;
+        let apply = format!("kubectl apply --dry-run=server --namespace {NAMESPACE} --filename");
+        let said = stage
+            .shell(progress, &format!("{apply} '{}'", file.display()))
+            .with_context(|| format!("values {name}"))?;
+        no_warnings(&said).with_context(|| format!("values {name}"))?;
+    }
+    progress.note(&format!("{} combinations of values", files.len()));
+    Ok(())
+}
+
+pub(super) fn install(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    let said = stage.apply(progress, "install", stage.tag, &[], "5m")?;
+    no_warnings(&said)?;
+    for part in ["STATUS: deployed", "NOTES:", "helm test chat"] {
+        ensure!(said.contains(part), "helm does not print {part:?}:\n{said}");
+    }
+    stage.await_all()?;
+    stage.no_restarts()?;
+    stage.people()
+}
+
+pub(super) fn helm_test(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    let said = stage.helm(progress, &["test", RELEASE, "--timeout", "2m"])?;
+    ensure!(said.contains("Phase:          Succeeded"), "no test ran:\n{said}");
+    Ok(())
+}
+
+/// Two people talk, one through the Service, one through a port-forward.
+pub(super) fn conversation(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    let forward = stage.kubernetes.forward(SERVER, 8000)?;
+    let mut people = Vec::new();
+    for (name, address) in [("anna", stage.address), ("ben", forward.address)] {
+        people.push((Client::new(address), User::register(address, name)?));
+    }
+    let lines = ["Hello, Ben", "Hello, Anna 👋", "مرحبا"];
+    for (number, line) in lines.iter().enumerate() {
+        let recipient = people[(number + 1) % 2].1.id.clone();
+        let (client, user) = &mut people[number % 2];
+        let body = json!({"recipient_id": recipient, "content": line}).to_string();
+        let message = client.expect(201, "POST", "/send", Some(&user.token), &body)?;
+        ensure!(message["seq"] == number + 1, "seq {} after {number}", message["seq"]);
+    }
+    for reader in 0..2 {
+        let peer = people[1 - reader].1.id.clone();
+        let (client, user) = &mut people[reader];
+        let page = client.expect(200, "GET", &format!("/messages?peer_id={peer}"), Some(&user.token), "")?;
+        let contents: Vec<_> =
+            page.as_array().context("a page")?.iter().rev().map(|m| &m["content"]).collect();
+        ensure!(contents == lines, "{contents:?} instead of {lines:?}");
+    }
+    // The operations port is behind no Service that clients reach.
+    let metrics = Client::new(stage.address).ask("GET", "/metrics", None, "")?;
+    ensure!(metrics.status == 404, "/metrics answers {} on the public port", metrics.status);
+    progress.note("through the Service and through a port-forward, the same conversation");
+    Ok(())
+}
+
+pub(super) fn rollout_restart(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    stage.under_load(progress, |stage| {
+        let restart = format!("kubectl --namespace {NAMESPACE} rollout restart deployment/{DEPLOYMENT}");
+        stage.shell(progress, &restart)?;
+        stage.kubernetes.rolled_out(DEPLOYMENT, ROLLOUT_LIMIT)?;
+        stage.await_old_pods_gone()
+    })
+}
+
+pub(super) fn upgrade(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    stage.under_load(progress, |stage| {
+        stage.upgrade(progress, IMAGES[1], &[])?;
+        stage.await_old_pods_gone()
+    })?;
+    stage.tag = IMAGES[1];
+    for pod in stage.kubernetes.pods(SERVER)? {
+        let image = pod.spec.as_ref().and_then(|spec| spec.containers.first()?.image.clone());
+        ensure!(
+            image.is_some_and(|image| image.ends_with(IMAGES[1])),
+            "{} has another image",
+            pod.name_any()
+        );
+    }
+    Ok(())
+}
+
+pub(super) fn pod_deleted(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    stage.under_load(progress, |stage| {
+        let pod = stage.kubernetes.pods(SERVER)?.into_iter().find(is_ready).context("a ready pod")?;
+        stage.kubernetes.delete_pod(&pod.name_any(), false)?;
+        stage.kubernetes.rolled_out(DEPLOYMENT, ROLLOUT_LIMIT)?;
+        stage.await_old_pods_gone()
+    })
+}
+
+pub(super) fn upgrade_twice(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    let before = stage.secret()?;
+    let pods = stage.names_of_pods()?;
+    for _ in 0..2 {
+        stage.upgrade(progress, stage.tag, &[])?;
+    }
+    ensure!(stage.secret()? == before, "an upgrade changed the Secret");
+    // Nothing changed, so nothing may have been started again.
+    ensure!(stage.names_of_pods()? == pods, "an upgrade that changes nothing has made new pods");
+    // A changed value does; and the Secret is still the same.
+    stage.upgrade(progress, stage.tag, &["config.CACHE_WINDOW=40"])?;
+    ensure!(stage.secret()? == before, "an upgrade changed the Secret");
+    ensure!(stage.names_of_pods()? != pods, "a changed value has made no new pods");
+    stage.upgrade(progress, stage.tag, &[])?;
+    stage.verify(progress)
+}
+
+pub(super) fn rollback(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    let before = stage.secret()?;
+    let other = IMAGES.into_iter().find(|tag| *tag != stage.tag).context("two images")?;
+    stage.upgrade(progress, other, &[])?;
+    stage.under_load(progress, |stage| {
+        stage.helm(progress, &["rollback", RELEASE, "--wait", "--wait-for-jobs", "--timeout", "4m"])?;
+        stage.await_old_pods_gone()
+    })?;
+    ensure!(stage.secret()? == before, "the rollback changed the Secret");
+    for pod in stage.kubernetes.pods(SERVER)? {
+        let image = pod.spec.as_ref().and_then(|spec| spec.containers.first()?.image.clone());
+        ensure!(
+            image.is_some_and(|image| image.ends_with(stage.tag)),
+            "{} was not rolled back",
+            pod.name_any()
+        );
+    }
+    Ok(())
+}
+
+/// The autoscaler adds a replica while people talk as fast as they can, and no `seq` is skipped.
+pub(super) fn autoscaling(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    let metrics = stage.kubernetes.get("/apis/metrics.k8s.io/v1beta1/nodes");
+    ensure!(metrics.is_ok(), "no metrics-server: install it, or the autoscaler sees nothing");
+    let scaling = [
+        "autoscaling.enabled=true",
+        "autoscaling.maxReplicas=3",
+        "autoscaling.targetCPUUtilizationPercentage=60",
+    ];
+    stage.upgrade(progress, stage.tag, &scaling)?;
+    let ((), report) = stage.loaded(Duration::ZERO, |stage| {
+        stage.kubernetes.replicas(DEPLOYMENT, Duration::from_secs(240), |ready| ready >= 3)
+    })?;
+    // Asked of a saturated machine is that nothing is lost; that no request fails is asked where there is room.
+    let (requests, failed) = (report.requests, report.failures.len());
+    ensure!(failed * 1000 <= requests, "{:#}", report.verdict().err().context("failures")?);
+    progress.note(&format!("{requests} requests at full load, {failed} without an answer"));
+    stage.verify(progress)?;
+    stage.upgrade(progress, stage.tag, &[])?;
+    stage.await_all()
+}
+
+impl Stage {
+    /// The running replicas, by name.
+    pub(super) fn names_of_pods(&self) -> Result<Vec<String>> {
+        let mut names: Vec<_> = self.kubernetes.pods(SERVER)?.iter().map(ResourceExt::name_any).collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// Pods that end count as gone before they are: the last request may come to the last moment of theirs.
+    pub(super) fn await_old_pods_gone(&self) -> Result<()> {
+        self.kubernetes.none_ending(SERVER, Duration::from_secs(90))
+    }
+}

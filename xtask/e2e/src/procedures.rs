@@ -1,0 +1,140 @@
+//! The procedures of the chart's README, typed as they stand there.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use harness::http::Client;
+
+use crate::stage::{DEPLOYMENT, NAMESPACE, Stage};
+use common::steps::Progress;
+
+/// The blocks of `## Rotate`, in their order.
+const SIGNING_KEY: usize = 0;
+const FORGET_OLD_KEY: usize = 1;
+const POSTGRES_PASSWORD: usize = 2;
+const REDIS_PASSWORD: usize = 3;
+
+/// Nobody is logged out: tokens of the old key work all the time, on every replica, until that key is forgotten.
+pub(super) fn rotate_signing_key(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    stage.people()?;
+    let before = stage.secret()?;
+    let old = stage.pairs[0].token().to_owned();
+    stage.under_load(progress, |stage| {
+        stage.follow_readme(progress, "Rotate", SIGNING_KEY)?;
+        stage.await_old_pods_gone()
+    })?;
+    let during = stage.secret()?;
+    ensure!(during["secret-key"] != before["secret-key"], "the key is the same");
+    ensure!(during["secret-key-previous"] == before["secret-key"], "the old key is not the previous one");
+    ensure!(me(stage, &old)? == 200, "a token of the old key is refused before its time");
+    // Those of the new key, for the time after.
+    let address = stage.address;
+    stage.pairs.iter_mut().try_for_each(|pair| pair.log_in(address))?;
+    stage.under_load(progress, |stage| {
+        stage.follow_readme(progress, "Rotate", FORGET_OLD_KEY)?;
+        stage.rolled_out()
+    })?;
+    ensure!(me(stage, &old)? == 401, "a token of the forgotten key is accepted");
+    let after = stage.secret()?;
+    ensure!(!after.contains_key("secret-key-previous"), "the old key is still there");
+    ensure!(after["postgres-password"] == before["postgres-password"], "another secret changed");
+    // An upgrade keeps what was rotated.
+    stage.upgrade(progress, stage.tag, &[])?;
+    ensure!(stage.secret()? == after, "an upgrade undid the rotation");
+    Ok(())
+}
+
+pub(super) fn rotate_postgres_password(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    rotate_password(stage, progress, POSTGRES_PASSWORD, "postgres-password")
+}
+
+pub(super) fn rotate_redis_password(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    rotate_password(stage, progress, REDIS_PASSWORD, "redis-password")?;
+    let healthz = Client::new(stage.address).ask("GET", "/healthz", None, "")?;
+    let said = healthz.text();
+    ensure!(!said.contains("degraded"), "the service has no Redis any more: {said}");
+    Ok(())
+}
+
+fn rotate_password(stage: &mut Stage, progress: &Progress, block: usize, key: &str) -> Result<()> {
+    let before = stage.secret()?;
+    stage.under_load(progress, |stage| {
+        stage.follow_readme(progress, "Rotate", block)?;
+        stage.rolled_out()
+    })?;
+    ensure!(stage.secret()?[key] != before[key], "{key} is the same");
+    stage.await_all()
+}
+
+/// A dump, a loss, and everything is back.
+pub(super) fn backup_and_restore(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    // Something to lose, also when this check runs alone.
+    stage.under_load(progress, |_| Ok(()))?;
+    stage.follow_readme_section(progress, "Back up and restore")?;
+    stage.await_all()?;
+    stage.await_answer(Duration::from_secs(30))?;
+    stage.verify(progress)?;
+    stage.under_load(progress, |_| Ok(()))
+}
+
+/// What stays is what the README says: the Secret and the volume. A new installation takes them up.
+pub(super) fn uninstall(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    let before = stage.secret()?;
+    stage.follow_readme(progress, "Uninstall", 0)?;
+    let kept = ["persistentvolumeclaim/data-chat-chat-service-postgres-0", "secret/chat-chat-service"];
+    leaves(stage, progress, &kept)?;
+    stage.apply(progress, "install", stage.tag, &[], "5m")?;
+    stage.await_all()?;
+    ensure!(stage.secret()? == before, "the second installation changed the Secret");
+    stage.await_answer(Duration::from_secs(30))?;
+    stage.verify(progress)?;
+    progress.note("a second installation has all the messages");
+    stage.follow_readme(progress, "Uninstall", 0)?;
+    stage.follow_readme(progress, "Uninstall", 1)?;
+    leaves(stage, progress, &[])
+}
+
+/// Pods that end take their time, and what belongs to others goes a moment after them.
+fn leaves(stage: &Stage, progress: &Progress, expected: &[&str]) -> Result<()> {
+    let mut left = BTreeSet::new();
+    for _ in 0..20 {
+        left = remaining(stage, progress)?;
+        if left.iter().eq(expected) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_secs(2));
+    }
+    bail!("what is left is {left:?} instead of {expected:?}")
+}
+
+/// All objects of the namespace but those that every namespace has, and events, which pass.
+fn remaining(stage: &Stage, progress: &Progress) -> Result<BTreeSet<String>> {
+    let script = format!(
+        "kinds=$(kubectl api-resources --namespaced --verbs=list --output=name | grep --invert-match -e '^events' \
+         -e metrics.k8s.io | paste --serial --delimiters=,)\n\
+         kubectl get \"$kinds\" --namespace {NAMESPACE} --ignore-not-found --output=name"
+    );
+    let all = stage.shell(progress, &script)?;
+    let everywhere = ["configmap/kube-root-ca.crt", "serviceaccount/default"];
+    // Warnings are in between: some kinds are deprecated.
+    let names = all.lines().filter(|line| line.contains('/') && !line.contains(' '));
+    Ok(names.filter(|name| !everywhere.contains(name)).map(str::to_owned).collect())
+}
+
+/// Asked often enough to have met every replica.
+fn me(stage: &Stage, token: &str) -> Result<u16> {
+    let mut statuses = BTreeSet::new();
+    for _ in 0..12 {
+        statuses.insert(Client::new(stage.address).ask("GET", "/me", Some(token), "")?.status);
+    }
+    ensure!(statuses.len() == 1, "the replicas do not agree: {statuses:?}");
+    statuses.into_iter().next().context("an answer")
+}
+
+impl Stage {
+    fn rolled_out(&self) -> Result<()> {
+        self.kubernetes.rolled_out(DEPLOYMENT, crate::stage::ROLLOUT_LIMIT)?;
+        self.await_old_pods_gone()
+    }
+}

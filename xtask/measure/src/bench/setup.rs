@@ -1,0 +1,124 @@
+//! What is measured: a durable Postgres, a Redis, one or two replicas of the release build, and users who have
+//! logged in.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, User, http};
+use load::Script;
+
+pub(crate) const DATABASE: &str = "bench";
+
+/// Never reached, so that the limiter does all its work and refuses nothing.
+const NO_LIMIT: &str = "1000000000";
+
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+pub(crate) struct Setup {
+    pub(crate) postgres: Postgres,
+    pub(crate) redis: Redis,
+    pub(crate) replicas: Vec<Replica>,
+    pub(crate) users: Vec<User>,
+}
+
+impl Setup {
+    /// Starts everything below `dir`, with one replica and `users` users.
+    pub(crate) fn start(dir: &Path, binary: &Path, users: usize) -> Result<Self> {
+        let postgres =
+            Postgres::start(&dir.join("postgres"), PostgresOptions::durable().max_connections(200))?;
+        postgres.query("postgres", &format!("DROP DATABASE IF EXISTS {DATABASE}"))?;
+        postgres.create_database(DATABASE)?;
+        let redis = Redis::start(&dir.join("redis"), RedisOptions::default())?;
+        let mut setup = Self { postgres, redis, replicas: Vec::new(), users: Vec::new() };
+        setup.add_replica(dir, binary)?;
+        for number in 0..users {
+            setup.users.push(User::register(setup.address(0), &format!("user{number}"))?);
+        }
+        Ok(setup)
+    }
+
+    pub(crate) fn add_replica(&mut self, dir: &Path, binary: &Path) -> Result<()> {
+        let replica = self.start_replica(dir, binary)?;
+        self.replicas.push(replica);
+        Ok(())
+    }
+
+    /// One more process of the service, on ports of its own.
+    pub(crate) fn start_replica(&self, dir: &Path, binary: &Path) -> Result<Replica> {
+        self.start_replica_with(dir, binary, &[])
+    }
+
+    /// As `start_replica`, with more variables.
+    pub(crate) fn start_replica_with(
+        &self,
+        dir: &Path,
+        binary: &Path,
+        variables: &[(&str, String)],
+    ) -> Result<Replica> {
+        let urls = [("DATABASE_URL", self.postgres.url(DATABASE)), ("REDIS_URL", self.redis.url(0))];
+        let limits = ["LOGIN", "SEND", "REGISTER"]
+            .map(|limit| (format!("{limit}_RATE_LIMIT_PER_MINUTE"), NO_LIMIT.to_owned()));
+        let variables = urls.iter().chain(variables).map(|(name, value)| ((*name).to_owned(), value.clone()));
+        let log = dir.join(format!("service-{:08x}.log", fastrand::u32(..)));
+        let replica = Replica::start(binary, log, limits.into_iter().chain(variables))?;
+        let deadline = Instant::now() + START_LIMIT;
+        // Oftener than the harness asks: this wait is measured.
+        while !http::get(replica.public, "/healthz", START_LIMIT).is_ok_and(|answer| answer.status == 200) {
+            if Instant::now() > deadline {
+                bail!("the service did not become ready:\n{}", replica.last_words());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(replica)
+    }
+
+    /// The address of the replica that this connection uses.
+    pub(crate) fn address(&self, connection: usize) -> SocketAddr {
+        self.replicas[connection % self.replicas.len()].public
+    }
+
+    /// Scripts that send a short message, connection `i` from user `2i` to user `2i + 1`, or all in one
+    /// conversation.
+    pub(crate) fn send_scripts(&self, connections: usize, one_conversation: bool) -> Vec<Script> {
+        (0..connections)
+            .map(|connection| {
+                let (sender, recipient) = self.pair(if one_conversation { 0 } else { connection });
+                let body = format!(r#"{{"recipient_id":"{}","content":"{CONTENT}"}}"#, recipient.id);
+                Script::post(self.address(connection), "/send", Some(&sender.token), &[body])
+            })
+            .collect()
+    }
+
+    /// Scripts that read the newest page of a conversation each.
+    pub(crate) fn read_scripts(&self, connections: usize, query: &str) -> Vec<Script> {
+        (0..connections)
+            .map(|connection| {
+                let (reader, peer) = self.pair(connection);
+                let path = format!("/messages?peer_id={}{query}", peer.id);
+                Script::get(self.address(connection), &path, &reader.token)
+            })
+            .collect()
+    }
+
+    pub(crate) fn pair(&self, number: usize) -> (&User, &User) {
+        let pairs = self.users.len() / 2;
+        let first = number % pairs * 2;
+        (&self.users[first], &self.users[first + 1])
+    }
+}
+
+/// A message like most: a sentence.
+pub(crate) const CONTENT: &str = "Shall we meet at the station at seven, or is that too late for you?";
+
+/// A program that is run to its end, with what it printed.
+pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("run {command:?}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        bail!("{command:?} failed: {text}{}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(text)
+}

@@ -1,0 +1,228 @@
+//! What the alerts of one lane watch: a Postgres, a Redis, two replicas of the service, each with a line of its own to
+//! Postgres, a collector of traces, and people who talk.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::Result;
+use harness::http::Client;
+use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, User};
+use load::Script;
+use serde_json::{Value, json};
+use tests::proxy::{Link, Proxy};
+use tokio::runtime::Runtime;
+
+use super::collector::Collector;
+use super::faults::Lane;
+use common::prometheus::ScrapeJob;
+
+pub(super) const DATABASE: &str = "drill";
+/// As the chart names the Service behind its ServiceMonitor, so that `job` is what it is in a cluster.
+const SERVICE: &str = "chat-chat-service-ops";
+const REPLICAS: usize = 2;
+/// People per replica, and what each waits for between two requests: 40 requests a second and replica when all is well,
+/// and still some when each takes a second.
+const TALKERS: usize = 4;
+const PAUSE: Duration = Duration::from_millis(100);
+/// A crowd ends by itself, whatever becomes of the drill.
+const CROWD_LIMIT: Duration = Duration::from_secs(120);
+
+pub(super) struct Scene {
+    /// Also the namespace in the labels, so that no lane's faults are taken for another's.
+    pub(super) namespace: &'static str,
+    pub(super) users: Vec<User>,
+    pub(super) replicas: Vec<Replica>,
+    /// The lines of each replica.
+    pub(super) to_postgres: Vec<Proxy>,
+    pub(super) redis: Mutex<Redis>,
+    pub(super) postgres: Mutex<Postgres>,
+    /// What a fault has running, and its healing ends.
+    crowds: Mutex<Vec<Crowd>>,
+    pub(super) collector: Collector,
+    talkers: Option<Talkers>,
+    _runtime: Runtime,
+}
+
+/// Connections that all wait for an answer, on one thread.
+struct Crowd {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Result<load::Report>>,
+}
+
+/// Threads that do something again and again until it is dropped.
+struct Talkers {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Scene {
+    pub(super) fn start(dir: &Path, binary: &Path, lane: Lane) -> Result<Self> {
+        let dir = dir.join(lane.namespace());
+        let collector = Collector::start()?;
+        let more = lane.environment(collector.port);
+        let postgres = Postgres::start(&dir.join("postgres"), PostgresOptions::fast())?;
+        postgres.create_database(DATABASE)?;
+        let redis = Redis::start(&dir.join("redis"), RedisOptions::default())?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let (mut replicas, mut lines) = (Vec::new(), Vec::new());
+        for number in 0..REPLICAS {
+            let to_postgres = Proxy::start(runtime.handle(), postgres.port())?;
+            let log = dir.join(format!("replica-{number}.log"));
+            let (direct, line) = (format!(":{}/", postgres.port()), format!(":{}/", to_postgres.port()));
+            let urls = [
+                ("DATABASE_URL", postgres.url(DATABASE).replace(&direct, &line)),
+                ("REDIS_URL", redis.url(0)),
+            ];
+            let environment = urls.into_iter().chain(more.iter().cloned());
+            let replica =
+                Replica::start(binary, log, environment.map(|(name, value)| (name.to_owned(), value)))?;
+            // The first migrates while the second would wait.
+            replica.await_ready()?;
+            replicas.push(replica);
+            lines.push(to_postgres);
+        }
+        let users = (0..4)
+            .map(|number| User::register(replicas[0].public, &format!("user{number}")))
+            .collect::<Result<Vec<_>>>()?;
+        let mut scene = Self {
+            namespace: lane.namespace(),
+            users,
+            replicas,
+            to_postgres: lines,
+            redis: Mutex::new(redis),
+            postgres: Mutex::new(postgres),
+            crowds: Mutex::default(),
+            collector,
+            talkers: None,
+            _runtime: runtime,
+        };
+        scene.talkers = Some(scene.talk());
+        Ok(scene)
+    }
+
+    /// The scrape job that the chart's ServiceMonitor would make: the Service's name as the job, the pod's as a label.
+    pub(super) fn scrape_job(&self) -> ScrapeJob {
+        let targets: Vec<Value> = self
+            .replicas
+            .iter()
+            .enumerate()
+            .map(|(number, replica)| {
+                json!({
+                    "targets": [replica.operations.to_string()],
+                    "labels": {
+                        "job": SERVICE,
+                        "service": SERVICE,
+                        "namespace": self.namespace,
+                        "pod": format!("chat-chat-service-{number}"),
+                        "container": "chat-service",
+                        "endpoint": "ops",
+                    },
+                })
+            })
+            .collect();
+        ScrapeJob(json!({"job_name": self.namespace, "static_configs": targets}))
+    }
+
+    /// Both replicas, ready again.
+    pub(super) fn await_ready(&self) -> Result<()> {
+        self.replicas.iter().try_for_each(Replica::await_ready)
+    }
+
+    pub(super) fn sql(&self, statements: &str) -> Result<()> {
+        lock(&self.postgres).query(DATABASE, statements).map(drop)
+    }
+
+    pub(super) fn links_to_postgres(&self, link: Link) {
+        self.to_postgres.iter().for_each(|to_postgres| to_postgres.set(link));
+    }
+
+    /// Lets so many connections per replica ask for the same, in turn of the requests, until the fault is healed.
+    pub(super) fn crowd(&self, per_replica: usize, request: impl Fn(SocketAddr, &User, &User) -> Script) {
+        let scripts = (0..per_replica * self.replicas.len())
+            .map(|number| {
+                let (from, to) = (number % self.users.len(), (number + 1) % self.users.len());
+                let address = self.replicas[number % self.replicas.len()].public;
+                request(address, &self.users[from], &self.users[to])
+            })
+            .collect();
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&stop);
+        let thread = thread::spawn(move || load::run_until(scripts, CROWD_LIMIT, &seen));
+        lock(&self.crowds).push(Crowd { stop, thread });
+    }
+
+    /// Ends what [`Self::crowd`] began.
+    pub(super) fn disperse(&self) -> Result<()> {
+        for crowd in std::mem::take(&mut *lock(&self.crowds)) {
+            crowd.stop.store(true, Ordering::Relaxed);
+            crowd.thread.join().expect("no panic")?;
+        }
+        Ok(())
+    }
+
+    /// A send and a read of the newest page, in turn.
+    fn talk(&self) -> Talkers {
+        let users = self.users.clone();
+        Talkers::start(&self.replicas, TALKERS, move |client| {
+            let number = fastrand::usize(..users.len());
+            let (from, to) = (&users[number], &users[(number + 1) % users.len()]);
+            let body = json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"});
+            // Whatever the answer is: this makes traffic, and the service counts.
+            let _ = client.ask("POST", "/send", Some(&from.token), &body.to_string());
+            thread::sleep(PAUSE);
+            let _ = client.ask("GET", &format!("/messages?peer_id={}", to.id), Some(&from.token), "");
+            thread::sleep(PAUSE);
+        })
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        let _ = self.disperse();
+        self.talkers = None;
+    }
+}
+
+impl Talkers {
+    fn start(
+        replicas: &[Replica],
+        per_replica: usize,
+        work: impl Fn(&mut Client) + Clone + Send + 'static,
+    ) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads = replicas
+            .iter()
+            .flat_map(|replica| std::iter::repeat_n(replica.public, per_replica))
+            .map(|address| {
+                let (stop, work) = (Arc::clone(&stop), work.clone());
+                thread::spawn(move || {
+                    let mut client = Client::new(address);
+                    while !stop.load(Ordering::Relaxed) {
+                        work(&mut client);
+                        // A replica that refuses connections is not asked in a tight loop.
+                        thread::sleep(Duration::from_millis(5));
+                    }
+                })
+            })
+            .collect();
+        Self { stop, threads }
+    }
+}
+
+impl Drop for Talkers {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            // A panic there has been printed.
+            let _ = thread.join();
+        }
+    }
+}

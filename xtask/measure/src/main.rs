@@ -1,0 +1,83 @@
+//! The commands of `cargo xtask` that measure and check the running service. They need what the front door does without: an
+//! HTTP stack, a runtime, and parsers of YAML and SQL.
+
+mod bench;
+mod dashboards;
+mod drill;
+mod migrations;
+mod monitoring;
+mod rules;
+mod soak;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, ValueEnum};
+use common::steps::Tally;
+use common::{args, signals, workspace};
+use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch, install};
+
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
+enum Cli {
+    Bench(args::Bench),
+    Soak(args::Soak),
+    Drill(args::Drill),
+    Dashboards(args::Dashboards),
+    /// For `cargo xtask test` and `cargo xtask migrate check`
+    Checks {
+        which: Checks,
+    },
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum Checks {
+    All,
+    Migrations,
+    Monitoring,
+}
+
+fn main() -> ExitCode {
+    run(Cli::parse()).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    // A benchmark ends at once: it has nothing to say half-way.
+    if !matches!(cli, Cli::Bench(_)) {
+        signals::listen()?;
+    }
+    match cli {
+        Cli::Bench(args) => bench::run(&args),
+        Cli::Soak(args) => soak::run(&args),
+        Cli::Drill(args) => drill::run(&args),
+        Cli::Dashboards(args) => dashboards::run(&args),
+        Cli::Checks { which } => checks(which),
+    }
+}
+
+fn checks(which: Checks) -> Result<ExitCode> {
+    let mut tally = Tally::default();
+    let promtool = if which == Checks::Migrations { None } else { monitoring::check(&mut tally) };
+    let scratch = Scratch::new("checks")?;
+    let servers = tally.check("Postgres and Redis", "", |progress| {
+        install::ensure_programs(|line| progress.note(line))?;
+        let postgres = Postgres::start(&scratch.path().join("postgres"), PostgresOptions::fast())?;
+        Ok((postgres, Redis::start(&scratch.path().join("redis"), RedisOptions::default())?))
+    });
+    let built = tally.check("build", "", |progress| progress.run(workspace::build("chat-service")));
+    if let (Some((postgres, redis)), Some(_)) = (&servers, built) {
+        if which != Checks::Migrations {
+            monitoring::check_metrics(&mut tally, promtool.as_deref(), postgres, redis);
+        }
+        if which != Checks::Monitoring {
+            migrations::check(&mut tally, postgres, redis);
+        }
+        if which != Checks::Migrations {
+            monitoring::check_observers(&mut tally, postgres, redis);
+        }
+    }
+    Ok(tally.close())
+}

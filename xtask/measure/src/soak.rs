@@ -1,0 +1,165 @@
+//! `cargo xtask soak`: the history checker for as long as one likes, and the proof that it can fail.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use harness::{install, places};
+use tests::history_checker::{self, Options, Report, check};
+
+use common::args::Soak as Args;
+use common::signals;
+use common::steps::{Progress, Tally, step};
+use common::workspace::offline_cargo;
+
+/// Every way to break the service that `service/src/failpoints.rs` knows. The first ones are found within seconds;
+/// the others only where a fault meets a window in use.
+const FAILPOINTS: [&str; 8] = [
+    "skip-invalidation",
+    "ack-before-commit",
+    "ignore-key",
+    "skip-settle",
+    "skip-replay",
+    "skip-wait",
+    "ignore-suspension",
+    "trust-expired-lease",
+];
+
+/// How long a broken build may look sound. All eight together are found in a third of it, as a rule; the least
+/// likely one alone has once taken a fifth.
+const SELF_CHECK_LIMIT: Duration = Duration::from_secs(300);
+
+/// By how much the memory of a replica may still grow in the last third of a run.
+const GROWTH_MAX: f64 = 0.1;
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    install::ensure_programs(|line| println!("{line}"))?;
+    let seed = args.seed.unwrap_or_else(history_checker::random_seed);
+    if args.self_check {
+        let mut tally = Tally::default();
+        self_check(&mut tally, seed);
+        return Ok(tally.close());
+    }
+    let binary = match &args.binary {
+        Some(binary) => std::path::absolute(binary)?,
+        None => step("build", |progress| {
+            progress.run(offline_cargo(&["build", "-p", "chat-service"]))?;
+            places::service_binary()
+        })?,
+    };
+    let duration = Duration::from_secs_f64(args.minutes * 60.0);
+    if args.memory {
+        return memory(&binary, duration);
+    }
+    println!("  seed {seed}");
+    let options = Options { seed, duration, binary, environment: Vec::new() };
+    let report = step("history", |progress| history_checker::run(&options, follow(progress, duration)))?;
+    print_report(seed, &report);
+    Ok(ExitCode::from(u8::from(!report.violations.is_empty())))
+}
+
+/// Each build that is broken on purpose has to be found out.
+pub(crate) fn self_check(tally: &mut Tally, seed: u64) {
+    println!("  seed {seed}");
+    if tally.check("broken build", "", broken_build).is_none() {
+        return;
+    }
+    for failpoint in FAILPOINTS {
+        let fix = format!("cargo xtask soak --self-check --seed {seed}");
+        tally.check(failpoint, &fix, |progress| find(progress, failpoint, seed));
+    }
+}
+
+/// Builds the service with the ways to break it, as a file of its own.
+fn broken_build(progress: &Progress) -> Result<()> {
+    let build = |more: &[&str]| offline_cargo(&[&["build", "-p", "chat-service"], more].concat());
+    progress.run(build(&["--features", "failpoints"]))?;
+    let copied = std::fs::copy(places::target_dir()?.join("debug/chat-service"), broken_binary()?);
+    // Whatever came of the copy, the sound one goes back to where others look for it.
+    progress.run(build(&[]))?;
+    copied?;
+    Ok(())
+}
+
+fn broken_binary() -> Result<PathBuf> {
+    let dir = places::target_dir()?.join("xtask");
+    std::fs::create_dir_all(&dir)?;
+    Ok(dir.join("chat-service-failpoints"))
+}
+
+/// Fails unless the checker finds what is wrong with a build that was broken in this way.
+fn find(progress: &Progress, failpoint: &str, seed: u64) -> Result<()> {
+    let environment = vec![("CHAT_FAILPOINT".to_owned(), failpoint.to_owned())];
+    let options = Options { seed, duration: SELF_CHECK_LIMIT, binary: broken_binary()?, environment };
+    let report = history_checker::run(&options, follow(progress, SELF_CHECK_LIMIT))?;
+    signals::check()?;
+    // A broken build may also answer 500, which needs no checker to be noticed.
+    let noticed = report.violations.iter().find(|violation| violation.rule != check::WRONG_ANSWER);
+    let Some(violation) = noticed else {
+        bail!("the checker noticed nothing within {} s, seed {seed}", SELF_CHECK_LIMIT.as_secs());
+    };
+    progress.note(&format!("{failpoint} after {:.0} s: {violation}", report.elapsed.as_secs_f64()));
+    Ok(())
+}
+
+/// What stands in the line of a running history; ends it on Ctrl-C.
+fn follow(progress: &Progress, duration: Duration) -> impl FnMut(&history_checker::Progress) -> bool {
+    move |now| {
+        let history_checker::Progress { elapsed, operations, last_fault } = now;
+        let (elapsed, all) = (elapsed.as_secs(), duration.as_secs());
+        progress.say(&format!("{elapsed} of {all} s, {operations} operations, last fault: {last_fault}"));
+        !signals::asked_to_end()
+    }
+}
+
+fn memory(binary: &Path, duration: Duration) -> Result<ExitCode> {
+    let memory = step("memory", |progress| {
+        history_checker::overload(binary, duration, |elapsed, kib| {
+            progress.say(&format!("{} of {} s, {} MiB", elapsed.as_secs(), duration.as_secs(), kib / 1024));
+            !signals::asked_to_end()
+        })
+    })?;
+    println!();
+    row("seconds", &format!("{:.0}", memory.elapsed.as_secs_f64()));
+    row("messages stored", &memory.stored);
+    row("503", &memory.refused);
+    row("other answers, broken connections", &memory.others);
+    println!("  resident MiB by 10 s: {}", by_ten_seconds(&memory.resident_kib, 10));
+    row("growth in the last third", &format!("{:+.1} %", 100.0 * memory.growth()));
+    ensure!(memory.refused > 0, "nothing was refused: the queues were never full");
+    ensure!(memory.growth() < GROWTH_MAX, "memory still grows in the last third of the run");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(name: &str, value: &dyn Display) {
+    println!("  {name:<34}{value:>10}");
+}
+
+/// The greatest of every `group` values, in MiB.
+fn by_ten_seconds(kib: &[u64], group: usize) -> String {
+    let most = kib.chunks(group).filter_map(|values| values.iter().max());
+    most.map(|kib| (kib / 1024).to_string()).collect::<Vec<_>>().join(" ")
+}
+
+fn print_report(seed: u64, report: &Report) {
+    println!("\n  seed {seed}, {:.0} s", report.elapsed.as_secs_f64());
+    row("messages acknowledged", &report.acknowledged);
+    row("  of these replayed", &report.replayed);
+    row("pages read", &report.reads);
+    row("  of these marked as stale", &report.stale_reads);
+    row("  of these from a window", &report.window_hits);
+    let table = |title: &str, counts: &BTreeMap<&'static str, u64>| {
+        row(title, &counts.values().sum::<u64>());
+        for (name, count) in counts {
+            row(&format!("  {name}"), count);
+        }
+    };
+    table("requests without an answer", &report.unanswered);
+    table("faults", &report.faults);
+    println!("  resident MiB by 10 s: {}", by_ten_seconds(&report.resident_kib, 1));
+    row("violations", &report.violations.len());
+    print!("{}", history_checker::describe_violations(seed, report));
+}
