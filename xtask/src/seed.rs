@@ -11,8 +11,8 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ::tests::history::http::{Answer, Client};
-use anyhow::{Context, Result, ensure};
+use ::tests::history::http::Client;
+use anyhow::{Context, Result, anyhow, ensure};
 use fastrand::Rng;
 use serde_json::{Value, json};
 
@@ -45,9 +45,6 @@ pub(crate) struct Args {
 
 const PASSWORD: &str = "correct horse";
 const PATIENCE: Duration = Duration::from_secs(30);
-/// A service that is unavailable for longer is not merely restarting.
-const RETRIES: u32 = 5;
-
 /// Sixteen and thirteen have no common divisor: each of the 208 pairs comes before one comes again.
 const FIRST: &str = "ana ben chidi dalia emre fatima goran hana ines jonas kofi leila mateo noor olga priya";
 const LAST: &str = "abadi berg castro dubois eze fischer garcia haddad ito kowalski larsen mbeki novak";
@@ -101,10 +98,10 @@ fn seed(args: &Args, url: &str) -> Result<Seeded> {
     );
     let (plan, names) = (plan(args), (0..args.users as usize).map(|number| name(number, args.seed)));
     let (users, registered, sent) = step("seed", |progress| {
-        let (client, seed) = (Client::new(address), args.seed);
-        let mut seeding = Seeding { client, progress, seed, registered: 0, sent: 0 };
+        let client = Client::new(address);
+        let mut seeding = Seeding { address, client, progress, registered: 0, sent: 0 };
         let users = names.map(|name| seeding.user(name)).collect::<Result<Vec<User>>>()?;
-        plan.iter().try_for_each(|conversation| seeding.converse(conversation, &users))?;
+        plan.iter().try_for_each(|conversation| seeding.converse(args.seed, conversation, &users))?;
         Ok((users, seeding.registered, seeding.sent))
     })?;
     let summary = format!(
@@ -161,9 +158,9 @@ fn message(seed: u64, users: (usize, usize), number: u32) -> (bool, String) {
 }
 
 struct Seeding<'a> {
+    address: SocketAddr,
     client: Client,
     progress: &'a Progress,
-    seed: u64,
     registered: u32,
     sent: u32,
 }
@@ -173,72 +170,66 @@ impl Seeding<'_> {
     fn user(&mut self, name: String) -> Result<User> {
         self.progress.say(&name);
         let body = json!({"username": name, "email": format!("{name}@example.com"), "password": PASSWORD});
-        let (status, _) = self.ask(&[201, 409], "POST", "/register", &[], &body.to_string())?;
+        let (status, _) = self.ask(&[201, 409], "POST", "/register", "", &body.to_string())?;
         self.registered += u32::from(status == 201);
-        let (status, tokens) = self.ask(&[200, 401], "POST", "/login", &[], &body.to_string())?;
+        let (status, tokens) = self.ask(&[200, 401], "POST", "/login", "", &body.to_string())?;
         ensure!(
             status == 200,
             "{name} is there with another password, so it is not ours: take another --seed"
         );
         let bearer = format!("Bearer {}", tokens["access_token"].as_str().context("/login has no token")?);
-        let (_, me) = self.ask(&[200], "GET", "/me", &[("authorization", &bearer)], "")?;
+        let (_, me) = self.ask(&[200], "GET", "/me", &bearer, "")?;
         Ok(User { name, id: me["id"].as_str().context("/me has no id")?.to_owned(), bearer })
     }
 
     /// Sends what the conversation lacks. Its messages are numbered by the service, so the last number tells.
-    fn converse(&mut self, plan: &Conversation, users: &[User]) -> Result<()> {
+    fn converse(&mut self, seed: u64, plan: &Conversation, users: &[User]) -> Result<()> {
         let (one, other) = (&users[plan.users.0], &users[plan.users.1]);
         let path = format!("/messages?peer_id={}&limit=1", other.id);
-        let (_, newest) = self.ask(&[200], "GET", &path, &[("authorization", &one.bearer)], "")?;
+        let (_, newest) = self.ask(&[200], "GET", &path, &one.bearer, "")?;
         let there = u32::try_from(newest[0]["seq"].as_u64().unwrap_or(0))?;
         for number in there..plan.messages {
-            let (first_writes, content) = message(self.seed, plan.users, number);
+            let (first_writes, content) = message(seed, plan.users, number);
             let (from, to) = if first_writes { (one, other) } else { (other, one) };
             let body = json!({"recipient_id": to.id, "content": content}).to_string();
-            // A send that has to be repeated, because its answer was lost, stays one message.
-            let key = format!("seed-{}-{}-{}-{number}", self.seed, plan.users.0, plan.users.1);
-            let headers = [("authorization", &*from.bearer), ("idempotency-key", &key)];
-            self.ask(&[201], "POST", "/send", &headers, &body)?;
+            self.ask(&[201], "POST", "/send", &from.bearer, &body)?;
             self.sent += 1;
             self.progress.say(&format!("{} messages", self.sent));
         }
         Ok(())
     }
 
-    /// One request, with an answer of one of these statuses; waits out a rate limit, and a short absence.
+    /// One request, answered with one of these statuses. Waits out a rate limit; after another failure the whole command
+    /// can be repeated.
     fn ask(
         &mut self,
         expected: &[u16],
         method: &str,
         path: &str,
-        headers: &[(&str, &str)],
+        bearer: &str,
         body: &str,
     ) -> Result<(u16, Value)> {
-        let mut failures = 0;
+        let headers: &[_] = if bearer.is_empty() { &[] } else { &[("authorization", bearer)] };
         loop {
-            let (why, seconds) = match self.client.request(method, path, headers, body, PATIENCE) {
-                Ok(answer) if expected.contains(&answer.status) => {
-                    return Ok((answer.status, serde_json::from_slice(&answer.body)?));
-                }
-                Ok(answer) if answer.status == 429 => {
-                    let limit = path.trim_start_matches('/').to_uppercase();
-                    let lifts = format!("a rate limit, which {limit}_RATE_LIMIT_PER_MINUTE=0 lifts");
-                    (lifts, answer.header("retry-after").and_then(|text| text.parse().ok()).unwrap_or(1))
-                }
-                outcome => {
-                    let said = |answer: Answer| String::from_utf8_lossy(&answer.body).into_owned();
-                    let is_final = outcome.as_ref().is_ok_and(|answer| answer.status != 503);
-                    let why = outcome.map_or_else(|lost| lost.reason().to_owned(), said);
-                    failures += 1;
-                    ensure!(!is_final && failures <= RETRIES, "{method} {path}: {why}");
-                    (why, 1)
-                }
-            };
-            self.progress.note(&format!("{path} again in {seconds} s: {why}"));
+            signals::check()?;
+            let answer = self.client.request(method, path, headers, body, PATIENCE);
+            let answer = answer
+                .map_err(|lost| anyhow!("{path}: {}; once more, it goes on from here", lost.reason()))?;
+            if expected.contains(&answer.status) {
+                return Ok((answer.status, serde_json::from_slice(&answer.body)?));
+            }
+            let (status, text) = (answer.status, String::from_utf8_lossy(&answer.body));
+            ensure!(status == 429, "{path} answered {status}: {text}");
+            let seconds: u64 = answer.header("retry-after").and_then(|text| text.parse().ok()).unwrap_or(1);
+            let limit = path.trim_start_matches('/').to_uppercase();
+            self.progress
+                .note(&format!("waiting {seconds} s; {limit}_RATE_LIMIT_PER_MINUTE=0 lifts the limit"));
             for _ in 0..seconds * 10 {
                 signals::check()?;
                 thread::sleep(Duration::from_millis(100));
             }
+            // The service may have closed the idle connection.
+            self.client = Client::new(self.address);
         }
     }
 }
@@ -246,22 +237,19 @@ impl Seeding<'_> {
 impl Seeded {
     /// Logins, and the liveliest conversation to paste.
     fn to_try(&self, url: &str) -> String {
-        let Self { plan, users, .. } = self;
-        let logins: Vec<&str> = users.iter().take(4).map(|user| user.name.as_str()).collect();
-        let liveliest = plan.iter().max_by_key(|conversation| conversation.messages);
+        let logins: Vec<&str> = self.users.iter().take(4).map(|user| user.name.as_str()).collect();
+        let liveliest = self.plan.iter().max_by_key(|conversation| conversation.messages);
         let (one, other) = liveliest.map_or((0, 1), |conversation| conversation.users);
-        let url = url.trim_end_matches('/');
+        let (url, one, other) = (url.trim_end_matches('/'), &self.users[one].name, &self.users[other].id);
         format!(
             "
   Logins, all with the password `{PASSWORD}`: {}
 
-token=$(curl -sS {url}/login -H 'Content-Type: application/json' -d '{{\"username\":\"{}\",\"password\":\"{PASSWORD}\"}}' | \
+token=$(curl -sS {url}/login -H 'Content-Type: application/json' -d '{{\"username\":\"{one}\",\"password\":\"{PASSWORD}\"}}' | \
              sed 's/.*\"access_token\":\"\\([^\"]*\\)\".*/\\1/')
-curl -sS \"{url}/messages?peer_id={}\" -H \"Authorization: Bearer $token\"; echo
+curl -sS \"{url}/messages?peer_id={other}\" -H \"Authorization: Bearer $token\"; echo
 ",
             logins.join(", "),
-            users[one].name,
-            users[other].id,
         )
     }
 }
