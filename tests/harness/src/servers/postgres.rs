@@ -35,21 +35,13 @@ pub struct PostgresOptions {
     pub port: Option<u16>,
     pub durability: Durability,
     pub max_connections: u16,
-    /// Where its programs are, if not in one of the usual directories.
-    pub bin_dir: Option<PathBuf>,
     /// Additional settings, as for `postgres -c name=value`.
     pub settings: Vec<(String, String)>,
 }
 
 impl PostgresOptions {
     pub fn fast() -> Self {
-        Self {
-            port: None,
-            durability: Durability::Fast,
-            max_connections: 300,
-            bin_dir: None,
-            settings: Vec::new(),
-        }
+        Self { port: None, durability: Durability::Fast, max_connections: 300, settings: Vec::new() }
     }
 
     pub fn durable() -> Self {
@@ -90,7 +82,7 @@ impl Postgres {
     pub fn start(dir: &Path, options: PostgresOptions) -> Result<Self> {
         let home = Home::prepare(dir)?;
         stop_earlier(home.path())?;
-        let bin_dir = matching_bin_dir(&home, options.bin_dir.clone())?;
+        let bin_dir = matching_bin_dir(&home)?;
         let password = password(&home)?;
         let mut postgres =
             Self { dir: dir.to_owned(), home, bin_dir, port: 0, password, daemon: None, options };
@@ -284,8 +276,8 @@ pub(super) fn stop_earlier(home: &Path) -> Result<()> {
 }
 
 /// The programs of the version that made the data; any version for new data.
-fn matching_bin_dir(home: &Home, named: Option<PathBuf>) -> Result<PathBuf> {
-    let dirs = named.map_or_else(programs::postgres_bin_dirs, |dir| vec![dir]);
+fn matching_bin_dir(home: &Home) -> Result<PathBuf> {
+    let dirs = programs::postgres_bin_dirs();
     let first =
         dirs.first().cloned().ok_or_else(|| anyhow!("the programs postgres and initdb are not installed"))?;
     let Ok(made_by) = fs::read_to_string(home.path().join("data/PG_VERSION")) else { return Ok(first) };
