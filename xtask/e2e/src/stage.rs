@@ -278,7 +278,7 @@ impl Stage {
     pub(super) fn people(&mut self) -> Result<()> {
         self.await_answer(Duration::from_secs(30))?;
         for number in self.pairs.len()..PAIRS {
-            let name = format!("e2e-{:08x}-{number}", tests::history::random_seed() as u32);
+            let name = format!("e2e-{:08x}-{number}", fastrand::u32(..));
             self.pairs.push(Pair::new(self.address, &name)?);
         }
         Ok(())
