@@ -82,8 +82,7 @@ impl Scene {
                 ("REDIS_URL", redis.url(0)),
             ];
             let environment = urls.into_iter().chain(more.iter().cloned());
-            let replica =
-                Replica::start(binary, log, environment.map(|(name, value)| (name.to_owned(), value)))?;
+            let replica = Replica::start(binary, log, environment)?;
             // The first migrates while the second would wait.
             replica.await_ready()?;
             replicas.push(replica);
