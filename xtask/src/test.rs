@@ -72,7 +72,7 @@ pub(crate) fn all(tally: &mut Tally) -> Result<()> {
     let servers = tally.check("Postgres and Redis", "", Servers::start);
     lint(tally, servers.as_ref());
     tally.check("rustdoc", "the lines above name the place", |progress| {
-        // Its readers work on the service: what is private is documented for them, too.
+        // Its readers work on the service, so it includes private items.
         let mut doc = offline_cargo(&["doc", "--workspace", "--no-deps", "--document-private-items"]);
         doc.env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links");
         progress.run(doc)
@@ -128,7 +128,7 @@ fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String])
     Ok(())
 }
 
-/// `cargo test` with what the tests have to be told.
+/// `cargo test` with the variables that the tests need.
 fn test_command(servers: &Servers) -> Result<Command> {
     let mut command = offline_cargo(&["test", "--workspace", "--no-fail-fast"]);
     command.env("TEST_DATABASE_URL", servers.postgres.url("postgres"));
@@ -142,7 +142,7 @@ fn test_command(servers: &Servers) -> Result<Command> {
 /// Licences, banned crates and sources. Advisories are left out: they need a network that not every machine has.
 fn check_dependencies(tally: &mut Tally) {
     let Some(cargo_deny) = cargo_deny(tally) else { return };
-    tally.check("dependencies", "mend Cargo.toml, or argue the exception in deny.toml", |progress| {
+    tally.check("dependencies", "fix Cargo.toml, or explain the exception in deny.toml", |progress| {
         let mut command = Command::new(cargo_deny);
         command.args(["--log-level", "error", "check", "--hide-inclusion-graph"]);
         command.args(["bans", "licenses", "sources"]).current_dir(workspace::root());
@@ -150,7 +150,7 @@ fn check_dependencies(tally: &mut Tally) {
     });
 }
 
-/// CI builds it where there is none: two to four minutes, less than it would cost to keep a check of our own right.
+/// CI builds it where it is missing, which takes two to four minutes.
 fn cargo_deny(tally: &mut Tally) -> Option<PathBuf> {
     const VERSION: &str = "0.20.2";
     if let Some(installed) = programs::in_path("cargo-deny") {

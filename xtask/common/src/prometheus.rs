@@ -51,7 +51,7 @@ pub struct Prometheus {
 #[derive(Debug)]
 pub struct ScrapeJob(pub Value);
 
-/// One firing alert: its name, and the labels that tell it from its like.
+/// One firing alert: its name, and the labels that distinguish it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Alert {
     pub name: String,
@@ -290,7 +290,7 @@ impl<'a> Watch<'a> {
                     let names = names.into_iter().collect::<Vec<_>>().join(" ");
                     progress.say(&format!("{:.0} s: {names}", history.started.elapsed().as_secs_f32()));
                 }
-                // It is asked again; an alert that is missed for that is a failure of whoever waits for it.
+                // It is asked again; an alert that is missed meanwhile fails its own check.
                 Err(error) => progress.say(&format!("{error:#}")),
             }
             thread::sleep(POLL);

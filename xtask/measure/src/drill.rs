@@ -26,7 +26,7 @@ use common::{signals, workspace};
 use faults::{DRILLS, Drill, Lane};
 use scene::Scene;
 
-/// Alerts that nobody has seen fire: those on the kubelet's volumes, which are as full as the disk of the machine.
+/// Alerts that are not drilled: those on the kubelet's volumes, which are as full as the disk of the machine.
 const UNIT_TEST_ONLY: [&str; 1] = ["ChatServiceVolumeFilling"];
 
 /// From the fault to the alert: the longest `for`, three hours, and a minute for a queue to fill.

@@ -61,7 +61,7 @@ curl -sS "$api/messages?peer_id=$ben_id" -H "Authorization: Bearer $ana"; echo
     )
 }
 
-/// What makes the two names new: nothing in an empty database, else the first number that nobody has.
+/// What makes the two names new: nothing in an empty database, else the first number that is free.
 fn suffix(postgres: &Backend) -> String {
     let (port, password) = match postgres {
         Backend::Postgres(postgres) => (postgres.port(), postgres.password()),

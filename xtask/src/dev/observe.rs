@@ -69,7 +69,7 @@ impl Observers {
         Ok(Self { collector, _prometheus: prometheus, grafana: grafana.map(|(grafana, _)| grafana), lines })
     }
 
-    /// What the service has to be told: where traces go, and to make one of every request. What the user says wins.
+    /// Variables for the service: where traces go, and to trace every request. The user's own settings win.
     pub(crate) fn variables(&self, settings: &Settings) -> Vec<(&'static str, String)> {
         let Some(collector) = &self.collector else { return Vec::new() };
         let ours = [

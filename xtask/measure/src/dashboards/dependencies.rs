@@ -19,7 +19,7 @@ fn reachable() -> Row {
         panels: vec![
             states("Postgres and Redis", "Whether each answers the replica. Without Postgres a replica is unready and answers 503; without Redis everything works, more slowly.")
                 .query("{{dependency}} {{pod}}", "max by (dependency, pod) (chat_dependency_up{OURS})")
-                .zero_one("away", "answers")
+                .zero_one("unavailable", "answers")
                 .runbook("ChatServicePostgresDown")
                 .runbook("ChatServiceRedisDown")
                 .width(24)
@@ -149,7 +149,7 @@ fn cache() -> Row {
                 .from(0.5, "green")
                 .width(6)
                 .height(8),
-            stack("Look-ups", "ops", "Look-ups per second by outcome. `bypass`: no window could answer, because the page was too deep or Redis was away.")
+            stack("Lookups", "ops", "Lookups per second by outcome. `bypass`: no window could answer, because the page was too deep or Redis was unavailable.")
                 .query("{{outcome}}", "sum by (outcome) (rate(chat_cache_lookups_total{OURS}[$__rate_interval]))")
                 .width(18),
         ],

@@ -125,7 +125,7 @@ fn routes() -> Row {
             stack("Requests by route", "reqps", "Requests per second. Paths that are none of the service's share one route.")
                 .query("{{http_route}}", "sum by (http_route) (rate(http_server_request_duration_seconds_count{OURS}[$__rate_interval]))")
                 .width(8),
-            lines("Failures by route and status", "reqps", "Answers of 500 and above per second. 503 is a refusal, with Retry-After: Postgres is away or a queue is full. 500 is a defect.")
+            lines("Failures by route and status", "reqps", "Answers of 500 and above per second. 503 is a refusal, with Retry-After: Postgres is unavailable or a queue is full. 500 is a defect.")
                 .query(
                     "{{http_route}} {{http_response_status_code}}",
                     r#"sum by (http_route, http_response_status_code) (rate(http_server_request_duration_seconds_count{OURS, http_response_status_code=~"5.."}[$__rate_interval]))"#,

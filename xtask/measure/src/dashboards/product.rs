@@ -87,7 +87,7 @@ fn reading() -> Row {
 fn accounts() -> Row {
     Row {
         title: "Accounts",
-        answers: "Do people get in, and does somebody try passwords?",
+        answers: "Do logins succeed, and does somebody try passwords?",
         panels: vec![
             stack("Registrations", "ops", "Per second. A failure is a name or an address that is taken.")
                 .query("{{outcome}}", r#"sum by (outcome) (rate(chat_auth_attempts_total{OURS, kind="register"}[$__rate_interval]))"#)
@@ -110,7 +110,7 @@ fn accounts() -> Row {
 fn limits() -> Row {
     Row {
         title: "Refused to clients",
-        answers: "Who is turned away, and is a limit too tight?",
+        answers: "Who is refused, and is a limit too tight?",
         panels: vec![
             stack("Rate limited", "reqps", "Requests per second over a limit, answered with 429. `send` counts per user, the others per client address.")
                 .query("{{limit}}", "sum by (limit) (rate(chat_rate_limited_total{OURS}[$__rate_interval]))")

@@ -191,7 +191,7 @@ fn telemetry() -> Row {
                 .zero_one("not scraped", "scraped")
                 .runbook("ChatServiceReplicaDown")
                 .width(8),
-            lines("Duration of a scrape", "s", "How long the replica takes to tell its metrics.")
+            lines("Duration of a scrape", "s", "How long the replica takes to answer a scrape.")
                 .query("{{pod}}", "max by (pod) (scrape_duration_seconds{OURS})")
                 .from(1.0, "red")
                 .width(8),

@@ -1,5 +1,5 @@
-//! What the alerts of one lane watch: a Postgres, a Redis, two replicas of the service, each with a line of its own to
-//! Postgres, a collector of traces, and people who talk.
+//! What the alerts of one lane watch: a Postgres, a Redis, two replicas of the service, each with its own proxy to
+//! Postgres, a collector of traces, and clients that send and read.
 
 use std::net::SocketAddr;
 use std::path::Path;
