@@ -73,7 +73,7 @@ fn serve(args: &Args) -> Result<ExitCode> {
     let observe = || Observers::start(&dir, &service.addresses(), &settings);
     let observers = args.observe.then(observe).transpose()?;
     if let Some(observers) = &observers {
-        service.tell(observers.variables(&settings));
+        service.add_variables(observers.variables(&settings));
     }
     // Without a progress line: the service's own log says what it does.
     service.start()?;
@@ -92,7 +92,7 @@ fn serve(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Redis before Postgres: the other way round nobody would lose anything, but logs would complain.
+/// Redis before Postgres: the other order loses nothing, but fills the logs with errors.
 fn stop(backends: Backends, observers: Option<Observers>) -> Result<()> {
     println!("  stopping what it needed");
     observers.map_or(Ok(()), Observers::stop)?;

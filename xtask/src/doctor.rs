@@ -15,7 +15,7 @@ use common::{go_tools, kind, workspace};
   cargo xtask doctor             exit code 1 when `dev` and `test` cannot work here
   cargo xtask doctor --all       exit code 1 when anything is missing, clusters included")]
 pub(crate) struct Args {
-    /// Take what only some commands need as needed, too
+    /// Also fail for what only some commands need
     #[arg(long)]
     all: bool,
 }
@@ -107,7 +107,7 @@ fn disk() -> Result<Finding> {
         }
         Some(gib) if gib < DISK_WANTED_GIB => Ok(format!("{gib} GiB free: enough, but not for e2e")),
         Some(gib) => Ok(format!("{gib} GiB free")),
-        None => Ok("its free space cannot be told here".to_owned()),
+        None => Ok("its free space is unknown".to_owned()),
     };
     Ok(Finding { name: "disk", need: Need::Always, purpose: "building and the tests' servers", outcome })
 }

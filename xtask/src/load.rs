@@ -1,4 +1,4 @@
-//! `cargo xtask load`: people talk to a service that runs already, and none of their requests may fail.
+//! `cargo xtask load`: conversations against a running service, none of whose requests may fail.
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::process::ExitCode;
@@ -16,7 +16,7 @@ use common::steps::step;
   cargo xtask load --seconds 120 --conversations 10
   cargo xtask load --address 127.0.0.1:30080       the service in a cluster")]
 pub(crate) struct Args {
-    /// Where its public port is, on this machine or near it
+    /// The service's public address
     #[arg(long, default_value = "127.0.0.1:8000", value_name = "HOST:PORT")]
     address: String,
     /// For how long
@@ -25,7 +25,7 @@ pub(crate) struct Args {
     /// How many conversations at a time
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=50))]
     conversations: u16,
-    /// How long each rests between two requests, in milliseconds
+    /// Pause between two requests of a conversation, in milliseconds
     #[arg(long, default_value_t = 10, value_name = "MS")]
     pause: u64,
 }
@@ -35,19 +35,19 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let address: SocketAddr = args
         .address
         .to_socket_addrs()
-        .with_context(|| format!("{} is no address: HOST:PORT", args.address))?
+        .with_context(|| format!("{} is not HOST:PORT", args.address))?
         .next()
-        .with_context(|| format!("{} is nowhere", args.address))?;
-    let mut pairs = step("people", |_| {
+        .with_context(|| format!("{} has no address", args.address))?;
+    let mut pairs = step("users", |_| {
         let name = |number| format!("load-{:08x}-{number}", fastrand::u32(..));
         (0..args.conversations).map(|number| Pair::new(address, &name(number))).collect::<Result<Vec<_>>>()
     })
     .with_context(|| {
-        format!("nobody can register at {address}: does the service run, without rate limits?")
+        format!("registration at {address} failed: does the service run, without rate limits?")
     })?;
     let end = Instant::now() + Duration::from_secs(args.seconds);
     let pause = Duration::from_millis(args.pause);
-    let ((), report) = step("talk", |progress| {
+    let ((), report) = step("conversations", |progress| {
         load::during(&mut pairs, address, pause, || {
             while Instant::now() < end && !signals::asked_to_end() {
                 progress.say("Ctrl-C ends it early");

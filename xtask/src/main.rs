@@ -28,59 +28,59 @@ struct Cli {
 const EXAMPLES: &str = "Examples:
   cargo xtask dev                     the service on a private Postgres and Redis, from nothing
   cargo xtask dev --reset             the same with empty data
-  cargo xtask dev --observe           the same with Prometheus, a trace collector, and Grafana where it can be had
+  cargo xtask dev --observe           the same with Prometheus, a trace collector, and Grafana where available
   PORT=8080 cargo xtask dev           every variable of the service works here, also in .env
   cargo xtask test                    everything that a change has to pass
   cargo xtask test -- messages        only the tests with that in their name
-  cargo xtask prepare                 after a change of SQL: renew .sqlx
+  cargo xtask prepare                 after a change of SQL: update .sqlx
   cargo xtask migrate new NAME        the next migration
   cargo xtask seed                    users and conversations for the running service
-  cargo xtask doctor                  what this machine lacks
-Each command's own --help has more. CONTRIBUTING.md tells how they go together.";
+  cargo xtask doctor                  what is missing on this machine
+Each command's own --help has more. CONTRIBUTING.md shows how they work together.";
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the service with all that it needs, until Ctrl-C
+    /// Run the service with Postgres and Redis, until Ctrl-C
     Dev(dev::Args),
     /// Check formatting, lints, documentation, dependencies and SQL, and run the tests on private servers
     Test(test::Args),
-    /// Renew .sqlx, the data by which SQL is checked without a database
+    /// Update .sqlx, the data to check SQL without a database
     #[command(after_help = "Examples:
   cargo xtask prepare            then commit .sqlx with the change")]
     Prepare,
-    /// Measure the service against what the machine can do, in ratios
+    /// Measure the service, as ratios to what the machine can do
     Bench(args::Bench),
-    /// Let servers, lines and replicas fail for minutes, and check every answer against the contract
+    /// Run the history checker: servers, connections and replicas fail, and every answer is checked
     Soak(args::Soak),
     /// Build the container image
     Image(image::Args),
-    /// A real Kubernetes node on this machine, without a container engine
+    /// Run a real Kubernetes node on this machine, without a container engine
     Cluster(cluster::Args),
-    /// The same through kind, where Docker is
+    /// Run a kind cluster, which needs Docker
     Kind(kind::Args),
-    /// Let people talk to a service that runs already; none of their requests may fail
+    /// Run conversations against a running service; no request may fail
     Load(load::Args),
-    /// Install, upgrade, attack, roll back and remove the chart on a real cluster, under load
+    /// Test the chart on a real cluster under load: install, upgrade, faults, rollback, uninstall
     E2e(args::E2e),
-    /// Inject each alert's fault, and see it fire and resolve on a real Prometheus
+    /// Inject each alert's fault, and check that it fires and resolves on a real Prometheus
     Drill(args::Drill),
-    /// Write Grafana's dashboards, or ask a Prometheus whether every panel has data
+    /// Write the Grafana dashboards, or check on a Prometheus that every panel has data
     Dashboards(args::Dashboards),
-    /// Apply, create, show and check the migrations of the schema
+    /// Apply, create, show and check the schema's migrations
     Migrate(migrate::Args),
-    /// Renew or check the committed copy of the API's document
+    /// Update or check the committed OpenAPI document
     Openapi(openapi::Args),
     /// Fill a running service with users and conversations
     Seed(seed::Args),
-    /// Tell what this machine lacks for which command, and how to get it
+    /// List what is missing on this machine, for which command, and how to get it
     Doctor(doctor::Args),
-    /// Make a version: edit, commit, tag, image, SBOM, packaged chart, checksums
+    /// Make a release: version, commit, tag, image, SBOM, packaged chart, checksums
     Release(release::Args),
-    /// Print a shell's completions: see its --help
+    /// Print shell completions: see its --help
     Completions(completions::Args),
     /// What .ci/run runs
     #[command(after_help = "Examples:
-  CI=true cargo xtask ci         nothing is skipped: what is missing is installed, or is a failure")]
+  CI=true cargo xtask ci         nothing is skipped: missing tools are installed, or are a failure")]
     Ci,
 }
 

@@ -9,6 +9,7 @@ use std::time::SystemTime;
 use anyhow::{Context, Result, bail};
 use harness::{Postgres, PostgresOptions, Scratch, install, places};
 
+use common::migrations::{DIR, scripts};
 use common::steps::{Progress, step};
 use common::{signals, workspace};
 
@@ -57,16 +58,8 @@ pub(crate) const DATABASE: &str = "sqlx_macros";
 /// pass first.
 pub(crate) fn migrate(postgres: &Postgres, database: &str) -> Result<()> {
     postgres.create_database(database)?;
-    let dir = workspace::root().join("service/migrations");
-    let mut scripts: Vec<PathBuf> = fs::read_dir(&dir)
-        .with_context(|| format!("read {}", workspace::shown(&dir)))?
-        .map(|entry| Ok(entry?.path()))
-        .collect::<Result<_>>()?;
-    scripts.retain(|path| path.extension().is_some_and(|extension| extension == "sql"));
-    scripts.sort();
-    for script in scripts {
-        let sql = fs::read_to_string(&script)?;
-        postgres.query(database, &sql).with_context(|| workspace::shown(&script))?;
+    for script in scripts(&workspace::root().join(DIR))? {
+        postgres.query(database, &script.sql).context(script.file)?;
     }
     Ok(())
 }

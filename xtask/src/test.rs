@@ -11,11 +11,12 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::Result;
-use common::steps::{Progress, Tally};
+use common::servers::Servers;
+use common::steps::Tally;
 use common::workspace::{cargo, in_ci, offline_cargo};
 use common::{signals, workspace};
+use harness::places;
 use harness::servers::programs;
-use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch, install, places};
 
 use crate::external::MEASURE;
 use crate::prepare;
@@ -43,14 +44,6 @@ pub(crate) struct Args {
     cargo_test: Vec<String>,
 }
 
-/// Private ones, gone at the end.
-struct Servers {
-    postgres: Postgres,
-    redis: Redis,
-    // Dropped last: the servers' directories are in it.
-    _scratch: Scratch,
-}
-
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
     let mut tally = Tally::default();
@@ -65,7 +58,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     } else if args.cargo_test.is_empty() {
         all(&mut tally)?;
     } else {
-        let servers = tally.check("Postgres and Redis", "", start_servers);
+        let servers = tally.check("Postgres and Redis", "", Servers::start);
         build_and_test(&mut tally, servers.as_ref(), &args.cargo_test)?;
     }
     Ok(tally.close())
@@ -76,10 +69,10 @@ pub(crate) fn all(tally: &mut Tally) -> Result<()> {
     tally.check("formatting", "cargo fmt --all", |progress| {
         progress.run(cargo(&["fmt", "--all", "--check"])).map(drop)
     });
-    let servers = tally.check("Postgres and Redis", "", start_servers);
+    let servers = tally.check("Postgres and Redis", "", Servers::start);
     lint(tally, servers.as_ref());
     tally.check("rustdoc", "the lines above name the place", |progress| {
-        // Its readers work on the service: what is private is documented for them, too.
+        // Its readers work on the service, so it includes private items.
         let mut doc = offline_cargo(&["doc", "--workspace", "--no-deps", "--document-private-items"]);
         doc.env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links");
         progress.run(doc)
@@ -90,14 +83,6 @@ pub(crate) fn all(tally: &mut Tally) -> Result<()> {
     dev::check(tally);
     commands::check(tally);
     build_and_test(tally, servers.as_ref(), &[])
-}
-
-fn start_servers(progress: &Progress) -> Result<Servers> {
-    install::ensure_programs(|line| progress.note(line))?;
-    let scratch = Scratch::new("servers")?;
-    let postgres = Postgres::start(&scratch.path().join("postgres"), PostgresOptions::fast())?;
-    let redis = Redis::start(&scratch.path().join("redis"), RedisOptions::default())?;
-    Ok(Servers { postgres, redis, _scratch: scratch })
 }
 
 /// Clippy compiles the query macros against a live database, which checks the committed answers on the way.
@@ -136,14 +121,14 @@ fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String])
     let mut command = test_command(servers)?;
     command.args(args);
     traces::prepare(tally, &mut command, args);
-    count::run(tally, command);
+    count::run(tally, "tests", "cargo xtask test -- NAME runs one alone", command);
     if args.is_empty() {
         traces::check(tally, servers);
     }
     Ok(())
 }
 
-/// `cargo test` with what the tests have to be told.
+/// `cargo test` with the variables that the tests need.
 fn test_command(servers: &Servers) -> Result<Command> {
     let mut command = offline_cargo(&["test", "--workspace", "--no-fail-fast"]);
     command.env("TEST_DATABASE_URL", servers.postgres.url("postgres"));
@@ -157,7 +142,7 @@ fn test_command(servers: &Servers) -> Result<Command> {
 /// Licences, banned crates and sources. Advisories are left out: they need a network that not every machine has.
 fn check_dependencies(tally: &mut Tally) {
     let Some(cargo_deny) = cargo_deny(tally) else { return };
-    tally.check("dependencies", "mend Cargo.toml, or argue the exception in deny.toml", |progress| {
+    tally.check("dependencies", "fix Cargo.toml, or explain the exception in deny.toml", |progress| {
         let mut command = Command::new(cargo_deny);
         command.args(["--log-level", "error", "check", "--hide-inclusion-graph"]);
         command.args(["bans", "licenses", "sources"]).current_dir(workspace::root());
@@ -165,7 +150,7 @@ fn check_dependencies(tally: &mut Tally) {
     });
 }
 
-/// CI builds it where there is none: two to four minutes, less than it would cost to keep a check of our own right.
+/// CI builds it where it is missing, which takes two to four minutes.
 fn cargo_deny(tally: &mut Tally) -> Option<PathBuf> {
     const VERSION: &str = "0.20.2";
     if let Some(installed) = programs::in_path("cargo-deny") {

@@ -37,7 +37,7 @@ impl Replica {
     pub fn start(
         binary: &Path,
         log: PathBuf,
-        more: impl IntoIterator<Item = (String, String)>,
+        more: impl IntoIterator<Item = (impl Into<String>, String)>,
     ) -> Result<Self> {
         let [public, operations] =
             [ports::free()?, ports::free()?].map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
@@ -51,7 +51,9 @@ impl Replica {
             ("SEND_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
             ("REGISTER_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
         ];
-        let environment = own.map(|(name, value)| (name.to_owned(), value)).into_iter().chain(more).collect();
+        let own = own.map(|(name, value)| (name.to_owned(), value));
+        let more = more.into_iter().map(|(name, value)| (name.into(), value));
+        let environment = own.into_iter().chain(more).collect();
         let binary = binary.to_owned();
         let replica = Self { public, operations, binary, environment, log, child: Mutex::new(None) };
         replica.launch()?;

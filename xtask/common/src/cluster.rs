@@ -192,7 +192,7 @@ fn await_ready(progress: &Progress, pause: &Path) -> Result<PathBuf> {
     })?;
     let taints = ["get", "node/chat", "--output=jsonpath={.status.conditions[-1].status}{.spec.taints}"];
     wait("the node", &mut || {
-        // Ready, and the taint of the time before taken away, which comes a moment later.
+        // Ready, and without the taint of the time before, which goes a moment later.
         Ok(kubectl_run(&taints).is_ok_and(|said| said.starts_with("True") && !said.contains("not-ready")))
     })?;
     // It is created behind the API server's readiness, and no pod starts without it.

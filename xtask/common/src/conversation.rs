@@ -1,4 +1,4 @@
-//! People who talk without a pause, remember every acknowledged message, and forgive no failed request.
+//! Conversations that remember every acknowledged message, and count every failed request.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -59,8 +59,8 @@ impl Pair {
         &self.users[0].token
     }
 
-    /// Reads the whole conversation, upwards from its beginning: every acknowledged message, once, in order. Then it may
-    /// hold one more, if `open`: sent, and never answered.
+    /// Reads the whole conversation, upwards from its beginning: every acknowledged message once and in
+    /// sequence. It may end with one more, whose answer was lost.
     pub fn verify(&mut self, address: SocketAddr) -> Result<usize> {
         let mut client = Client::new(address);
         let mut seen = 0;
@@ -93,7 +93,7 @@ impl Pair {
         Ok(seen)
     }
 
-    /// Talks until told to stop.
+    /// Sends and reads until `stop` is set.
     fn talk(&mut self, address: SocketAddr, pause: Duration, stop: &AtomicBool) -> Report {
         let mut report = Report::default();
         let mut kept = Client::new(address);
@@ -114,7 +114,7 @@ impl Pair {
                 let connection = if fresh { "fresh" } else { "kept" };
                 let at = begun.elapsed().as_secs_f64();
                 report.failures.push(format!("{at:.1} s: {error:#} ({connection} connection)"));
-                // Many failures of one outage tell no more than a few.
+                // Many failures of one outage say no more than a few.
                 thread::sleep(Duration::from_millis(100));
                 // Whether a message without an answer was stored is to be seen.
                 let _ = self.verify(address);
@@ -137,7 +137,7 @@ impl Pair {
         Ok(())
     }
 
-    /// The newest message, which one has just been told of: from the window in Redis, or from Postgres.
+    /// Reads the newest message, from the window in Redis or from Postgres. It has to be the last acknowledged one.
     fn read(&self, client: &mut Client, from_postgres: bool) -> Result<()> {
         // `before` is never answered by the window.
         let deep = if from_postgres { "&before=1000000" } else { "" };
@@ -150,7 +150,7 @@ impl Pair {
     }
 }
 
-/// Lets all pairs talk while `work` is done.
+/// Runs all conversations while `work` is done.
 pub fn during<T>(
     pairs: &mut [Pair],
     address: SocketAddr,
@@ -173,7 +173,7 @@ pub fn during<T>(
         stop.store(true, Ordering::Relaxed);
         let mut all = Report::default();
         for talker in talkers {
-            let report = talker.join().expect("a talker does not panic");
+            let report = talker.join().expect("no panic");
             all.requests += report.requests;
             all.failures.extend(report.failures);
             all.slowest = all.slowest.max(report.slowest);

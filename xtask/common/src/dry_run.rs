@@ -1,7 +1,7 @@
 //! `--dry-run`: the commands that would run, printed as a shell script that can be read, compared and pasted.
 //!
 //! A command that drives outside programs flattens [`DryRun`] into its arguments and calls [`DryRun::apply`] first.
-//! From then on [`crate::steps::Progress::run`] prints instead of running, and [`ask`] answers as it is told.
+//! From then on [`crate::steps::Progress::run`] prints instead of running, and [`ask`] returns a given answer.
 
 use std::ffi::OsStr;
 use std::path::Path;

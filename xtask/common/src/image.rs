@@ -33,7 +33,7 @@ const AUTHORITIES: [&str; 3] =
   cargo xtask image --sbom --push registry.example.com/team/chat-service
   cargo xtask image --dry-run                  the commands, as a script")]
 pub struct Args {
-    /// The image's tag; what the chart asks for unless told otherwise is the version
+    /// The image's tag; the chart's default is the version
     #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]
     tag: String,
     /// Load it into a cluster
@@ -45,7 +45,7 @@ pub struct Args {
     /// The processor to build for; another one than this machine's needs a cross compiler
     #[arg(long, default_value = Platform::HERE)]
     platform: Platform,
-    /// Write down what the binary is made of, in CycloneDX
+    /// Write an SBOM of the binary, in CycloneDX
     #[arg(long)]
     sbom: bool,
     /// Cargo's profile; `dev` is quick to build again, and slow and large
@@ -239,14 +239,14 @@ pub fn build(options: &Options, progress: &Progress) -> Result<Image> {
     let size = bytes as f64 / MIB;
     if options.profile == "release" && size > SIZE_MAX_MIB {
         bail!(
-            "the image has {size:.1} MiB, more than {SIZE_MAX_MIB}: `cargo bloat --release --crates` tells why"
+            "the image has {size:.1} MiB, more than {SIZE_MAX_MIB}: `cargo bloat --release --crates` shows why"
         );
     }
     progress.note(&format!("{name}: {size:.1} MiB, revision {}", origin.revision));
     Ok(Image { name, archive, id, bytes })
 }
 
-/// Leaves the binary in a file, which is only touched where it differs: whoever watches it has nothing to do then.
+/// Writes the binary to a file, unless the file has it already: what watches the file has nothing to do then.
 fn compile(options: &Options, file: &Path, progress: &Progress) -> Result<()> {
     ensure!(
         cfg!(target_os = "linux"),

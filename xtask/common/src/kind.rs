@@ -81,7 +81,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         KindCommand::Up(extras) => {
             let missing = missing(&["tilt"]);
             up(extras)?;
-            // As kind has it: the cluster becomes the current one of whoever creates it.
+            // As kind has it: a new cluster becomes the current one.
             step("kubeconfig", |progress| progress.run(own_kubeconfig("export")))?;
             if dry_run::is_on() {
                 return Ok(ExitCode::SUCCESS);

@@ -11,6 +11,7 @@ pub mod image;
 pub mod kind;
 pub mod migrations;
 pub mod prometheus;
+pub mod servers;
 pub mod signals;
 pub mod steps;
 pub mod tiltfile;

@@ -2,20 +2,23 @@
 
 pub mod scale;
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use harness::http;
 use harness::install;
-use harness::servers::{daemon, ports};
-use rustix::process::{Pid, Signal, kill_process};
+use harness::servers::daemon::{self, Daemon};
+use harness::servers::ports;
 use serde_json::Value;
 
+use crate::signals;
 use crate::steps::Progress;
 
 /// The rules as they are shipped, from the clone's top.
@@ -36,10 +39,11 @@ pub const ON_A_CLUSTER: (&str, [&str; 5]) = (
 const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(250);
 
 #[derive(Debug)]
 pub struct Prometheus {
-    child: Child,
+    daemon: Daemon,
     port: u16,
 }
 
@@ -47,7 +51,7 @@ pub struct Prometheus {
 #[derive(Debug)]
 pub struct ScrapeJob(pub Value);
 
-/// One firing alert: its name, and the labels that tell it from its like.
+/// One firing alert: its name, and the labels that distinguish it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Alert {
     pub name: String,
@@ -94,25 +98,14 @@ impl Prometheus {
     pub fn launch(server: &Path, dir: &Path, config: &str, port: u16, arguments: &[String]) -> Result<Self> {
         let file = dir.join("prometheus.yaml");
         fs::write(&file, config).with_context(|| format!("write {}", file.display()))?;
-        let log = dir.join("prometheus.log");
-        let output = File::create(&log).with_context(|| format!("create {}", log.display()))?;
         let mut command = daemon::dies_with_us(server, "KILL");
         command.arg(format!("--config.file={}", file.display()));
         command.arg(format!("--storage.tsdb.path={}", dir.join("data").display()));
         command.arg(format!("--web.listen-address=127.0.0.1:{port}"));
-        command.args(arguments);
-        command.current_dir(dir).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
-        let child = daemon::spawn(command).context("start prometheus")?;
-        let mut prometheus = Self { child, port };
-        let ready = daemon::poll(START_LIMIT, || {
-            let ended = prometheus.child.try_wait()?.is_some();
-            Ok((ended || prometheus.get("/-/ready").is_ok()).then_some(!ended))
-        })?;
-        if ready != Some(true) {
-            let words = daemon::tail(&fs::read_to_string(&log).unwrap_or_default(), 12);
-            bail!("Prometheus is not ready, its last words:\n{words}");
-        }
-        Ok(prometheus)
+        command.args(arguments).current_dir(dir);
+        let mut daemon = Daemon::start(command, &dir.join("prometheus.log")).context("start prometheus")?;
+        daemon.await_ready(START_LIMIT, || get(port, "/-/ready").is_ok()).context("Prometheus")?;
+        Ok(Self { daemon, port })
     }
 
     pub fn url(&self) -> String {
@@ -179,12 +172,7 @@ pub fn get(port: u16, path: &str) -> Result<Value> {
 impl Drop for Prometheus {
     fn drop(&mut self) {
         // In order, so that what it recorded can be looked at; but not for long.
-        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
-        let ended = daemon::poll(STOP_LIMIT, || Ok(self.child.try_wait()?));
-        if !matches!(ended, Ok(Some(_))) {
-            self.child.kill().ok();
-            self.child.wait().ok();
-        }
+        let _ = self.daemon.stop(STOP_LIMIT);
     }
 }
 
@@ -215,11 +203,11 @@ struct Firing {
 const CALM: Duration = Duration::from_secs(4);
 
 impl History {
-    pub fn new() -> Self {
+    fn new() -> Self {
         Self { started: Instant::now(), fired: BTreeMap::new() }
     }
 
-    pub fn add(&mut self, active: &BTreeMap<Alert, bool>) {
+    fn add(&mut self, active: &BTreeMap<Alert, bool>) {
         let now = Instant::now();
         for (alert, fires) in active {
             let firings = self.fired.entry(alert.clone()).or_default();
@@ -260,14 +248,81 @@ impl History {
             .map(|(alert, _)| alert)
             .collect()
     }
-
-    pub fn elapsed(&self) -> Duration {
-        self.started.elapsed()
-    }
 }
 
 impl Firing {
     fn end(&self) -> Option<Instant> {
         self.ended.filter(|ended| ended.elapsed() >= CALM)
+    }
+}
+
+/// A Prometheus that is asked again and again, so that nothing that fires is missed.
+#[derive(Debug)]
+pub struct Watch<'a> {
+    prometheus: &'a Prometheus,
+    history: Mutex<History>,
+    over: AtomicBool,
+}
+
+impl<'a> Watch<'a> {
+    pub fn new(prometheus: &'a Prometheus) -> Self {
+        Self { prometheus, history: Mutex::new(History::new()), over: AtomicBool::new(false) }
+    }
+
+    /// Writes down what fires while the work is done.
+    pub fn during<T>(&self, progress: &Progress, work: impl FnOnce() -> T) -> T {
+        thread::scope(|scope| {
+            scope.spawn(|| self.run(progress));
+            let outcome = work();
+            self.over.store(true, Ordering::Relaxed);
+            outcome
+        })
+    }
+
+    fn run(&self, progress: &Progress) {
+        while !self.over.load(Ordering::Relaxed) {
+            match self.prometheus.active() {
+                Ok(active) => {
+                    let mut history = self.history();
+                    history.add(&active);
+                    let firing = active.iter().filter(|(_, fires)| **fires);
+                    let names: BTreeSet<&str> = firing.map(|(alert, _)| alert.name.as_str()).collect();
+                    let names = names.into_iter().collect::<Vec<_>>().join(" ");
+                    progress.say(&format!("{:.0} s: {names}", history.started.elapsed().as_secs_f32()));
+                }
+                // It is asked again; an alert that is missed meanwhile fails its own check.
+                Err(error) => progress.say(&format!("{error:#}")),
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    pub fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Until there is an answer for each alert; else the error names those without.
+    pub fn wait<T>(
+        &self,
+        limit: Duration,
+        what: &str,
+        alerts: &[&'static str],
+        ask: impl Fn(&History, &'static str) -> Option<T>,
+    ) -> Result<Vec<T>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            signals::check()?;
+            let answers: Vec<Option<T>> = {
+                let history = self.history();
+                alerts.iter().map(|alert| ask(&history, alert)).collect()
+            };
+            let unanswered = alerts.iter().zip(&answers).filter(|(_, answer)| answer.is_none());
+            let missing = unanswered.map(|(alert, _)| *alert).collect::<Vec<_>>().join(", ");
+            if missing.is_empty() {
+                return Ok(answers.into_iter().flatten().collect());
+            }
+            ensure!(Instant::now() < deadline, "{missing} {what} within {} s", limit.as_secs());
+            thread::sleep(POLL);
+        }
     }
 }

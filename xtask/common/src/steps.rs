@@ -1,5 +1,5 @@
-//! One step of a command: a line while it runs and a line when it is done, its time, and when it fails the end of
-//! what it said with the way to mend it.
+//! One step of a command: a line while it runs, a line with its time when it is done, and for a failure the end of its
+//! output with the fix.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, PipeReader, Write};
@@ -290,7 +290,7 @@ fn lines_of(reader: PipeReader, mut log: File) -> Receiver<String> {
     thread::spawn(move || {
         for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
             let line = String::from_utf8_lossy(&line).into_owned();
-            // A full disk must not end the step: its output still goes to whoever follows.
+            // A full disk must not end the step: its output still goes to the reader.
             let _ = writeln!(log, "{line}");
             if sender.send(line).is_err() {
                 return;

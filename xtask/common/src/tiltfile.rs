@@ -1,5 +1,5 @@
-//! The Tiltfile, executed without Tilt: `deploy/dev/tiltfile` stands in for Tilt's functions, refuses what Tilt would
-//! refuse, and tells what Tilt would do.
+//! The Tiltfile, executed without Tilt: `deploy/dev/tiltfile` implements Tilt's functions, refuses what Tilt would
+//! refuse, and prints what Tilt would do.
 
 use std::path::Path;
 use std::process::Command;

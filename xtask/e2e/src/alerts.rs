@@ -1,25 +1,22 @@
 //! The alerts on what kube-state-metrics says: seen to fire and to resolve on the cluster, by an upgrade in which everything
 //! goes wrong at once, while the old pods go on serving.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
-use std::process::{Child, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use common::go_tools::GoTool;
+use common::prometheus::{ON_A_CLUSTER, Prometheus, RULES, ScrapeJob, Watch};
+use common::steps::Progress;
+use common::workspace;
 use harness::places;
-use harness::servers::{daemon, ports};
+use harness::servers::daemon::{self, Daemon};
+use harness::servers::ports;
 use serde_json::json;
 
 use crate::stage::{DEPLOYMENT, NAMESPACE, Stage};
-use common::go_tools::GoTool;
-use common::prometheus::RULES;
-use common::prometheus::{History, ON_A_CLUSTER, Prometheus, ScrapeJob};
-use common::steps::Progress;
-use common::{signals, workspace};
 
 const ALERTS: [&str; 5] = ON_A_CLUSTER.1;
 
@@ -46,11 +43,10 @@ const EVERYTHING_WRONG: [&str; 8] = [
 const FIRE_LIMIT: Duration = Duration::from_secs(180);
 const RESOLVE_LIMIT: Duration = Duration::from_secs(120);
 const START_LIMIT: Duration = Duration::from_secs(30);
-const POLL: Duration = Duration::from_millis(250);
 
 /// A kube-state-metrics that looks at our namespace; dropping it ends it.
 struct Exporter {
-    child: Child,
+    _daemon: Daemon,
     port: u16,
 }
 
@@ -58,16 +54,14 @@ impl Exporter {
     fn start(progress: &Progress, kubeconfig: &Path, dir: &Path) -> Result<Self> {
         let program = KUBE_STATE_METRICS.build(progress)?;
         let (port, own_port) = (ports::free()?, ports::free()?);
-        let log = File::create(dir.join("kube-state-metrics.log"))?;
         let mut command = daemon::dies_with_us(&program, "KILL");
         command.arg(format!("--kubeconfig={}", kubeconfig.display()));
         command.arg(format!("--namespaces={NAMESPACE}"));
         command.arg("--resources=deployments,horizontalpodautoscalers,jobs,pods");
         command.args(["--host=127.0.0.1", "--telemetry-host=127.0.0.1"]);
         command.arg(format!("--port={port}")).arg(format!("--telemetry-port={own_port}"));
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let child = daemon::spawn(command).context("start kube-state-metrics")?;
-        Ok(Self { child, port })
+        let daemon = Daemon::start(command, &dir.join("kube-state-metrics.log"));
+        Ok(Self { _daemon: daemon.context("start kube-state-metrics")?, port })
     }
 
     fn scrape_job(&self) -> ScrapeJob {
@@ -80,58 +74,6 @@ impl Exporter {
     }
 }
 
-impl Drop for Exporter {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
-}
-
-/// A Prometheus that is asked again and again.
-struct Watch {
-    prometheus: Prometheus,
-    history: Mutex<History>,
-    over: AtomicBool,
-}
-
-impl Watch {
-    /// Writes down what fires, until it is over.
-    fn run(&self) {
-        while !self.over.load(Ordering::Relaxed) {
-            // What cannot be asked is asked again; an alert that is not seen for that is a failure below.
-            if let Ok(active) = self.prometheus.active() {
-                self.history().add(&active);
-            }
-            thread::sleep(POLL);
-        }
-    }
-
-    fn history(&self) -> MutexGuard<'_, History> {
-        self.history.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Until there is an answer for each alert; else the error names those without.
-    fn wait<T>(
-        &self,
-        limit: Duration,
-        what: &str,
-        ask: impl Fn(&History, &'static str) -> Option<T>,
-    ) -> Result<Vec<T>> {
-        let deadline = Instant::now() + limit;
-        loop {
-            signals::check()?;
-            let answers = ALERTS.map(|alert| ask(&self.history(), alert));
-            let unanswered = ALERTS.iter().zip(&answers).filter(|(_, answer)| answer.is_none());
-            let missing: Vec<&str> = unanswered.map(|(alert, _)| *alert).collect();
-            if missing.is_empty() {
-                return Ok(answers.into_iter().flatten().collect());
-            }
-            ensure!(Instant::now() < deadline, "{missing:?} {what} within {} s", limit.as_secs());
-            thread::sleep(POLL);
-        }
-    }
-}
-
 pub(super) fn all(stage: &mut Stage, progress: &Progress) -> Result<()> {
     let dir = places::target_dir()?.join("e2e-alerts");
     let _ = fs::remove_dir_all(&dir);
@@ -140,25 +82,20 @@ pub(super) fn all(stage: &mut Stage, progress: &Progress) -> Result<()> {
     let rules = [workspace::root().join(RULES).join("kubernetes.yaml")];
     let prometheus = Prometheus::start(progress, &dir, &rules, vec![exporter.scrape_job()])?;
     prometheus.await_targets(START_LIMIT)?;
-    let watch = Watch { prometheus, history: Mutex::new(History::new()), over: AtomicBool::new(false) };
-    thread::scope(|scope| {
-        scope.spawn(|| watch.run());
-        let outcome = stage.under_load(progress, |stage| fire_and_resolve(stage, progress, &watch));
-        watch.over.store(true, Ordering::Relaxed);
-        outcome
-    })
+    let watch = Watch::new(&prometheus);
+    watch.during(progress, || stage.under_load(progress, |stage| fire_and_resolve(stage, progress, &watch)))
 }
 
-fn fire_and_resolve(stage: &Stage, progress: &Progress, watch: &Watch) -> Result<()> {
+fn fire_and_resolve(stage: &Stage, progress: &Progress, watch: &Watch<'_>) -> Result<()> {
     // Of a sound release none fires.
     thread::sleep(Duration::from_secs(5));
-    watch.wait(RESOLVE_LIMIT, "fire before the fault", |history, alert| {
+    watch.wait(RESOLVE_LIMIT, "fire before the fault", &ALERTS, |history, alert| {
         (!history.fires(alert, NAMESPACE)).then_some(())
     })?;
     let injected = Instant::now();
     set_deadline(stage, progress, 10)?;
     let fired = stage.change(progress, &EVERYTHING_WRONG).and_then(|_| {
-        watch.wait(FIRE_LIMIT, "did not fire", |history, alert| {
+        watch.wait(FIRE_LIMIT, "did not fire", &ALERTS, |history, alert| {
             Some(history.since(injected, alert, NAMESPACE)?.0)
         })
     });
@@ -167,7 +104,7 @@ fn fire_and_resolve(stage: &Stage, progress: &Progress, watch: &Watch) -> Result
     stage.upgrade(progress, stage.tag, &[])?;
     stage.await_all()?;
     let fired = fired.map_err(|error| stage.kubernetes.explained(error))?;
-    let resolved = watch.wait(RESOLVE_LIMIT, "did not resolve", |history, alert| {
+    let resolved = watch.wait(RESOLVE_LIMIT, "did not resolve", &ALERTS, |history, alert| {
         history.since(injected, alert, NAMESPACE)?.1
     })?;
     for ((alert, fired), resolved) in ALERTS.iter().zip(fired).zip(resolved) {

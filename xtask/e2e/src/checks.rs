@@ -24,7 +24,7 @@ pub(super) fn values_files(stage: &mut Stage, progress: &Progress) -> Result<()>
     }
     let files = chart::values_files()?;
     for (name, values) in &files {
-        // The test's pod is not made before its service account, and `helm test` tells enough of it.
+        // The test's pod is not made before its service account, and `helm test` reports enough of it.
         let mut args = vec!["template", "dry", "helm/chat-service", "--skip-tests"];
         let paths: Vec<_> = values.iter().map(|path| path.to_string_lossy()).collect();
         args.extend(paths.iter().flat_map(|path| ["--values", &**path]));
@@ -48,7 +48,7 @@ pub(super) fn install(stage: &mut Stage, progress: &Progress) -> Result<()> {
     }
     stage.await_all()?;
     stage.no_restarts()?;
-    stage.people()
+    stage.users()
 }
 
 pub(super) fn helm_test(stage: &mut Stage, progress: &Progress) -> Result<()> {
@@ -57,24 +57,24 @@ pub(super) fn helm_test(stage: &mut Stage, progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-/// Two people talk, one through the Service, one through a port-forward.
+/// A conversation of two users, one through the Service, one through a port-forward.
 pub(super) fn conversation(stage: &mut Stage, progress: &Progress) -> Result<()> {
     let forward = stage.kubernetes.forward(SERVER, 8000)?;
-    let mut people = Vec::new();
+    let mut users = Vec::new();
     for (name, address) in [("anna", stage.address), ("ben", forward.address)] {
-        people.push((Client::new(address), User::register(address, name)?));
+        users.push((Client::new(address), User::register(address, name)?));
     }
     let lines = ["Hello, Ben", "Hello, Anna 👋", "مرحبا"];
     for (number, line) in lines.iter().enumerate() {
-        let recipient = people[(number + 1) % 2].1.id.clone();
-        let (client, user) = &mut people[number % 2];
+        let recipient = users[(number + 1) % 2].1.id.clone();
+        let (client, user) = &mut users[number % 2];
         let body = json!({"recipient_id": recipient, "content": line}).to_string();
         let message = client.expect(201, "POST", "/send", Some(&user.token), &body)?;
         ensure!(message["seq"] == number + 1, "seq {} after {number}", message["seq"]);
     }
     for reader in 0..2 {
-        let peer = people[1 - reader].1.id.clone();
-        let (client, user) = &mut people[reader];
+        let peer = users[1 - reader].1.id.clone();
+        let (client, user) = &mut users[reader];
         let page = client.expect(200, "GET", &format!("/messages?peer_id={peer}"), Some(&user.token), "")?;
         let contents: Vec<_> =
             page.as_array().context("a page")?.iter().rev().map(|m| &m["content"]).collect();
@@ -159,7 +159,7 @@ pub(super) fn rollback(stage: &mut Stage, progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-/// The autoscaler adds a replica while people talk as fast as they can, and no `seq` is skipped.
+/// The autoscaler adds a replica while conversations run without a pause, and no `seq` is skipped.
 pub(super) fn autoscaling(stage: &mut Stage, progress: &Progress) -> Result<()> {
     let metrics = stage.kubernetes.get("/apis/metrics.k8s.io/v1beta1/nodes");
     ensure!(metrics.is_ok(), "no metrics-server: install it, or the autoscaler sees nothing");

@@ -13,7 +13,7 @@ use common::steps::Progress;
 
 /// Readiness falls, nothing is restarted, and it comes back by itself with every message.
 pub(super) fn postgres_killed(stage: &mut Stage, progress: &Progress) -> Result<()> {
-    stage.people()?;
+    stage.users()?;
     let pods = stage.names_of_pods()?;
     // At the pod, since a Service has no address that leads to one that is not ready.
     let forward = stage.kubernetes.forward(SERVER, 9000)?;
@@ -80,9 +80,9 @@ fn take_one(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// With one replica nothing may block the drain. The service is away until a node takes it again.
+/// With one replica nothing may block the drain. The service is unavailable until a node takes it again.
 pub(super) fn drain_one(stage: &mut Stage, progress: &Progress) -> Result<()> {
-    stage.people()?;
+    stage.users()?;
     stage.upgrade(progress, stage.tag, &["replicaCount=1"])?;
     stage.await_old_pods_gone()?;
     let pods = stage.names_of_pods()?;
@@ -99,7 +99,7 @@ pub(super) fn drain_one(stage: &mut Stage, progress: &Progress) -> Result<()> {
     stage.await_all()
 }
 
-/// `--atomic` brings the old release back, nobody notices, and the error names the image.
+/// `--atomic` brings the old release back, no request fails, and the error names the image.
 pub(super) fn broken_image(stage: &mut Stage, progress: &Progress) -> Result<()> {
     let why = ["no-such-image", "ImagePull"];
     fails_and_is_undone(stage, progress, "no-such-image", &[], &why)

@@ -77,7 +77,7 @@ impl Kubernetes {
         Api::namespaced(self.client.clone(), &self.namespace)
     }
 
-    /// Waits until the object is as wanted; else the error tells of events and logs.
+    /// Waits until the object is as wanted; else the error has events and logs.
     fn wait<K>(&self, name: &str, what: &str, limit: Duration, wanted: fn(&K) -> bool) -> Result<()>
     where
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
@@ -134,7 +134,7 @@ impl Kubernetes {
         Ok(pods.items.into_iter().filter(|pod| pod.metadata.deletion_timestamp.is_none()).collect())
     }
 
-    /// Deletes a pod, at once instead of in good order if wanted.
+    /// Deletes a pod, gracefully or at once.
     pub(crate) fn delete_pod(&self, name: &str, at_once: bool) -> Result<()> {
         let how = if at_once { DeleteParams::default().grace_period(0) } else { DeleteParams::default() };
         let deleting = async { Ok(self.api::<Pod>().delete(name, &how).await?) };
@@ -208,11 +208,12 @@ impl Kubernetes {
         if signals::asked_to_end() {
             return error;
         }
-        let told = self.tell().unwrap_or_else(|why| format!("  and the cluster does not tell why: {why:#}"));
-        anyhow!("{error:#}\n{told}")
+        let report =
+            self.report().unwrap_or_else(|why| format!("  and the cluster gives no reason: {why:#}"));
+        anyhow!("{error:#}\n{report}")
     }
 
-    fn tell(&self) -> Result<String> {
+    fn report(&self) -> Result<String> {
         let events = self.events()?;
         let mut text = String::from("  warnings in the namespace:\n");
         for event in &events[events.len().saturating_sub(EVENTS_MAX)..] {
@@ -229,8 +230,8 @@ impl Kubernetes {
             .map(|pod| {
                 let words = daemon::tail(&self.last_words(pod), LOG_LINES);
                 let name = pod.name_any();
-                let told = format!("  {name} is not ready: {}\n{words}\n", state(pod));
-                (name, told)
+                let report = format!("  {name} is not ready: {}\n{words}\n", state(pod));
+                (name, report)
             })
             .collect())
     }

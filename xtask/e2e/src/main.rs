@@ -119,9 +119,9 @@ fn play(tally: &mut Tally, stage: &mut Stage, only: Option<&str>) {
             return;
         }
         // The next one starts from a sound release, or says nothing about itself.
-        if step("  mend", |progress| stage.mend(progress)).is_err() {
+        if step("  repair", |progress| stage.repair(progress)).is_err() {
             tally.failed += 1;
-            println!("  the release cannot be mended; the checks that are left would say nothing");
+            println!("  the release cannot be repaired, so the other checks would prove nothing");
             return;
         }
     }

@@ -17,7 +17,7 @@ const REDIS_PASSWORD: usize = 3;
 
 /// Nobody is logged out: tokens of the old key work all the time, on every replica, until that key is forgotten.
 pub(super) fn rotate_signing_key(stage: &mut Stage, progress: &Progress) -> Result<()> {
-    stage.people()?;
+    stage.users()?;
     let before = stage.secret()?;
     let old = stage.pairs[0].token().to_owned();
     stage.under_load(progress, |stage| {

@@ -1,4 +1,4 @@
-//! The chart's README as a script: what it tells platform teams to type is what is tried.
+//! The chart's README as a script: its commands are the ones that are tried.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! What the checks play on: a cluster, a namespace, a release, and people who talk.
+//! What the checks run on: a cluster, a namespace, a release, and conversations.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -103,7 +103,7 @@ impl Stage {
         Ok(stage)
     }
 
-    /// Takes everything away again, but for the cluster.
+    /// Removes everything but the cluster.
     pub(super) fn strike(&self, progress: &Progress) -> Result<()> {
         self.kubernetes.cordon(false)?;
         self.delete_namespace(progress)
@@ -219,7 +219,7 @@ impl Stage {
     }
 
     /// The release as it was installed, whatever a failed check has left.
-    pub(super) fn mend(&self, progress: &Progress) -> Result<()> {
+    pub(super) fn repair(&self, progress: &Progress) -> Result<()> {
         self.kubernetes.cordon(false)?;
         let Ok(status) = self.helm(progress, &["status", RELEASE]) else {
             // Nothing is installed yet.
@@ -257,7 +257,7 @@ impl Stage {
         pause: Duration,
         work: impl FnOnce(&Self) -> Result<T>,
     ) -> Result<(T, Report)> {
-        self.people()?;
+        self.users()?;
         let mut pairs = std::mem::take(&mut self.pairs);
         let outcome = load::during(&mut pairs, self.address, pause, || work(self));
         self.pairs = pairs;
@@ -274,8 +274,8 @@ impl Stage {
         Ok(())
     }
 
-    /// Registers the people who talk, the first time.
-    pub(super) fn people(&mut self) -> Result<()> {
+    /// Registers the users of the conversations, once.
+    pub(super) fn users(&mut self) -> Result<()> {
         self.await_answer(Duration::from_secs(30))?;
         for number in self.pairs.len()..PAIRS {
             let name = format!("e2e-{:08x}-{number}", fastrand::u32(..));
@@ -316,7 +316,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Fails unless the error says why, which is what whoever reads it needs.
+    /// Fails unless the error gives the reason.
     pub(super) fn says_why(outcome: Result<String>, reasons: &[&str]) -> Result<String> {
         let Err(error) = outcome else { bail!("it succeeded") };
         let text = format!("{error:#}");

@@ -33,13 +33,13 @@ pub(super) fn tilt_loop(stage: &mut Stage, progress: &Progress) -> Result<()> {
          kubectl label namespace {NAMESPACE} pod-security.kubernetes.io/enforce=restricted"
     ))?;
     let outcome = tilt.play();
-    let told = outcome.map_err(|error| {
+    let outcome = outcome.map_err(|error| {
         let words =
             tilt.shell(&format!("kubectl --namespace {NAMESPACE} get pods,events --sort-by=.lastTimestamp"));
         error.context(words.unwrap_or_default())
     });
     tilt.shell(&format!("kubectl delete namespace --timeout=120s {NAMESPACE}"))?;
-    told
+    outcome
 }
 
 impl Loop<'_> {

@@ -88,7 +88,7 @@ fn write() -> Result<()> {
     Ok(())
 }
 
-/// Fails where a file or a link is not what would be written, or nobody writes it any more.
+/// Fails where a file or a link is not what would be written, or is not written any more.
 pub(crate) fn compare() -> Result<()> {
     let root = workspace::root();
     for (path, text) in files()? {
@@ -104,7 +104,7 @@ pub(crate) fn compare() -> Result<()> {
             let path = Path::new(folder).join(entry?.file_name());
             let known = files()?.contains_key(&path) || links().contains_key(&path);
             let is_json = path.extension().is_some_and(|kind| kind == "json");
-            ensure!(known || !is_json, "{} is written by nobody", path.display());
+            ensure!(known || !is_json, "{} is no dashboard of `cargo xtask dashboards`", path.display());
         }
     }
     Ok(())

@@ -10,25 +10,23 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use harness::{install, places};
 
 use crate::dashboards::check::{self, Scope};
 use crate::rules::{self, Rule};
 use common::args::Drill as Args;
-use common::prometheus::{self, History, ON_A_CLUSTER, Prometheus, RULES, scale};
+use common::prometheus::{self, ON_A_CLUSTER, Prometheus, RULES, Watch, scale};
 use common::steps::{Progress, Tally};
 use common::workspace::offline_cargo;
 use common::{signals, workspace};
 use faults::{DRILLS, Drill, Lane};
-use scene::{Scene, lock};
+use scene::Scene;
 
-/// Alerts that nobody has seen fire: those on the kubelet's volumes, which are as full as the disk of the machine.
+/// Alerts that are not drilled: those on the kubelet's volumes, which are as full as the disk of the machine.
 const UNIT_TEST_ONLY: [&str; 1] = ["ChatServiceVolumeFilling"];
 
 /// From the fault to the alert: the longest `for`, three hours, and a minute for a queue to fill.
@@ -51,13 +49,6 @@ struct Times {
     alert: &'static str,
     fired_after: Duration,
     resolved_after: Duration,
-}
-
-/// What all lanes share.
-struct Show<'a> {
-    prometheus: &'a Prometheus,
-    history: Mutex<History>,
-    over: AtomicBool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -244,109 +235,61 @@ fn drill_all(
     scenes: &[(Lane, Scene)],
     drills: &[&'static Drill],
 ) -> Vec<Outcome> {
-    let show = Show { prometheus, history: Mutex::new(History::new()), over: AtomicBool::new(false) };
-    thread::scope(|scope| {
-        let watcher = scope.spawn(|| show.watch(progress));
-        let lanes: Vec<_> = scenes
-            .iter()
-            .map(|(lane, scene)| {
-                let ours: Vec<_> = drills.iter().copied().filter(|drill| drill.lane == *lane).collect();
-                let show = &show;
-                scope
-                    .spawn(move || ours.into_iter().map(|drill| show.drill(scene, drill)).collect::<Vec<_>>())
-            })
-            .collect();
-        let outcomes = lanes.into_iter().flat_map(|lane| lane.join().expect("no panic")).collect();
-        show.over.store(true, Ordering::Relaxed);
-        watcher.join().expect("no panic");
-        outcomes
+    let watch = Watch::new(prometheus);
+    watch.during(progress, || {
+        thread::scope(|scope| {
+            let lanes: Vec<_> = scenes
+                .iter()
+                .map(|(lane, scene)| {
+                    let ours: Vec<_> = drills.iter().copied().filter(|drill| drill.lane == *lane).collect();
+                    let watch = &watch;
+                    scope.spawn(move || {
+                        ours.into_iter().map(|one| drill(watch, scene, one)).collect::<Vec<_>>()
+                    })
+                })
+                .collect();
+            lanes.into_iter().flat_map(|lane| lane.join().expect("no panic")).collect()
+        })
     })
 }
 
-impl Show<'_> {
-    /// Writes down what fires, until all drills are over.
-    fn watch(&self, progress: &Progress) {
-        while !self.over.load(Ordering::Relaxed) {
-            match self.prometheus.active() {
-                Ok(active) => {
-                    let mut history = lock(&self.history);
-                    history.add(&active);
-                    let firing = active.iter().filter(|(_, fires)| **fires);
-                    let names: BTreeSet<&str> = firing.map(|(alert, _)| alert.name.as_str()).collect();
-                    let names = names.into_iter().collect::<Vec<_>>().join(" ");
-                    progress.say(&format!("{:.0} s: {names}", history.elapsed().as_secs_f32()));
-                }
-                Err(error) => progress.say(&format!("{error:#}")),
-            }
-            thread::sleep(POLL);
-        }
-    }
+fn drill(watch: &Watch<'_>, scene: &Scene, drill: &'static Drill) -> Outcome {
+    let started = Instant::now();
+    let times = fire_and_resolve(watch, scene, drill);
+    let history = watch.history();
+    let others = history.all_since(started, scene.namespace).into_iter();
+    let others = others.filter(|alert| !drill.alerts.iter().any(|key| alert.is(key, scene.namespace)));
+    let others = others.map(prometheus::Alert::shown).collect();
+    Outcome { drill, times, others }
+}
 
-    fn drill(&self, scene: &Scene, drill: &'static Drill) -> Outcome {
-        let started = Instant::now();
-        let times = self.fire_and_resolve(scene, drill);
-        let history = lock(&self.history);
-        let others = history.all_since(started, scene.namespace).into_iter();
-        let others = others.filter(|alert| !drill.alerts.iter().any(|key| alert.is(key, scene.namespace)));
-        let others = others.map(prometheus::Alert::shown).collect();
-        Outcome { drill, times, others }
-    }
-
-    fn fire_and_resolve(&self, scene: &Scene, drill: &'static Drill) -> Result<Vec<Times>> {
-        // An alert that another fault has left would prove nothing.
-        self.wait(RESOLVE_LIMIT, "fires before its fault", drill, |history, alert| {
-            (!history.fires(alert, scene.namespace)).then_some(())
-        })?;
-        let injected = Instant::now();
-        let outcome = (drill.inject)(scene).context("inject the fault").and_then(|()| {
-            self.wait(FIRE_LIMIT, "did not fire", drill, |history, alert| {
-                Some(history.since(injected, alert, scene.namespace)?.0)
-            })
-        });
-        // Whatever came of it, the next drill finds a sound service.
-        let healed = Instant::now();
-        (drill.heal)(scene).context("heal the fault")?;
-        scene.await_ready()?;
-        let fired = outcome?;
-        let resolved = self.wait(RESOLVE_LIMIT, "did not resolve", drill, |history, alert| {
-            history.since(injected, alert, scene.namespace)?.1
-        })?;
-        let times = drill.alerts.iter().zip(fired.into_iter().zip(resolved));
-        Ok(times
-            .map(|(alert, (fired, resolved))| Times {
-                alert,
-                fired_after: fired - injected,
-                resolved_after: resolved.saturating_duration_since(healed),
-            })
-            .collect())
-    }
-
-    /// Until there is an answer for each alert of the drill; else the error names those without.
-    fn wait<T>(
-        &self,
-        limit: Duration,
-        what: &str,
-        drill: &'static Drill,
-        ask: impl Fn(&History, &'static str) -> Option<T>,
-    ) -> Result<Vec<T>> {
-        let deadline = Instant::now() + limit;
-        loop {
-            signals::check()?;
-            let answers: Vec<Option<T>> = {
-                let history = lock(&self.history);
-                drill.alerts.iter().map(|alert| ask(&history, alert)).collect()
-            };
-            let unanswered = drill.alerts.iter().zip(&answers).filter(|(_, answer)| answer.is_none());
-            let missing = unanswered.map(|(alert, _)| *alert).collect::<Vec<_>>().join(", ");
-            if missing.is_empty() {
-                return Ok(answers.into_iter().flatten().collect());
-            }
-            if Instant::now() >= deadline {
-                bail!("{missing} {what} within {} s", limit.as_secs());
-            }
-            thread::sleep(POLL);
-        }
-    }
+fn fire_and_resolve(watch: &Watch<'_>, scene: &Scene, drill: &'static Drill) -> Result<Vec<Times>> {
+    // An alert that another fault has left would prove nothing.
+    watch.wait(RESOLVE_LIMIT, "fires before its fault", drill.alerts, |history, alert| {
+        (!history.fires(alert, scene.namespace)).then_some(())
+    })?;
+    let injected = Instant::now();
+    let outcome = (drill.inject)(scene).context("inject the fault").and_then(|()| {
+        watch.wait(FIRE_LIMIT, "did not fire", drill.alerts, |history, alert| {
+            Some(history.since(injected, alert, scene.namespace)?.0)
+        })
+    });
+    // Whatever came of it, the next drill finds a sound service.
+    let healed = Instant::now();
+    (drill.heal)(scene).context("heal the fault")?;
+    scene.await_ready()?;
+    let fired = outcome?;
+    let resolved = watch.wait(RESOLVE_LIMIT, "did not resolve", drill.alerts, |history, alert| {
+        history.since(injected, alert, scene.namespace)?.1
+    })?;
+    let times = drill.alerts.iter().zip(fired.into_iter().zip(resolved));
+    Ok(times
+        .map(|(alert, (fired, resolved))| Times {
+            alert,
+            fired_after: fired - injected,
+            resolved_after: resolved.saturating_duration_since(healed),
+        })
+        .collect())
 }
 
 fn print_table(outcomes: &[Outcome]) {

@@ -13,9 +13,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
+use common::servers::Servers;
 use common::steps::Tally;
 use common::{args, signals, workspace};
-use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch, install};
 
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask")]
@@ -61,14 +61,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
 fn checks(which: Checks) -> Result<ExitCode> {
     let mut tally = Tally::default();
     let promtool = if which == Checks::Migrations { None } else { monitoring::check(&mut tally) };
-    let scratch = Scratch::new("checks")?;
-    let servers = tally.check("Postgres and Redis", "", |progress| {
-        install::ensure_programs(|line| progress.note(line))?;
-        let postgres = Postgres::start(&scratch.path().join("postgres"), PostgresOptions::fast())?;
-        Ok((postgres, Redis::start(&scratch.path().join("redis"), RedisOptions::default())?))
-    });
+    let servers = tally.check("Postgres and Redis", "", Servers::start);
     let built = tally.check("build", "", |progress| progress.run(workspace::build("chat-service")));
-    if let (Some((postgres, redis)), Some(_)) = (&servers, built) {
+    if let (Some(Servers { postgres, redis, .. }), Some(_)) = (&servers, built) {
         if which != Checks::Migrations {
             monitoring::check_metrics(&mut tally, promtool.as_deref(), postgres, redis);
         }

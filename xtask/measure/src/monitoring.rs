@@ -53,7 +53,7 @@ fn parse_queries(progress: &Progress, promtool: &Path, queries: &[(String, Strin
     let file = places::target_dir()?.join("xtask/queries.yaml");
     // JSON is YAML.
     fs::write(&file, json!({ "groups": [{ "name": "queries", "rules": rules }] }).to_string())?;
-    let mut judge = Command::new(promtool);
-    judge.args(["check", "rules", "--lint=none"]).arg(&file);
-    progress.run(judge).map(drop)
+    let mut command = Command::new(promtool);
+    command.args(["check", "rules", "--lint=none"]).arg(&file);
+    progress.run(command).map(drop)
 }

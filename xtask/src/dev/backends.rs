@@ -16,8 +16,8 @@ pub(crate) const POSTGRES_DIR: &str = "postgres";
 pub(crate) const REDIS_DIR: &str = "redis";
 pub(crate) const DATABASE: &str = "chat_service";
 
-/// Tried first, so that the addresses stay the same from run to run; away from the standard ports, where another
-/// server may come up later.
+/// Tried first, so that the addresses stay the same from run to run. Not the standard ports, where another server may
+/// start later.
 pub(crate) const POSTGRES_PORT: u16 = 15432;
 pub(crate) const REDIS_PORT: u16 = 16379;
 
@@ -38,17 +38,17 @@ pub(crate) enum Backend {
     Redis(Redis),
     Container(Container),
     /// Only Redis can be.
-    Away,
+    Unavailable,
 }
 
 impl Backend {
-    /// The URL that the service has to be told; the user's own it knows.
+    /// The URL to set for the service. It reads the user's own from the environment.
     pub(crate) fn url(&self) -> Option<String> {
         match self {
             Self::Postgres(postgres) => Some(postgres.url(DATABASE)),
             Self::Redis(redis) => Some(redis.url(0)),
             Self::Container(container) => Some(container.url().to_owned()),
-            Self::Given(_) | Self::Away => None,
+            Self::Given(_) | Self::Unavailable => None,
         }
     }
 
@@ -57,7 +57,7 @@ impl Backend {
         match (self.url(), self) {
             (Some(url), _) => url,
             (None, Self::Given(variable)) => format!("as {variable} says"),
-            (None, _) => "away: the service runs degraded".to_owned(),
+            (None, _) => "unavailable: the service runs degraded".to_owned(),
         }
     }
 
@@ -66,7 +66,7 @@ impl Backend {
             Self::Postgres(mut postgres) => postgres.stop(),
             Self::Redis(mut redis) => redis.stop(),
             Self::Container(container) => container.stop(),
-            Self::Given(_) | Self::Away => Ok(()),
+            Self::Given(_) | Self::Unavailable => Ok(()),
         }
     }
 }
@@ -129,7 +129,7 @@ fn start_redis(dir: &Path, engine: Option<&Engine>, progress: &Progress) -> Resu
         let Some(engine) = engine else {
             progress.note("Redis is not installed: the service runs degraded without it. To have it:");
             progress.note(install::ADVICE);
-            return Ok(Backend::Away);
+            return Ok(Backend::Unavailable);
         };
         return engine.redis(progress).map(Backend::Container);
     }
@@ -140,7 +140,7 @@ fn start_redis(dir: &Path, engine: Option<&Engine>, progress: &Progress) -> Resu
     Ok(Backend::Redis(Redis::start(&dir.join(REDIS_DIR), options)?))
 }
 
-/// The user's Postgres. Its host has to answer; what else may be wrong with it, the migrations say.
+/// The user's Postgres. Its host has to answer; the migrations report what else is wrong with it.
 fn given_postgres(settings: &Settings) -> Result<Option<Backend>> {
     if settings.get("DATABASE_URL").is_some() {
         let place = settings.get("DATABASE_URL").and_then(|url| place(url, 5432));
@@ -154,7 +154,7 @@ fn given_postgres(settings: &Settings) -> Result<Option<Backend>> {
 }
 
 fn reachable(variable: &'static str, place: Option<String>) -> Result<Backend> {
-    // What we cannot read, such as a socket's directory, the service may.
+    // The service may understand what this does not, such as a socket's directory.
     if let Some(place) = place.filter(|place| !answers(place)) {
         bail!(
             "{variable} leads to {place}, where nothing answers: start that Postgres, or unset it to get a private one"
@@ -163,7 +163,7 @@ fn reachable(variable: &'static str, place: Option<String>) -> Result<Backend> {
     Ok(Backend::Given(variable))
 }
 
-/// The user's Redis. Away, it stops nobody: the service runs without it.
+/// The user's Redis. The service also starts without it.
 fn given_redis(settings: &Settings) -> Option<Backend> {
     let url = settings.get("REDIS_URL")?;
     if let Some(place) = place(url.split(',').next()?, 6379).filter(|place| !answers(place)) {

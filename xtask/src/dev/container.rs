@@ -16,7 +16,7 @@ use common::{signals, workspace};
 const POSTGRES_IMAGE: &str = "postgres:17-alpine";
 const REDIS_IMAGE: &str = "redis:7-alpine";
 const GRAFANA_IMAGE: &str = "grafana/grafana:12.3.0";
-/// A client whose engine is away may hang instead of failing.
+/// A client whose engine is unavailable may hang instead of failing.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
 const READY_LIMIT: Duration = Duration::from_secs(120);
 const END_LIMIT: Duration = Duration::from_secs(60);

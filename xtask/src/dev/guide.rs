@@ -61,7 +61,7 @@ curl -sS "$api/messages?peer_id=$ben_id" -H "Authorization: Bearer $ana"; echo
     )
 }
 
-/// What makes the two names new: nothing in an empty database, else the first number that nobody has.
+/// What makes the two names new: nothing in an empty database, else the first number that is free.
 fn suffix(postgres: &Backend) -> String {
     const TAKEN: &str = "SELECT lower(username) FROM users WHERE username ~* '^(ana|ben)[0-9]*$'";
     let taken: Result<Vec<String>> = match postgres {

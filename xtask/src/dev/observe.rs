@@ -3,14 +3,13 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use harness::install;
 use harness::servers::collector::{Collector, Spans};
-use harness::servers::{daemon, ports, programs};
-use rustix::process::{Pid, Signal, kill_process};
+use harness::servers::daemon::{self, Daemon};
+use harness::servers::{ports, programs};
 
 use super::container::{Container, Engine};
 use super::service::Addresses;
@@ -41,12 +40,9 @@ pub(crate) struct Observers {
 }
 
 enum Grafana {
-    Installed(Process),
+    Installed(Daemon),
     Container(Container),
 }
-
-/// Ended when it is dropped.
-struct Process(Child);
 
 impl Observers {
     pub(crate) fn start(dir: &Path, service: &Addresses, settings: &Settings) -> Result<Self> {
@@ -73,7 +69,7 @@ impl Observers {
         Ok(Self { collector, _prometheus: prometheus, grafana: grafana.map(|(grafana, _)| grafana), lines })
     }
 
-    /// What the service has to be told: where traces go, and to make one of every request. What the user says wins.
+    /// Variables for the service: where traces go, and to trace every request. The user's own settings win.
     pub(crate) fn variables(&self, settings: &Settings) -> Vec<(&'static str, String)> {
         let Some(collector) = &self.collector else { return Vec::new() };
         let ours = [
@@ -92,21 +88,10 @@ impl Observers {
     pub(crate) fn stop(mut self) -> Result<()> {
         match self.grafana.take() {
             Some(Grafana::Container(container)) => container.stop()?,
-            Some(Grafana::Installed(process)) => drop(process),
+            Some(Grafana::Installed(mut daemon)) => daemon.stop(GRAFANA_END_LIMIT)?,
             None => {}
         }
         self.collector.as_mut().map_or(Ok(()), Collector::stop)
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let Self(child) = self;
-        let _ = kill_process(Pid::from_child(child), Signal::TERM);
-        if !matches!(daemon::poll(GRAFANA_END_LIMIT, || Ok(child.try_wait()?)), Ok(Some(_))) {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
     }
 }
 
@@ -137,21 +122,20 @@ fn start_grafana(progress: &Progress, dir: &Path, prometheus: &str) -> Result<Op
     let provisioning = workspace::root().join(CONFIG).join("grafana");
     let dashboards = workspace::root().join("deploy/grafana");
     if let Some(program) = programs::in_path("grafana-server").or_else(|| programs::in_path("grafana")) {
-        let child = run_grafana(&program, &dir.join("grafana"), port, |name| match name {
+        let daemon = run_grafana(&program, &dir.join("grafana"), port, |name| match name {
             "PROMETHEUS_URL" => prometheus.to_owned(),
             "DASHBOARDS" => dashboards.display().to_string(),
             _ => provisioning.display().to_string(),
         })?;
-        return Ok(Some((Grafana::Installed(Process(child)), url)));
+        return Ok(Some((Grafana::Installed(daemon), url)));
     }
     let Some(engine) = Engine::find(progress) else { return Ok(None) };
     let container = engine.grafana(progress, port, prometheus, &provisioning, &dashboards)?;
     Ok(Some((Grafana::Container(container), url)))
 }
 
-fn run_grafana(program: &Path, dir: &Path, port: u16, value: impl Fn(&str) -> String) -> Result<Child> {
+fn run_grafana(program: &Path, dir: &Path, port: u16, value: impl Fn(&str) -> String) -> Result<Daemon> {
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
-    let log = fs::File::create(dir.join("grafana.log"))?;
     let mut command = daemon::dies_with_us(program, "KILL");
     if program.ends_with("grafana") {
         command.arg("server");
@@ -165,6 +149,5 @@ fn run_grafana(program: &Path, dir: &Path, port: u16, value: impl Fn(&str) -> St
     command.env("PROMETHEUS_URL", value("PROMETHEUS_URL")).env("DASHBOARDS", value("DASHBOARDS"));
     command.env("GF_SERVER_HTTP_ADDR", "127.0.0.1").env("GF_SERVER_HTTP_PORT", port.to_string());
     command.env("GF_AUTH_ANONYMOUS_ENABLED", "true").env("GF_AUTH_ANONYMOUS_ORG_ROLE", "Admin");
-    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-    daemon::spawn(command).context("start Grafana")
+    Daemon::start(command, &dir.join("grafana.log")).context("start Grafana")
 }

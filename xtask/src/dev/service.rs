@@ -81,7 +81,7 @@ impl Service {
         Ok(Self { binary, variables, addresses, grace: Duration::from_secs(grace), child: None })
     }
 
-    /// One more on the loopback address, on ports of its own, that limits nobody and says only what is wrong.
+    /// Another replica on the loopback address, on its own ports, without rate limits. It logs warnings only.
     pub(crate) fn without_limits(
         binary: PathBuf,
         mut variables: Vec<(&'static str, String)>,
@@ -102,8 +102,8 @@ impl Service {
         &self.binary
     }
 
-    /// More variables, for when it is started.
-    pub(crate) fn tell(&mut self, variables: Vec<(&'static str, String)>) {
+    /// More variables for its start.
+    pub(crate) fn add_variables(&mut self, variables: Vec<(&'static str, String)>) {
         self.variables.extend(variables);
     }
 
@@ -147,7 +147,7 @@ impl Service {
         }
     }
 
-    /// Lets it end in order, and ends it when it does not.
+    /// Shuts it down gracefully, and kills it after the grace period.
     pub(crate) fn stop(&mut self) -> Result<()> {
         let Some(mut child) = self.child.take() else { return Ok(()) };
         let pid = Pid::from_child(&child);

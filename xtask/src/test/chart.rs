@@ -1,4 +1,4 @@
-//! The chart, as far as it can be judged without a cluster: what it renders, and what it refuses to.
+//! Checks of the chart that need no cluster: what it renders, and what it refuses.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -148,7 +148,7 @@ pub(super) fn check(tally: &mut Tally) {
     if let Some(files) = rendered {
         tally.check("chart: API schemas", "", |progress| tools.conform(progress, &files));
         tally.check("chart: who reaches whom", "", |progress| tools.reach(progress));
-        let fix = "mend it, or argue the exception in deploy/lint/kube-linter.yaml";
+        let fix = "fix it, or explain the exception in deploy/lint/kube-linter.yaml";
         tally.check("chart: kube-linter", fix, |progress| {
             let mut lint = Command::new(&tools.linter);
             lint.args(["lint", "--config", "deploy/lint/kube-linter.yaml"]).args(&files);
@@ -469,7 +469,7 @@ pub(super) fn conform_to_kubernetes(progress: &Progress, file: &Path) -> Result<
 }
 
 /// `chat/chat-chat-service-test[Pod] => chat/chat-chat-service[Deployment] : TCP 8000` as `test => server : TCP 8000`.
-/// Nothing for what only concerns others, or tells again of one of them what is told of any address.
+/// Nothing for lines that concern other pods only, or repeat for one of them what is allowed for any address.
 fn reachable(line: &str) -> Option<String> {
     const OURS: &str = "chat/chat-chat-service";
     let (from, rest) = line.split_once(" => ")?;

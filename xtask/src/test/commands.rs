@@ -208,7 +208,7 @@ fn release_in(progress: &Progress, clone: &Path, made: &Path) -> Result<()> {
     refused(run(&["999.0.1"]), "commit or stash first")
 }
 
-/// Every file that names the version names the new one, and cargo finds nothing to mend in the lock file.
+/// Every file that names the version names the new one, and cargo finds nothing to change in the lock file.
 fn versions(clone: &Path) -> Result<()> {
     let mut metadata =
         workspace::cargo(&["metadata", "--locked", "--offline", "--no-deps", "--format-version=1"]);

@@ -7,10 +7,10 @@ use common::steps::Tally;
 use harness::servers::daemon;
 
 /// A test run counts as its tests, and as one failure more when it fails for another reason, such as a build.
-pub(super) fn run(tally: &mut Tally, command: Command) {
+pub(super) fn run(tally: &mut Tally, name: &str, fix: &str, command: Command) {
     let mut counts = (0, 0);
     let mut failures = Failures::default();
-    let ran = tally.check("tests", "cargo xtask test -- NAME runs one alone", |progress| {
+    let ran = tally.check(name, fix, |progress| {
         let outcome = progress.run_counted(command, |line| {
             failures.see(line);
             if let Some((passed, failed)) = result(line) {
@@ -58,7 +58,7 @@ impl Failures {
 }
 
 /// The counts of libtest's `test result: ok. 7 passed; 0 failed; ...`.
-pub(super) fn result(line: &str) -> Option<(u64, u64)> {
+fn result(line: &str) -> Option<(u64, u64)> {
     let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
     let mut numbers = counts.split("; ").map(|count| count.split(' ').next()?.parse::<u64>().ok());
     Some((numbers.next()??, numbers.next()??))

@@ -129,7 +129,7 @@ fn dry_run(progress: &Progress) -> Result<()> {
                     dockers.insert(words.join(" "));
                     takes_docker(progress, &words)
                 }
-                (other, _) => bail!("nobody checks {other}: {line}"),
+                (other, _) => bail!("there is no check for {other}: {line}"),
             }
             .with_context(|| line.to_owned())?;
             checked += 1;

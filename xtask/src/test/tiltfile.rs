@@ -58,7 +58,7 @@ fn every_scenario(progress: &Progress, helm: &Path, file: &Path) -> Result<()> {
     ensure!(!image(&kind)?.0 && image(&kind)?.1.contains("--with docker"), "kind gets its image from Docker");
     let node = plan(progress, helm, file, Scenario::up(common::cluster::CONTEXT))?;
     let (skips, command) = image(&node)?;
-    ensure!(skips && command.contains("--load cluster"), "the node gets its image from nobody: {command}");
+    ensure!(skips && command.contains("--load cluster"), "the image is not loaded into the node: {command}");
     let ci = Scenario { subcommand: "ci", ..Scenario::up(KIND) };
     let ci = plan(progress, helm, file, ci)?;
     ensure!(
@@ -158,7 +158,7 @@ fn one_command(progress: &Progress, all: &Plan, words: &[String]) -> Result<()> 
                 subcommand_of_the_service(&rest[at + 1..])?;
             }
         }
-        _ => bail!("nobody checks this kind of command"),
+        _ => bail!("there is no check for this kind of command"),
     }
     Ok(())
 }

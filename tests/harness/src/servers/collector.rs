@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use rustix::process::Signal;
 use serde_json::Value;
 
 use super::daemon::{Daemon, dies_with_us};
@@ -78,7 +77,7 @@ impl Collector {
     }
 
     pub fn stop(&mut self) -> Result<()> {
-        self.daemon.end(&[(Signal::TERM, Duration::from_secs(10)), (Signal::KILL, Duration::from_secs(10))])
+        self.daemon.stop(Duration::from_secs(10))
     }
 }
 

@@ -143,7 +143,7 @@ pub(crate) fn stop_leftover(pid: i32, mark: &str, gentle: Signal) -> Result<()> 
 
 /// One running server program, its log and its state.
 #[derive(Debug)]
-pub(crate) struct Daemon {
+pub struct Daemon {
     child: Child,
     log: PathBuf,
     paused: bool,
@@ -151,7 +151,7 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     /// Starts the program with its output appended to `log`.
-    pub(crate) fn start(mut command: Command, log: &Path) -> Result<Self> {
+    pub fn start(mut command: Command, log: &Path) -> Result<Self> {
         let output = OpenOptions::new().create(true).append(true).open(log);
         let output: File = output.with_context(|| format!("open {}", log.display()))?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
@@ -159,12 +159,12 @@ impl Daemon {
         Ok(Self { child, log: log.to_owned(), paused: false })
     }
 
-    pub(crate) fn id(&self) -> u32 {
+    pub fn id(&self) -> u32 {
         self.child.id()
     }
 
     /// Waits until the server is ready. Its early end, or the limit, is an error with the end of its log.
-    pub(crate) fn await_ready(&mut self, limit: Duration, mut ready: impl FnMut() -> bool) -> Result<()> {
+    pub fn await_ready(&mut self, limit: Duration, mut ready: impl FnMut() -> bool) -> Result<()> {
         let log = self.log.clone();
         let answer = poll(limit, || match self.child.try_wait()? {
             Some(status) => Ok(Some(Err(status))),
@@ -178,16 +178,16 @@ impl Daemon {
         }
     }
 
-    pub(crate) fn is_running(&mut self) -> bool {
+    pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    pub(crate) fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         // It may have ended already, which the next wait reports.
         let _ = kill_process(Pid::from_child(&self.child), signal);
     }
 
-    pub(crate) fn wait(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
+    pub fn wait(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
         poll(limit, || Ok(self.child.try_wait()?))
     }
 
@@ -201,6 +201,11 @@ impl Daemon {
             }
         }
         bail!("process {} does not end", self.id())
+    }
+
+    /// Asks it to end, and kills it after `limit`.
+    pub fn stop(&mut self, limit: Duration) -> Result<()> {
+        self.end(&[(Signal::TERM, limit), (Signal::KILL, Duration::from_secs(10))])
     }
 
     /// Kills it and its children at once, like a power failure.

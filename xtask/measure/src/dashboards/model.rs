@@ -57,7 +57,7 @@ pub(crate) struct Panel {
     pub(crate) max: Option<f64>,
     /// Names for values, with their colours.
     pub(crate) words: Vec<(&'static str, &'static str, &'static str)>,
-    /// Alerts whose runbooks tell what to do.
+    /// Alerts whose runbooks say what to do.
     pub(crate) runbooks: Vec<&'static str>,
     /// What has to be scraped besides the service.
     pub(crate) needs: Option<&'static str>,
@@ -173,7 +173,7 @@ impl Panel {
         self
     }
 
-    /// What a reader of the dashboard is told.
+    /// As the dashboard shows it.
     pub(crate) fn full_description(&self) -> String {
         match self.needs {
             Some(exporter) => format!("{} Needs {exporter}.", self.description),

@@ -1,5 +1,5 @@
-//! What the alerts of one lane watch: a Postgres, a Redis, two replicas of the service, each with a line of its own to
-//! Postgres, a collector of traces, and people who talk.
+//! What the alerts of one lane watch: a Postgres, a Redis, two replicas of the service, each with its own proxy to
+//! Postgres, a collector of traces, and clients that send and read.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -82,8 +82,7 @@ impl Scene {
                 ("REDIS_URL", redis.url(0)),
             ];
             let environment = urls.into_iter().chain(more.iter().cloned());
-            let replica =
-                Replica::start(binary, log, environment.map(|(name, value)| (name.to_owned(), value)))?;
+            let replica = Replica::start(binary, log, environment)?;
             // The first migrates while the second would wait.
             replica.await_ready()?;
             replicas.push(replica);

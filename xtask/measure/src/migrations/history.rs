@@ -16,7 +16,7 @@ pub(super) fn check(dir: &Path, scripts: &[Script], progress: &Progress) -> Resu
         let name = entry?.file_name().to_string_lossy().into_owned();
         // sqlx would take the pair for a migration with a way back.
         if name.ends_with(".down.sql") || name.ends_with(".up.sql") {
-            bail!("{name}: migrations go forward only; a mistake is mended by the next one");
+            bail!("{name}: migrations go forward only; fix a mistake with the next one");
         }
         ensure!(name.ends_with(".sql") || name.starts_with('.'), "{name} is no SQL script");
     }
@@ -25,11 +25,11 @@ pub(super) fn check(dir: &Path, scripts: &[Script], progress: &Progress) -> Resu
         ensure!(script.version as usize == expected, "{} should be number {expected:04}", script.file);
     }
     let Some(shallow) = git(dir, &["rev-parse", "--is-shallow-repository"]) else {
-        progress.note("no git history here: what was modified cannot be told");
+        progress.note("no git history here: modified migrations go unnoticed");
         return Ok(());
     };
     if shallow == "true" {
-        progress.note("a shallow clone: what was modified before it cannot be told (git fetch --unshallow)");
+        progress.note("a shallow clone: what was modified before it goes unnoticed (git fetch --unshallow)");
     }
     let mut faults = Vec::new();
     for (name, original) in originals(dir) {

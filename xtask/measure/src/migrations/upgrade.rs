@@ -256,7 +256,6 @@ impl Trial<'_> {
             ("REDIS_URL", self.redis.url(0)),
             ("MIGRATE_ON_START", "false".to_owned()),
         ];
-        let environment = environment.map(|(name, value)| (name.to_owned(), value));
         Replica::start(binary, self.dir.join(format!("{name}-{:08x}.log", fastrand::u32(..))), environment)
     }
 }

@@ -1,5 +1,5 @@
-//! The alerts, as far as they can be judged without a fault: by Prometheus's own tools, by their unit tests, and by the
-//! runbooks that they lead to. That they fire is seen by `cargo xtask drill`.
+//! Checks of the alerts that need no fault: with Prometheus's own tools, their unit tests, and the runbooks that they
+//! link to. `cargo xtask drill` checks that they fire.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -60,16 +60,16 @@ pub(super) fn check_metrics(tally: &mut Tally, promtool: Option<&Path>, there: &
 
 /// A second rule of the same name and labels is refused by this, and so would be a fault in the first.
 fn lint(progress: &Progress, promtool: &Path) -> Result<()> {
-    let judge = |files: &[PathBuf]| {
-        let mut judge = Command::new(promtool);
-        judge.args(["check", "rules", "--lint=all", "--lint-fatal"]).args(files);
-        progress.run(judge)
+    let promtool_check = |files: &[PathBuf]| {
+        let mut command = Command::new(promtool);
+        command.args(["check", "rules", "--lint=all", "--lint-fatal"]).args(files);
+        progress.run(command)
     };
-    judge(&rules::files()?)?;
+    promtool_check(&rules::files()?)?;
     let broken = places::target_dir()?.join("xtask/broken-rules.yaml");
     let rule = "{record: a, expr: b}";
     fs::write(&broken, format!("groups: [{{name: twice, rules: [{rule}, {rule}]}}]"))?;
-    match judge(&[broken]) {
+    match promtool_check(&[broken]) {
         Ok(_) => bail!("a rule that is there twice was taken"),
         Err(error) => ensure!(format!("{error:#}").contains("duplicate"), "{error:#}"),
     }
@@ -77,9 +77,9 @@ fn lint(progress: &Progress, promtool: &Path) -> Result<()> {
 }
 
 fn unit_tests(progress: &Progress, promtool: &Path) -> Result<()> {
-    let mut judge = Command::new(promtool);
-    judge.args(["test", "rules"]).args(rules::yaml_files(&workspace::root().join(rules::TESTS))?);
-    progress.run(judge).map(drop)
+    let mut command = Command::new(promtool);
+    command.args(["test", "rules"]).args(rules::yaml_files(&workspace::root().join(rules::TESTS))?);
+    progress.run(command).map(drop)
 }
 
 /// The runbooks by name, and README.md with them.
@@ -100,8 +100,8 @@ fn three_ways(rules: &[Rule], runbooks: &BTreeMap<String, String>, tests: &[Aler
     let alerts = rules.iter().filter_map(|rule| Some((rule.alert.as_deref()?, rule)));
     for (alert, rule) in alerts {
         let named = || format!("{alert} {:?}", rule.labels);
-        judge_words(alert, rule).with_context(named)?;
-        judge_tests(alert, rule, tests).with_context(named)?;
+        check_words(alert, rule).with_context(named)?;
+        check_tests(alert, rule, tests).with_context(named)?;
         severities.entry(alert).or_default().push(rule.label("severity"));
     }
     ensure!(!severities.is_empty(), "no alerts");
@@ -116,7 +116,7 @@ fn three_ways(rules: &[Rule], runbooks: &BTreeMap<String, String>, tests: &[Aler
     let rows: Vec<&str> = readme.lines().filter(|line| line.starts_with("| [")).collect();
     for (alert, severities) in &mut severities {
         let runbook = runbooks.get(*alert).with_context(|| format!("{RUNBOOKS}/{alert}.md is missing"))?;
-        judge_runbook(alert, runbook).with_context(|| format!("{RUNBOOKS}/{alert}.md"))?;
+        check_runbook(alert, runbook).with_context(|| format!("{RUNBOOKS}/{alert}.md"))?;
         severities.sort_by_key(|severity| SEVERITIES.iter().position(|known| known == severity));
         severities.dedup();
         let row = format!("| [{alert}]({alert}.md) | {} |", severities.join(", "));
@@ -130,7 +130,7 @@ fn three_ways(rules: &[Rule], runbooks: &BTreeMap<String, String>, tests: &[Aler
 }
 
 /// What a person who is woken gets to read.
-fn judge_words(alert: &str, rule: &Rule) -> Result<()> {
+fn check_words(alert: &str, rule: &Rule) -> Result<()> {
     ensure!(SEVERITIES.contains(&rule.label("severity")), "the severity is none of {SEVERITIES:?}");
     let annotation = |name: &str| rule.annotations.get(name).with_context(|| format!("no {name}"));
     let summary = annotation("summary")?;
@@ -143,7 +143,7 @@ fn judge_words(alert: &str, rule: &Rule) -> Result<()> {
 }
 
 /// One test in which this very rule fires, and one in which it does not.
-fn judge_tests(alert: &str, rule: &Rule, tests: &[AlertTest]) -> Result<()> {
+fn check_tests(alert: &str, rule: &Rule, tests: &[AlertTest]) -> Result<()> {
     let fires = |test: &&AlertTest| {
         let is_ours = |(name, value): (&String, &String), labels: &BTreeMap<String, String>| {
             labels.get(name).is_some_and(|expected| expected == value)
@@ -157,7 +157,7 @@ fn judge_tests(alert: &str, rule: &Rule, tests: &[AlertTest]) -> Result<()> {
     Ok(())
 }
 
-fn judge_runbook(alert: &str, text: &str) -> Result<()> {
+fn check_runbook(alert: &str, text: &str) -> Result<()> {
     ensure!(text.starts_with(&format!("# {alert}\n")), "the title is not the alert's name");
     let sections: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("## ")).collect();
     ensure!(sections == SECTIONS, "the sections are {sections:?}, not {SECTIONS:?}");
@@ -233,9 +233,9 @@ fn lint_metrics(promtool: &Path, text: &str) -> Result<()> {
     let faults = |text: &str| -> Result<Vec<String>> {
         let file = places::target_dir()?.join("xtask/metrics.txt");
         fs::write(&file, text)?;
-        let mut judge = Command::new(promtool);
-        judge.args(["check", "metrics"]).stdin(File::open(&file)?);
-        let said = judge.output().context("start promtool")?;
+        let mut command = Command::new(promtool);
+        command.args(["check", "metrics"]).stdin(File::open(&file)?);
+        let said = command.output().context("start promtool")?;
         let lines = [said.stdout, said.stderr].concat();
         Ok(String::from_utf8_lossy(&lines).lines().map(str::to_owned).collect())
     };
@@ -263,7 +263,7 @@ groups: [{name: g, rules: [{alert: Hot, expr: a > 1, labels: {severity: critical
 - {alertname: Hot, exp_alerts: []}
 - {alertname: Hot, exp_alerts: [{exp_labels: {severity: critical, namespace: n}}]}";
 
-    fn judge(rules: &str, files: &[(&str, &str)], tests: &str) -> Result<()> {
+    fn check(rules: &str, files: &[(&str, &str)], tests: &str) -> Result<()> {
         let files = files.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect();
         three_ways(&rules::of(rules)?, &files, &serde_saphyr::from_str::<Vec<AlertTest>>(tests)?)
     }
@@ -276,19 +276,19 @@ groups: [{name: g, rules: [{alert: Hot, expr: a > 1, labels: {severity: critical
     #[test]
     fn alerts_runbooks_and_tests_have_to_be_of_one_another() {
         let files = [("Hot", RUNBOOK), ("README", README)];
-        judge(RULE, &files, TESTS).expect("all there");
-        refused(judge(RULE, &files[1..], TESTS), "Hot.md is missing");
-        refused(judge(RULE, &files, "[{alertname: Hot, exp_alerts: []}]"), "it fires");
+        check(RULE, &files, TESTS).expect("all there");
+        refused(check(RULE, &files[1..], TESTS), "Hot.md is missing");
+        refused(check(RULE, &files, "[{alertname: Hot, exp_alerts: []}]"), "it fires");
         let other = TESTS.replace("severity: critical", "severity: warning");
-        refused(judge(RULE, &files, &other), "it fires");
+        refused(check(RULE, &files, &other), "it fires");
         let (_, firing) = TESTS.rsplit_once("\n").expect("two lines");
-        refused(judge(RULE, &files, firing), "it is quiet");
-        refused(judge(RULE, &files, &format!("{TESTS}\n- {{alertname: Cold, exp_alerts: []}}")), "Cold");
-        refused(judge(RULE, &[files[0], files[1], ("Cold", RUNBOOK)], TESTS), "Cold.md is of no alert");
-        refused(judge(RULE, &[("Hot", "# Hot\n## Meaning\n"), files[1]], TESTS), "sections");
-        refused(judge(RULE, &[files[0], ("README", "")], TESTS), "no row");
-        refused(judge(&RULE.replace("$value", "something"), &files, TESTS), "number");
-        refused(judge(&RULE.replace("books/Hot.md", "books/Cold.md"), &files, TESTS), "runbook_url");
+        refused(check(RULE, &files, firing), "it is quiet");
+        refused(check(RULE, &files, &format!("{TESTS}\n- {{alertname: Cold, exp_alerts: []}}")), "Cold");
+        refused(check(RULE, &[files[0], files[1], ("Cold", RUNBOOK)], TESTS), "Cold.md is of no alert");
+        refused(check(RULE, &[("Hot", "# Hot\n## Meaning\n"), files[1]], TESTS), "sections");
+        refused(check(RULE, &[files[0], ("README", "")], TESTS), "no row");
+        refused(check(&RULE.replace("$value", "something"), &files, TESTS), "number");
+        refused(check(&RULE.replace("books/Hot.md", "books/Cold.md"), &files, TESTS), "runbook_url");
     }
 
     #[test]

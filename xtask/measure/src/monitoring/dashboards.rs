@@ -1,5 +1,5 @@
-//! The dashboards, as far as they can be judged without Grafana: by its own model, by Prometheus's parser, and by the
-//! metrics that there are. That every panel has data is seen by `cargo xtask drill`.
+//! Checks of the dashboards that need no Grafana: with its own model, Prometheus's parser, and the service's metrics.
+//! `cargo xtask drill` checks that every panel has data.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -51,19 +51,19 @@ pub(super) fn check_metrics(tally: &mut Tally, there: &Metrics) {
 /// Grafana's own model, and that it is one: a field that it does not have is refused.
 fn model(progress: &Progress) -> Result<()> {
     let tool = MODEL.build(progress)?;
-    let judge = |files: &[PathBuf]| {
-        let mut judge = Command::new(&tool);
-        judge.args(files).current_dir(workspace::root());
-        progress.run(judge)
+    let check = |files: &[PathBuf]| {
+        let mut command = Command::new(&tool);
+        command.args(files).current_dir(workspace::root());
+        progress.run(command)
     };
     let files: Vec<PathBuf> = dashboards::links().into_keys().collect();
-    judge(&files)?;
+    check(&files)?;
     let text = fs::read_to_string(workspace::root().join(&files[0]))?;
     let broken = places::target_dir()?.join("xtask/broken-dashboard.json");
     fs::create_dir_all(broken.parent().unwrap_or(Path::new(".")))?;
     for (field, wrong) in [("\"gridPos\"", "\"gridPosition\""), ("\"expr\"", "\"expression\"")] {
         fs::write(&broken, text.replacen(field, wrong, 1))?;
-        match judge(std::slice::from_ref(&broken)) {
+        match check(std::slice::from_ref(&broken)) {
             Ok(_) => bail!("{wrong} instead of {field} was taken"),
             Err(error) => ensure!(format!("{error:#}").contains(wrong.trim_matches('"')), "{error:#}"),
         }

@@ -23,7 +23,7 @@ pub(super) fn all() -> Result<()> {
         let text = fs::read_to_string(workspace::root().join(path))?;
         ensure!(text.len() < BYTES_MAX, "{} does not fit a ConfigMap", path.display());
         let dashboard: Value = serde_json::from_str(&text)?;
-        judge(&dashboard).with_context(|| path.display().to_string())?;
+        check(&dashboard).with_context(|| path.display().to_string())?;
         ensure!(
             uids.insert(text_of(&dashboard, "uid")?.to_owned()),
             "{}: the uid is another's",
@@ -33,7 +33,7 @@ pub(super) fn all() -> Result<()> {
     Ok(())
 }
 
-fn judge(dashboard: &Value) -> Result<()> {
+fn check(dashboard: &Value) -> Result<()> {
     for field in ["uid", "title", "description"] {
         ensure!(!text_of(dashboard, field)?.is_empty(), "no {field}");
     }
@@ -54,13 +54,13 @@ fn judge(dashboard: &Value) -> Result<()> {
         ensure!(!taken.iter().any(|other| overlap(place, *other)), "{title}: overlaps another panel");
         taken.push(place);
         if panel["type"] != "row" {
-            judge_panel(panel).with_context(|| title.to_owned())?;
+            check_panel(panel).with_context(|| title.to_owned())?;
         }
     }
     no_fixed_source(dashboard)
 }
 
-fn judge_panel(panel: &Value) -> Result<()> {
+fn check_panel(panel: &Value) -> Result<()> {
     ensure!(PLUGINS.iter().any(|known| panel["type"] == *known), "an unknown type: {}", panel["type"]);
     let description = text_of(panel, "description")?;
     ensure!(description.len() > 20 && description.ends_with('.'), "no description that says something");
@@ -122,14 +122,14 @@ fn overlap(a: [u64; 4], b: [u64; 4]) -> bool {
 mod tests {
     use serde_json::{Value, json};
 
-    use super::judge;
+    use super::check;
     use crate::dashboards;
 
     /// A sound dashboard after one change, and what is said of it.
     fn verdict(change: impl FnOnce(&mut Value)) -> String {
         let mut dashboard = dashboards::all()[0].json();
         change(&mut dashboard);
-        judge(&dashboard).err().map_or_else(String::new, |error| format!("{error:#}"))
+        check(&dashboard).err().map_or_else(String::new, |error| format!("{error:#}"))
     }
 
     #[test]

@@ -1,17 +1,18 @@
 //! `cargo xtask dev --observe`, as a developer has it: the alerts are evaluated, a request's trace is in the file, and
 //! Ctrl-C ends all of it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use harness::http;
-use harness::servers::{daemon, ports};
+use harness::servers::daemon::{self, Daemon};
+use harness::servers::ports;
 use harness::{Postgres, Redis, Scratch, install};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
 use crate::rules;
 use common::go_tools;
@@ -47,18 +48,17 @@ fn run(progress: &Progress, postgres: &Postgres, redis: &Redis) -> Result<()> {
     command.env("DATABASE_URL", postgres.url(DATABASE)).env("REDIS_URL", redis.url(0));
     command.env("PORT", port.to_string()).env("OPS_PORT", ops_port.to_string()).env("HOST", "127.0.0.1");
     command.env_remove("OTEL_EXPORTER_OTLP_ENDPOINT");
-    command.stdin(Stdio::null()).stdout(File::create(&log)?).stderr(File::options().append(true).open(&log)?);
-    let mut child = Running(daemon::spawn(command).context("start cargo xtask dev")?);
+    let mut child = Daemon::start(command, &log).context("start cargo xtask dev")?;
     look(progress, &mut child, &log, port).with_context(|| {
         let said = fs::read_to_string(&log).unwrap_or_default();
         format!("it said:\n{}", daemon::tail(&said, 30))
     })
 }
 
-fn look(progress: &Progress, child: &mut Running, log: &Path, port: u16) -> Result<()> {
+fn look(progress: &Progress, child: &mut Daemon, log: &Path, port: u16) -> Result<()> {
     let said = || fs::read_to_string(log).unwrap_or_default();
     let ready = daemon::poll(READY_LIMIT, || {
-        ensure!(child.0.try_wait()?.is_none(), "it ended at once");
+        ensure!(child.is_running(), "it ended at once");
         Ok(said().contains("Ctrl-C ends it all").then_some(()))
     })?;
     ensure!(ready.is_some(), "it was not ready within {} s", READY_LIMIT.as_secs());
@@ -72,8 +72,8 @@ fn look(progress: &Progress, child: &mut Running, log: &Path, port: u16) -> Resu
     let traced = || fs::read_to_string(&file).unwrap_or_default().contains("\"GET /me\"").then_some(());
     daemon::poll(EXPORT_LIMIT, || Ok(traced()))?.context("the request's trace did not come")?;
 
-    kill_process(Pid::from_child(&child.0), Signal::INT)?;
-    let status = daemon::poll(END_LIMIT, || Ok(child.0.try_wait()?))?.context("it does not end")?;
+    child.signal(Signal::INT);
+    let status = child.wait(END_LIMIT)?.context("it does not end")?;
     ensure!(status.success(), "it ended with {status}");
     let collector = port_in(&said, "received at http://127.0.0.1:")?;
     for port in [port, watch, collector] {
@@ -107,19 +107,4 @@ fn port_in(text: &str, before: &str) -> Result<u16> {
     let (_, rest) = text.split_once(before).with_context(|| format!("no {before:?}"))?;
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().with_context(|| format!("no port behind {before:?}"))
-}
-
-/// Ended when it is dropped, in order, so that what it started ends, too.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if matches!(self.0.try_wait(), Ok(None)) {
-            let _ = kill_process(Pid::from_child(&self.0), Signal::TERM);
-            if !matches!(daemon::poll(END_LIMIT, || Ok(self.0.try_wait()?)), Ok(Some(_))) {
-                let _ = self.0.kill();
-                let _ = self.0.wait();
-            }
-        }
-    }
 }

@@ -83,7 +83,6 @@ fn scrape(postgres: &Postgres, redis: &Redis) -> Result<String> {
     postgres.create_database(DATABASE)?;
     let scratch = Scratch::new("dashboards")?;
     let urls = [("DATABASE_URL", postgres.url(DATABASE)), ("REDIS_URL", redis.url(0))];
-    let urls = urls.map(|(name, url)| (name.to_owned(), url));
     let replica = Replica::start(&places::service_binary()?, scratch.path().join("service.log"), urls)?;
     replica.await_ready()?;
     let answer = Client::new(replica.operations).ask("GET", "/metrics", None, "")?;
