@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 pub(crate) use client::{Request, Response};
-pub(crate) use database::Database;
+pub(crate) use database::{Database, FUTURE_MIGRATION};
 pub(crate) use document::document;
 pub(crate) use operations::{Operation, operations};
 pub(crate) use redis::RedisIndex;
