@@ -1,4 +1,4 @@
-//! Where Postgres and Redis come from: the user's own, installed programs, containers, packages, in that order.
+//! The sources of Postgres and Redis: the user's own, installed programs, containers, packages, in that order.
 
 use std::net::{TcpStream, ToSocketAddrs};
 use std::path::Path;
@@ -33,7 +33,7 @@ pub(crate) struct Backends {
 
 #[derive(Debug)]
 pub(crate) enum Backend {
-    /// The user's own, named by this variable.
+    /// The user's own, set by this variable.
     Given(&'static str),
     Postgres(Postgres),
     Redis(Redis),

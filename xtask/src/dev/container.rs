@@ -1,4 +1,4 @@
-//! Postgres and Redis as containers, where their programs are not installed and an engine really answers.
+//! Postgres and Redis as containers, where their programs are not installed and an engine answers.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -54,7 +54,7 @@ impl Engine {
     pub(crate) fn postgres(&self, progress: &Progress) -> Result<Container> {
         let port = port(POSTGRES_PORT)?;
         let volume = format!("{}:/var/lib/postgresql/data", name("postgres"));
-        // Asked for a plain password, the harness's small client can look into it.
+        // The harness's small client only knows plain passwords.
         let options = [
             "-p",
             &format!("127.0.0.1:{port}:5432"),
@@ -155,7 +155,7 @@ impl Container {
     }
 
     pub(crate) fn stop(self) -> Result<()> {
-        // In order, so that Postgres need not recover; --rm removes it, and so does the drop.
+        // Gracefully, so that Postgres need not recover; --rm and the drop remove it.
         let mut stop = Command::new(&self.program);
         stop.args(["stop", &self.name]);
         daemon::run_ok(stop, END_LIMIT).map(drop)
@@ -168,7 +168,7 @@ impl Drop for Container {
     }
 }
 
-/// Removes this clone's container and volume from every engine that is there.
+/// Removes this clone's container and volume from every engine.
 pub(crate) fn reset() -> Result<()> {
     for program in ["docker", "podman"].into_iter().filter_map(programs::in_path) {
         let mut info = Command::new(&program);
@@ -190,7 +190,7 @@ fn remove(program: &PathBuf, name: &str) -> Result<()> {
     daemon::run_ok(command, END_LIMIT).map(drop)
 }
 
-/// One per clone, for two clones can be worked in at once.
+/// One per clone, so that two clones work at once.
 fn name(what: &str) -> String {
     let clone = stable_hash(workspace::root().as_os_str().as_encoded_bytes());
     format!("chat-service-dev-{what}-{:08x}", clone >> 32)

@@ -1,5 +1,5 @@
-//! `--observe`: a Prometheus with the rules, a collector for traces, and Grafana where it is installed or an engine can
-//! run it. Their configuration is in `deploy/observability`.
+//! `--observe`: a Prometheus with the rules, a collector for traces, and Grafana where it is installed or a container
+//! engine is. Their configuration is in `deploy/observability`.
 
 use std::fs;
 use std::path::Path;
@@ -22,14 +22,14 @@ use common::{go_tools, workspace};
 const CONFIG: &str = "deploy/observability";
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 
-/// Tried first, so that bookmarks stay good.
+/// Tried first, so that bookmarks stay valid.
 const PROMETHEUS_PORT: u16 = 9090;
 const COLLECTOR_PORT: u16 = 4318;
 const GRAFANA_PORT: u16 = 3000;
 
 const GRAFANA_END_LIMIT: Duration = Duration::from_secs(20);
 
-/// What watches the service. Dropping it ends all of it.
+/// What observes the service. Dropping it ends all of it.
 pub(crate) struct Observers {
     collector: Option<Collector>,
     /// Ends when it is dropped, as Grafana does.
@@ -84,7 +84,7 @@ impl Observers {
         self.lines.iter().map(|line| format!("  {line}\n")).collect()
     }
 
-    /// The collector last: it still takes what the service sends at its end.
+    /// The collector last: it still receives the service's last spans.
     pub(crate) fn stop(mut self) -> Result<()> {
         match self.grafana.take() {
             Some(Grafana::Container(container)) => container.stop()?,
@@ -140,7 +140,7 @@ fn run_grafana(program: &Path, dir: &Path, port: u16, value: impl Fn(&str) -> St
     if program.ends_with("grafana") {
         command.arg("server");
     }
-    // Where packages keep what it shows.
+    // Where packages install its pages.
     let home = Path::new("/usr/share/grafana");
     if home.is_dir() {
         command.arg("--homepath").arg(home);

@@ -1,4 +1,4 @@
-//! What the service exports, as a real OpenTelemetry Collector has it: `tests/it/process/traces.rs`.
+//! The tests of `tests/it/process/traces.rs`, which need a real OpenTelemetry Collector.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -10,10 +10,10 @@ use common::workspace::in_ci;
 
 use super::{count, test_command};
 
-/// Tells the tests where the collector is.
+/// Names the collector for the tests.
 const PROGRAM: &str = "TEST_COLLECTOR";
 
-/// Runs the tests that need a collector, which the others leave out.
+/// Runs these tests, which the other run leaves out.
 pub(super) fn check(tally: &mut Tally, servers: &Servers) {
     let Some(program) = program(tally) else { return };
     let Ok(mut command) = test_command(servers) else { return };
@@ -21,7 +21,7 @@ pub(super) fn check(tally: &mut Tally, servers: &Servers) {
     count::run(tally, "traces", "cargo xtask test -- --test it -- --ignored NAME runs one alone", command);
 }
 
-/// For a run of single tests that may be among these.
+/// For a run of single tests, which may be some of these.
 pub(super) fn prepare(tally: &mut Tally, command: &mut Command, args: &[String]) {
     let may_be = |arg: &String| arg == "--ignored" || arg == "--include-ignored";
     if args.iter().any(may_be)
