@@ -1,5 +1,5 @@
-//! A load generator that costs little: prepared requests over kept-alive HTTP/1.1 connections, one thread, and
-//! no parsing beyond the status and the length of an answer.
+//! A cheap load generator: prepared requests over kept-alive HTTP/1.1 connections, one thread, and no parsing beyond
+//! the status and the length of an answer.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// No answer of a service that lives takes longer.
+/// A live service answers within this time.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What one connection sends, over and over.
@@ -22,7 +22,7 @@ pub struct Script {
     pub requests: Vec<Vec<u8>>,
 }
 
-/// What came of it.
+/// The outcome.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     pub elapsed: Duration,

@@ -1,4 +1,4 @@
-//! What Tilt would do with the Tiltfile, done by hand: its image's command, its objects in its order, its buttons.
+//! Does what Tilt would do with the Tiltfile: the image's command, the objects in their order, the buttons.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};

@@ -1,9 +1,9 @@
-//! `cargo xtask bench`: what the service is fast at, as ratios to what the machine's own Postgres, Redis and
-//! processor can do, measured in one run.
+//! `cargo xtask bench`: the service's speed, as ratios to what the machine's own Postgres, Redis and processor can do,
+//! measured in one run.
 //!
-//! Absolute figures say more about the machine than about the service, and machines are shared and noisy. So
-//! each figure is paired with a reference, the two are measured in turns, and the ratio of each turn counts;
-//! what is printed is the median and the range.
+//! Absolute figures say more about the machine than about the service, and machines are shared and noisy. So each
+//! figure is paired with a reference. Both are measured in turns, and the table shows the median and the range of the
+//! ratios.
 
 mod cpu;
 mod measures;
@@ -36,7 +36,7 @@ pub(crate) struct Row {
     /// One value a round; what is quoted is the median.
     pub(crate) values: Vec<f64>,
     pub(crate) unit: &'static str,
-    /// What is asked for, and hoped for; `AtMost` where less is better.
+    /// The required value and the aim; `AtMost` where less is better.
     pub(crate) goal: Option<Goal>,
     /// The figures that the values were made from.
     pub(crate) detail: String,
@@ -54,7 +54,7 @@ pub(crate) struct Bench {
     pub(crate) binary: PathBuf,
     pub(crate) rounds: u32,
     pub(crate) duration: Duration,
-    /// Where Go is, which builds it.
+    /// None without Go, which builds it.
     pub(crate) collector: Option<PathBuf>,
 }
 
@@ -221,7 +221,7 @@ pub(crate) fn figures(one: (&str, &[f64]), other: (&str, &[f64])) -> String {
     format!("{} {:.0}/s, {} {:.0}/s", one.0, median(one.1), other.0, median(other.1))
 }
 
-/// Where a measurement may leave files that are gone with the run.
+/// A folder for a measurement's files, deleted with the run.
 pub(crate) fn scratch(bench: &Bench, name: &str) -> PathBuf {
     Path::new(&bench.dir).join(name)
 }

@@ -40,7 +40,7 @@ pub(super) fn check(tally: &mut Tally, promtool: Option<&Path>) {
     }
 }
 
-/// Every query names metrics that there are, and every metric of the service is looked at.
+/// Every query names existing metrics, and every metric of the service is in use.
 pub(super) fn check_metrics(tally: &mut Tally, there: &Metrics) {
     tally.check("dashboards: metrics", "", |_| {
         exist(there)?;
@@ -48,7 +48,7 @@ pub(super) fn check_metrics(tally: &mut Tally, there: &Metrics) {
     });
 }
 
-/// Grafana's own model, and that it is one: a field that it does not have is refused.
+/// Grafana's own model accepts the dashboards, and refuses unknown fields.
 fn model(progress: &Progress) -> Result<()> {
     let tool = MODEL.build(progress)?;
     let check = |files: &[PathBuf]| {
@@ -110,7 +110,7 @@ fn agrees_with_rules() -> Result<()> {
     Ok(())
 }
 
-/// Whatever a query names is exported, recorded, or another exporter's.
+/// Every metric in a query is exported, recorded, or of another exporter.
 fn exist(there: &Metrics) -> Result<()> {
     for question in questions() {
         for name in metrics::of(&question.expr) {
@@ -125,13 +125,13 @@ fn exist(there: &Metrics) -> Result<()> {
     Ok(())
 }
 
-/// Whatever the service exports is on a dashboard.
+/// Every metric of the service is on a dashboard.
 fn shown(there: &Metrics) -> Result<()> {
     let rules = rules::all()?;
     let asked: BTreeSet<String> = questions()
         .iter()
         .map(|question| &question.expr)
-        // By way of what is recorded of it, or in an alert.
+        // Or in a recording rule or an alert.
         .chain(rules.iter().map(|rule| &rule.expr))
         .flat_map(|expr| metrics::of(expr))
         .map(|name| there.family(&name))

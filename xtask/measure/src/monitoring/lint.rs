@@ -1,4 +1,4 @@
-//! What no schema says: that panels have their place, their words and their unit, and leave the choices to the reader.
+//! Rules beyond the schema: each panel has a place, a description and a unit, and uses the variables.
 
 use std::collections::BTreeSet;
 use std::fs;

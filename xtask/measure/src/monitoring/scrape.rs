@@ -1,4 +1,4 @@
-//! What the built service exports, and which other metrics there are.
+//! The metrics of the built service, and those of other exporters.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,7 +16,7 @@ use common::workspace::in_ci;
 /// Whose documentation names the metrics of Kubernetes' objects.
 const KUBE_STATE_METRICS: &str = "k8s.io/kube-state-metrics/v2@v2.18.0";
 
-/// What Prometheus makes itself, of each scrape and of each alert.
+/// Metrics that Prometheus itself makes.
 const PROMETHEUS_OWN: [&str; 4] = ["up", "scrape_duration_seconds", "scrape_samples_scraped", "ALERTS"];
 
 /// Names that the kubelet and its cAdvisor export; there is no list of them to compare with.
@@ -30,7 +30,7 @@ const KUBELET: [&str; 7] = [
     "kubelet_volume_stats_used_bytes",
 ];
 
-/// All metrics that an expression may name.
+/// All existing metrics.
 pub(super) struct Metrics {
     /// A scrape of a service without traffic.
     pub(super) text: String,
