@@ -1,6 +1,6 @@
 package main
 
-// Only the plugins that the Corefile of `cargo xtask cluster` names: all of them would double what is compiled.
+// Only the plugins that config/Corefile names: all of CoreDNS's plugins would double the code to compile.
 import (
 	"github.com/coredns/coredns/core/dnsserver"
 	_ "github.com/coredns/coredns/plugin/bind"
@@ -10,6 +10,6 @@ import (
 )
 
 func init() {
-	// The order in which a query passes them.
+	// In the order in which they handle a query.
 	dnsserver.Directives = []string{"bind", "errors", "cache", "kubernetes"}
 }

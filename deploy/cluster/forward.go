@@ -36,7 +36,7 @@ func forward(listener net.Listener, dial func() (net.Conn, error)) {
 			inside, err := dial()
 			if err != nil {
 				log.Printf("forward: %v", err)
-				// A reset, not an orderly end: the client is to see that nobody was there.
+				// A reset, not an orderly close: the client must see that nothing accepted the connection.
 				outside.(*net.TCPConn).SetLinger(0) //nolint:errcheck // closed right after
 				return
 			}
@@ -51,7 +51,7 @@ func forward(listener net.Listener, dial func() (net.Conn, error)) {
 
 func pipe(to, from net.Conn) {
 	if _, err := io.Copy(to, from); err != nil && !errors.Is(err, net.ErrClosed) {
-		// As it came: a reset stays one.
+		// Pass a reset on as a reset.
 		to.(*net.TCPConn).SetLinger(0) //nolint:errcheck // closed right after
 		to.Close()
 		return
@@ -68,9 +68,10 @@ func dialer(to string) func() (net.Conn, error) {
 	return nodePort(int32(number))
 }
 
-// nodePort connects to the ready pods of the Service that has this NodePort, as an ingress controller does, and not through
-// the rules of kube-proxy: by way of those, a few new connections broke while no pod came or went, and nothing told whether
-// a rule or a pod had refused them. It follows a pod's end sooner than the rules do, so it proves less of the pods' grace.
+// nodePort connects to the ready pods of the Service that has this NodePort, as an ingress controller does. It bypasses the
+// rules of kube-proxy: through them a few new connections failed while no pod came or went, and nothing showed whether a
+// rule or a pod had refused them. It notices a terminating pod sooner than the rules do, so it proves less of the pods'
+// graceful shutdown.
 func nodePort(number int32) func() (net.Conn, error) {
 	config, err := clientcmd.BuildConfigFromFlags("", data+"/pki/super-admin.conf")
 	must(err, "read the administrator's kubeconfig")
@@ -79,7 +80,7 @@ func nodePort(number int32) func() (net.Conn, error) {
 	factory := informers.NewSharedInformerFactory(client, 0)
 	factory.Core().V1().Services().Informer()
 	factory.Discovery().V1().EndpointSlices().Informer()
-	// Follows the API server once that is there.
+	// Watches the API server as soon as it runs.
 	factory.Start(context.Background().Done())
 	return func() (net.Conn, error) {
 		pods, err := readyPods(factory, number)

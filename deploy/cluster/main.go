@@ -1,5 +1,5 @@
-// Every Kubernetes program of a one-node cluster in one file, chosen by the first argument. They share most of their
-// packages, so that one link replaces eight. See README.md.
+// All Kubernetes programs of a one-node cluster in one binary, chosen by the first argument. They share most of their
+// packages, so one link step replaces eight. See README.md.
 package main
 
 import (
@@ -34,7 +34,7 @@ import (
 
 var programs map[string]func()
 
-// Not above: node-init looks them up itself.
+// Filled here and not above: node-init reads the map, so a literal would be an initialization cycle.
 func init() {
 	programs = map[string]func(){
 		"coredns":                 coremain.Run,
@@ -55,14 +55,14 @@ func init() {
 }
 
 func main() {
-	// As `kubectl`, which is a link.
+	// When called by the link `kubectl`.
 	if program, known := programs[filepath.Base(os.Args[0])]; known {
 		program()
 		return
 	}
 	if len(os.Args) > 1 {
 		if program, known := programs[os.Args[1]]; known {
-			// The rest is the program's own command line.
+			// The remaining arguments belong to the program.
 			os.Args = os.Args[1:]
 			program()
 			return
@@ -85,7 +85,7 @@ func run(command func() *cobra.Command) func() {
 }
 
 func runKubectl() {
-	logs.GlogSetter(kubectl.GetLogVerbosity(os.Args)) //nolint:errcheck // a bad level is refused when it is parsed
+	logs.GlogSetter(kubectl.GetLogVerbosity(os.Args)) //nolint:errcheck // kubectl refuses a bad level when it parses its flags
 	if err := cli.RunNoErrOutput(kubectl.NewDefaultKubectlCommand()); err != nil {
 		util.CheckErr(err)
 	}

@@ -14,22 +14,22 @@ import (
 	"time"
 )
 
-// In the node's own mount namespace everything has a short and constant place, so that the files in config/ need no
-// templating, and unix sockets fit into their 108 bytes wherever the clone is.
+// In the node's mount namespace all paths are short and constant. So the files in config/ need no templating, and paths of
+// unix sockets fit into 108 bytes wherever the clone is.
 const (
 	top  = "/run/chat-service-cluster"
 	data = top + "/data"
 )
 
-// startNode makes the node: a process with PID, mount, network and IPC namespaces of its own. When it dies the kernel
-// ends all of its processes and removes its mounts, bridges and packet filters, so nothing of it can be left behind.
+// startNode starts the node: a process with its own PID, mount, network and IPC namespaces. When it dies, the kernel ends
+// all of its processes and removes its mounts, bridges and packet filters, so nothing of it is left behind.
 func startNode() {
 	dir := flag.String("data", "", "what the node keeps")
 	config := flag.String("config", "", "the folder with its configuration")
 	var ports ports
 	flag.Var(&ports, "port", "HOST=NODE: an address of the machine, and behind it an address of the node, or a NodePort")
 	flag.Parse()
-	// Opened out here: a socket stays in the network namespace that it was made in.
+	// Opened outside: a socket stays in the network namespace that created it.
 	var files []*os.File
 	arguments := []string{"node-init", "-data", *dir, "-config", *config}
 	for _, port := range ports {
@@ -49,7 +49,7 @@ func startNode() {
 	must(node.Start(), "make namespaces: it takes root with CAP_SYS_ADMIN")
 }
 
-// runNode is the first process inside.
+// runNode is the node's first process.
 func runNode() {
 	dir := flag.String("data", "", "")
 	config := flag.String("config", "", "")
@@ -63,13 +63,13 @@ func runNode() {
 	command("ip", "link", "add", "node", "type", "bridge")
 	command("ip", "address", "add", "10.213.255.1/32", "dev", "node")
 	command("ip", "link", "set", "node", "up")
-	// Services in 10.213.128.0/20 are reached through an address that kube-proxy rewrites; it needs any route.
+	// kube-proxy rewrites the addresses of Services, 10.213.128.0/20; they only need some route.
 	command("ip", "route", "add", "default", "dev", "node")
 	set("/proc/sys/net/ipv4/ip_forward", "1")
 	makeCgroups()
 	makeCertificates()
 	for i, port := range ports {
-		// The listener has a copy, which the node's other programs do not inherit.
+		// The listener holds a duplicate that the node's other programs do not inherit.
 		file := os.NewFile(uintptr(3+i), port.host)
 		listener, err := net.FileListener(file)
 		must(err, "take the socket over")
@@ -82,10 +82,10 @@ func runNode() {
 	reap()
 }
 
-// Kept open: the lock would go with it.
+// Kept open, since closing it releases the lock.
 var lockFile *os.File
 
-// lock is how `cargo xtask cluster` finds the node's process, without a PID file that could go stale.
+// lock lets `cargo xtask cluster` find the node's process, without a PID file that could become stale.
 func lock(path string) {
 	var err error
 	lockFile, err = os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
@@ -94,13 +94,13 @@ func lock(path string) {
 	must(syscall.FcntlFlock(lockFile.Fd(), syscall.F_SETLK, &exclusive), "this cluster runs already")
 }
 
-// Folders that the node's programs write to and cannot all be told not to.
+// Folders that some of the node's programs always write to.
 var covered = []string{"/run", "/var/lib", "/var/log"}
 
 func mountAll(dir, config string) {
 	must(syscall.Mount("none", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""), "make mounts private")
 	must(syscall.Mount("proc", "/proc", "proc", 0, ""), "mount /proc")
-	// Opened first: the clone may be below a folder that is covered.
+	// Opened before mounting: the clone may be below a folder that a mount will hide.
 	binds := map[string]*os.File{data: open(dir), top + "/config": open(config)}
 	for _, folder := range covered {
 		must(syscall.Mount("tmpfs", folder, "tmpfs", 0, "mode=755"), "cover "+folder)
@@ -114,7 +114,7 @@ func mountAll(dir, config string) {
 	for _, folder := range []string{"etcd", "pki", "logs", "volumes", "kubelet", "containerd"} {
 		must(os.MkdirAll(filepath.Join(data, folder), 0o755), "make a folder")
 	}
-	// The kubelet's mounts have to reach containers that run already.
+	// The kubelet's mounts must propagate to running containers.
 	must(syscall.Mount("none", "/", "", syscall.MS_REC|syscall.MS_SHARED, ""), "make mounts shared")
 }
 
@@ -124,7 +124,7 @@ func open(path string) *os.File {
 	return file
 }
 
-// makeCgroups makes the one that all pods are in: below the only hierarchy of version 2, or in each of version 1.
+// makeCgroups creates the parent cgroup of all pods: in the single hierarchy of version 2, or in each hierarchy of version 1.
 func makeCgroups() {
 	const cgroups, ours = "/sys/fs/cgroup", "chat-service-cluster"
 	if controllers, err := os.ReadFile(cgroups + "/cgroup.controllers"); err == nil {
@@ -150,7 +150,7 @@ func makeCertificates() {
 		}
 	}
 	for _, phase := range phases {
-		// What is there already is checked and kept.
+		// kubeadm checks and keeps existing files.
 		command("/proc/self/exe", append(append([]string{"kubeadm", "init", "phase"}, phase...), config)...)
 	}
 }
@@ -183,7 +183,7 @@ func procfile() []process {
 	return all
 }
 
-// keepRunning starts it again whenever it ends: the others are not there yet at first, and say so by ending.
+// keepRunning restarts the process whenever it exits: at first the programs that it needs do not run yet, so it fails.
 func keepRunning(p process) {
 	output, err := os.OpenFile(data+"/logs/"+p.name+".log", os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	must(err, "open a log")
@@ -195,7 +195,7 @@ func keepRunning(p process) {
 		run := exec.Command(words[0], words[1:]...)
 		run.Stdout, run.Stderr = output, output
 		run.Env = append(os.Environ(), "HOME="+top, "GOMAXPROCS=2")
-		// Like a real node's: with the defaults, eight programs would fill a small machine with garbage.
+		// With Go's default, the heaps of eight programs would fill a small machine.
 		run.Env = append(run.Env, "GOGC=50")
 		if done, err := start(run); err != nil {
 			fmt.Fprintf(output, "start: %v\n", err)

@@ -7,15 +7,15 @@ import (
 	"time"
 )
 
-// The first process of a PID namespace inherits every orphan. One loop waits for all, and tells whoever asked.
+// The first process of a PID namespace inherits every orphan. One loop waits for all children and notifies who started them.
 var (
 	mutex   sync.Mutex
 	waiting = map[int]chan struct{}{}
 )
 
-// start starts a child; the channel is closed when it has ended.
+// start starts a child; the channel is closed when the child has exited.
 func start(child *exec.Cmd) (<-chan struct{}, error) {
-	// Held until the child is known, however early it ends.
+	// Held until the child is registered, so that an early exit is not missed.
 	mutex.Lock()
 	defer mutex.Unlock()
 	if err := child.Start(); err != nil {
@@ -30,7 +30,7 @@ func reap() {
 	for {
 		pid, err := syscall.Wait4(-1, nil, 0, nil)
 		if err != nil {
-			// No children for the moment.
+			// No children at the moment.
 			time.Sleep(100 * time.Millisecond)
 			continue
 		}

@@ -14,8 +14,8 @@ import (
 	"sigs.k8s.io/sig-storage-lib-external-provisioner/v11/controller"
 )
 
-// volumes makes a folder of the node for each claim. They are `local` volumes, not `hostPath` ones, because the kubelet
-// hands only the former to a pod's fsGroup, as it does with real disks.
+// volumes creates a folder of the node for each claim. They are `local` volumes, not `hostPath` ones, because the kubelet
+// applies a pod's fsGroup only to the former, as it does with real disks.
 type volumes struct{ dir, node string }
 
 func (v volumes) Provision(_ context.Context, options controller.ProvisionOptions) (
@@ -44,7 +44,7 @@ func (v volumes) Provision(_ context.Context, options controller.ProvisionOption
 }
 
 func (v volumes) Delete(_ context.Context, volume *core.PersistentVolume) error {
-	// Not the path that the object names: whoever may write one could have any folder deleted.
+	// Not the path in the object: a user who may write that object could have any folder deleted.
 	return os.RemoveAll(filepath.Join(v.dir, filepath.Base(volume.Name)))
 }
 

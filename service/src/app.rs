@@ -6,61 +6,73 @@ use sqlx::postgres::PgConnectOptions;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::auth::Tokens;
+use crate::chat::history::History;
+use crate::chat::outbox::Outbox;
+use crate::chat::recent::Recent;
+use crate::chat::sweep;
 use crate::config::Config;
-use crate::db::Database;
-use crate::health::Health;
-use crate::limits::Limits;
-use crate::metrics::Metrics;
-use crate::outbox::Outbox;
-use crate::passwords::Passwords;
-use crate::recent::Recent;
-use crate::redis::Redis;
+use crate::security::limits::{Limit, Limits};
+use crate::security::passwords::Passwords;
+use crate::security::tokens::Tokens;
+use crate::store::health::Health;
+use crate::store::migrations;
+use crate::store::operation::Operation;
+use crate::store::postgres::{self, Database};
+use crate::store::redis::Redis;
+use crate::telemetry::metrics::{EndpointName, Gauges, Known, Metrics};
 use crate::workers::Workers;
-use crate::{db, sweep};
 
 #[derive(Debug)]
 pub struct App {
-    /// As it was at the start; nothing reads the environment later.
+    /// As read at the start; nothing reads the environment later.
     pub config: Config,
-    /// For migrations, which need a connection without the pool's limits.
+    /// For migrations, which need a connection without the pool's timeouts.
     pub connect_options: PgConnectOptions,
     /// Postgres, the only source of truth.
     pub database: Database,
-    /// Redis, for what may be lost.
+    /// Redis, for data that may be lost.
     pub redis: Arc<Redis>,
-    /// The way of every message into Postgres.
+    /// Stores every message.
     pub outbox: Outbox,
-    /// The newest messages, ready to be sent.
-    pub recent: Arc<Recent>,
-    /// Who may do how much.
+    /// Reads every page of messages.
+    pub history: History,
+    /// The rate limits.
     pub limits: Limits,
+    /// Signs and verifies access tokens.
     pub tokens: Tokens,
-    /// Hashing, on threads of its own.
+    /// Hashes passwords, on dedicated threads.
     pub passwords: Passwords,
+    /// Whether Postgres answers and its schema is current.
     pub health: Arc<Health>,
+    /// What Prometheus scrapes.
     pub metrics: Arc<Metrics>,
 }
 
 /// The tasks behind an application.
 #[derive(Debug)]
 pub struct Tasks {
-    /// They end when told to stop, having written what was queued. One that ends earlier has failed.
+    /// They end on `stop`, after they have written what was queued. One that ends earlier has failed.
     pub writers: JoinSet<()>,
-    /// They are ended with the process: what they do, the next process does again.
+    /// They are aborted with the process: the next process continues their work.
     pub supervisors: JoinSet<()>,
 }
 
 impl App {
-    /// Builds the application and starts its tasks. Neither Postgres nor Redis needs to be there.
+    /// Builds the application and starts its tasks. Postgres and Redis may be unavailable.
     pub fn start(
         config: Config,
+        endpoints: Vec<EndpointName>,
         workers: &Workers,
         stop: &watch::Receiver<bool>,
     ) -> anyhow::Result<(Arc<Self>, Tasks)> {
-        let connect_options = db::connect_options(&config).map_err(anyhow::Error::msg)?;
-        let metrics = Metrics::new()?;
-        let pool = db::pool(&config, connect_options.clone());
+        let connect_options = config.connect_options()?;
+        let metrics = Metrics::new(Known {
+            endpoints,
+            operations: Operation::names().collect(),
+            limits: Limit::names(),
+            schema_version: migrations::known_version(),
+        })?;
+        let pool = postgres::pool(&config, connect_options.clone());
         let database = Database::new(pool, Arc::clone(&metrics));
         let redis =
             Redis::new(&config, Recent::scripts(), workers.runtimes().to_vec(), Arc::clone(&metrics))?;
@@ -76,11 +88,11 @@ impl App {
             limits: Limits::new(&config, Arc::clone(&redis), Arc::clone(&metrics)),
             tokens: Tokens::new(&config),
             passwords: Passwords::start(Arc::clone(&metrics))?,
+            history: History::new(database.clone(), recent, Arc::clone(&health), Arc::clone(&metrics)),
             connect_options,
             database,
             redis,
             outbox,
-            recent,
             health,
             metrics,
             config,
@@ -88,9 +100,27 @@ impl App {
         Ok((app, Tasks { writers, supervisors }))
     }
 
-    /// Starts the tasks that make sense once Postgres was migrated, or found away.
+    /// Starts the tasks that need Postgres, once it was migrated or found to be unavailable.
     pub fn watch_postgres(&self, tasks: &mut Tasks) {
         tasks.supervisors.spawn(Arc::clone(&self.health).supervise(self.database.clone()));
         tasks.supervisors.spawn(sweep::expired_idempotency_keys(self.database.clone()));
+    }
+
+    /// Numbers that the metrics read at each scrape.
+    pub fn gauges(&self) -> Gauges {
+        let pool = self.database.pool();
+        let pool_idle = pool.num_idle();
+        Gauges {
+            outbox_depth: self.outbox.depth(),
+            outbox_capacity: self.outbox.capacity(),
+            password_capacity: self.passwords.capacity(),
+            pool_idle,
+            pool_used: (pool.size() as usize).saturating_sub(pool_idle),
+            pool_max: pool.options().get_max_connections(),
+            postgres_up: self.health.postgres_answers(),
+            redis_up: self.redis.live().is_some(),
+            ready: self.health.is_ready(),
+            schema_version: self.health.schema_version(),
+        }
     }
 }

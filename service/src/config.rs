@@ -1,18 +1,21 @@
 //! The configuration: one struct, read from the environment and an optional `.env` file, checked at the start.
 //!
 //! Every variable is declared once, as a clap argument whose long name is the variable's. clap supplies
-//! parsing, defaults and ranges; `load` supplies the values and turns an error into one line.
+//! parsing, defaults and ranges; `from_variables` supplies the values and turns an error into one line.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::str::FromStr as _;
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
+use deadpool_redis::redis::IntoConnectionInfo as _;
 use ipnet::IpNet;
 use secrecy::{ExposeSecret as _, SecretString};
+use sqlx::postgres::PgConnectOptions;
 
 /// The key that a fresh checkout runs with. It is public, so production refuses it.
 pub const DEFAULT_SECRET_KEY: &str = "please-change";
@@ -229,12 +232,42 @@ impl Config {
         Duration::from_secs(self.shutdown_grace_seconds.into())
     }
 
+    /// How to connect to Postgres, from `DATABASE_URL` or else `DB_*`. The error names the fault without the password.
+    pub fn connect_options(&self) -> Result<PgConnectOptions, ConfigError> {
+        let options = match &self.database_url {
+            Some(url) => parse_database_url(url.expose_secret()).map_err(|fault| {
+                ConfigError(format!(
+                    "DATABASE_URL: {fault}; for example \
+                     DATABASE_URL=postgres://user:password@host:5432/chat_service?sslmode=require"
+                ))
+            })?,
+            None => PgConnectOptions::new_without_pgpass()
+                .host(&self.db_host)
+                .port(self.db_port)
+                .username(&self.db_user)
+                .password(self.db_password.expose_secret())
+                .database(&self.db_name),
+        };
+        Ok(options.application_name("chat-service"))
+    }
+
+    /// The URLs of `REDIS_URL`. With a single Redis a comma belongs to the URL: its password may have one.
+    pub fn redis_urls(&self) -> Vec<String> {
+        let text = self.redis_url.expose_secret();
+        match self.redis_mode {
+            RedisMode::Single => vec![text.to_owned()],
+            RedisMode::Cluster | RedisMode::Sentinel => {
+                text.split(',').map(|url| url.trim().to_owned()).collect()
+            }
+        }
+    }
+
     /// True when the signing key is one that production refuses.
     pub fn secret_key_is_weak(&self) -> bool {
         is_weak(&self.secret_key)
     }
 
-    /// What no single variable can tell.
+    /// Checks what involves more than one variable, and the URLs.
     fn check(&self) -> Result<(), ConfigError> {
         if self.app_env == AppEnv::Production && self.secret_key_is_weak() {
             return Err(ConfigError(format!(
@@ -254,16 +287,32 @@ impl Config {
                 self.ops_port
             )));
         }
-        crate::db::connect_options(self).map_err(|fault| {
-            ConfigError(format!(
-                "DATABASE_URL: {fault}; for example \
-                 DATABASE_URL=postgres://user:password@host:5432/chat_service?sslmode=require"
-            ))
-        })?;
-        crate::redis::check_urls(self).map_err(|fault| {
-            ConfigError(format!("REDIS_URL: {fault}; for example REDIS_URL=redis://:password@host:6379/0"))
-        })
+        self.connect_options()?;
+        self.check_redis_urls()
     }
+
+    /// Names what is wrong with `REDIS_URL` without quoting it: it may hold a password.
+    fn check_redis_urls(&self) -> Result<(), ConfigError> {
+        let fault = |number: usize, fault: &str| {
+            ConfigError(format!(
+                "REDIS_URL: URL {number} {fault}; for example REDIS_URL=redis://:password@host:6379/0"
+            ))
+        };
+        for (index, url) in self.redis_urls().iter().enumerate() {
+            if !url.starts_with("redis://") && !url.starts_with("rediss://") {
+                return Err(fault(index + 1, "does not begin with redis:// or rediss://"));
+            }
+            url.as_str().into_connection_info().map_err(|_| fault(index + 1, "does not parse"))?;
+        }
+        Ok(())
+    }
+}
+
+fn parse_database_url(url: &str) -> Result<PgConnectOptions, String> {
+    if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+        return Err("it does not begin with postgres://".to_owned());
+    }
+    PgConnectOptions::from_str(url).map_err(|error| error.to_string())
 }
 
 fn is_weak(key: &SecretString) -> bool {
@@ -281,7 +330,7 @@ fn read_dotenv(path: PathBuf) -> Result<BTreeMap<String, String>, ConfigError> {
         return Ok(BTreeMap::new());
     }
     let unreadable = |error: dotenvy::Error| {
-        // A parse error quotes the line, which may hold a secret: only its kind and place are told.
+        // A parse error quotes the line, which may hold a secret: so the error has only its kind and position.
         let fault = match error {
             dotenvy::Error::LineParse(_, position) => {
                 format!("a line does not parse at character {position}")

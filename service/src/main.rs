@@ -3,13 +3,12 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use chat_service::cli::{create_secret, doctor, healthcheck, migrate, smoke_test};
 use chat_service::config::{Config, EXIT_CONFIG};
-use chat_service::db::{MigrationError, Standing};
+use chat_service::http::routes::public_api;
+use chat_service::serve;
 use chat_service::telemetry::{BadVariable, Telemetry};
-use chat_service::{create_secret, db, doctor, openapi, serve, smoke_test};
 use clap::{Parser, Subcommand};
-use sqlx::postgres::PgConnectOptions;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -29,37 +28,17 @@ enum Command {
     /// Serve the API (the default)
     Serve,
     /// Bring the database's schema up to date, and exit
-    Migrate(MigrateArgs),
+    Migrate(migrate::Args),
     /// Ask the instance on this machine whether it is ready: exit code 0 or 1
-    Healthcheck(HealthcheckArgs),
+    Healthcheck(healthcheck::Args),
     /// Print the OpenAPI document
     Openapi,
     /// Check the configuration, Postgres, the schema and Redis; every failure names its fix
     Doctor,
-    /// Let two new users talk to each other over the API of a running service: exit code 0 or 1
+    /// Let two new users exchange messages over the API of a running service: exit code 0 or 1
     SmokeTest(smoke_test::Args),
     /// In a pod: create a Kubernetes Secret with random values, or add the keys that it lacks
     CreateSecret(create_secret::Args),
-}
-
-#[derive(clap::Args)]
-struct HealthcheckArgs {
-    /// How long to wait for an instance that is not ready
-    #[arg(long, default_value_t = 0, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=86_400))]
-    wait: u32,
-}
-
-#[derive(clap::Args)]
-struct MigrateArgs {
-    /// How long to wait for a Postgres that cannot be reached
-    #[arg(long, default_value_t = 0, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=86_400))]
-    wait: u32,
-    /// Leave a schema that is newer than this binary as it is, and succeed: for going back to an older release
-    #[arg(long)]
-    allow_newer: bool,
-    /// Change nothing; show each migration as applied, pending, modified or unknown. Exit code 1 for the last two
-    #[arg(long, conflicts_with_all = ["wait", "allow_newer"])]
-    status: bool,
 }
 
 fn main() -> ExitCode {
@@ -74,7 +53,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     // One provider for TLS and for tokens.
     rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
     match &command {
-        Command::Openapi => println!("{}", openapi::json()?),
+        Command::Openapi => println!("{}", public_api().document_json()?),
         Command::SmokeTest(args) => smoke_test::run(args)?,
         Command::CreateSecret(args) => create_secret::run(args)?,
         _ => return run_configured(&command),
@@ -92,10 +71,10 @@ fn run_configured(command: &Command) -> anyhow::Result<ExitCode> {
         }
     };
     if let Command::Healthcheck(args) = command {
-        return Ok(doctor::healthcheck(&config, Duration::from_secs(args.wait.into())));
+        return Ok(healthcheck::run(&config, Duration::from_secs(args.wait.into())));
     }
-    // OpenTelemetry reads its standard variables from the environment alone. What is there already stays, and no
-    // other thread runs yet.
+    // OpenTelemetry reads its standard variables only from the environment. Variables that are set keep their values, and
+    // no other thread runs yet.
     dotenvy::from_path(".env").ok();
     let telemetry = match Telemetry::start(&config) {
         Ok(telemetry) => telemetry,
@@ -105,52 +84,17 @@ fn run_configured(command: &Command) -> anyhow::Result<ExitCode> {
         }
         Err(error) => return Err(error),
     };
-    // The first of the workers, when it serves.
+    // `serve` makes this runtime its first worker.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let code = runtime.block_on(async {
         match command {
-            Command::Migrate(args) => migrate(&config, args).await,
-            Command::Doctor => doctor::doctor(&config).await,
+            Command::Migrate(args) => migrate::run(&config, args).await,
+            Command::Doctor => doctor::run(&config).await,
             _ => serve::run(config).await,
         }
     });
-    // Whatever still runs in the background was not acknowledged to anybody.
+    // No client waits for what still runs in the background.
     runtime.shutdown_timeout(Duration::from_millis(100));
     telemetry.shutdown();
     code
-}
-
-async fn migrate(config: &Config, args: &MigrateArgs) -> anyhow::Result<ExitCode> {
-    let options = db::connect_options(config).map_err(anyhow::Error::msg)?;
-    if args.status {
-        return status(&options).await;
-    }
-    match db::migrate_patiently(&options, Duration::from_secs(args.wait.into())).await {
-        Ok(version) => println!("the schema is at version {version}"),
-        Err(MigrationError::DatabaseIsNewer { applied, known }) if args.allow_newer && applied > known => {
-            println!(
-                "the schema is at version {applied}, newer than this binary, which knows {known}: left as it is"
-            )
-        }
-        Err(error) => return Err(error.into()),
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-async fn status(options: &PgConnectOptions) -> anyhow::Result<ExitCode> {
-    let standings = db::standings(options).await.context("Postgres cannot be asked")?;
-    let mut sound = true;
-    for (version, description, standing) in standings {
-        let (word, fix) = match standing {
-            Standing::Applied => ("applied", ""),
-            Standing::Pending => ("pending", ""),
-            Standing::Modified => {
-                ("modified", ": undo the edit; a migration is never changed, add a new one")
-            }
-            Standing::Unknown => ("unknown", ": applied by a newer release"),
-        };
-        sound &= matches!(standing, Standing::Applied | Standing::Pending);
-        println!("{version:04}  {word:<8}  {description}{fix}");
-    }
-    Ok(ExitCode::from(u8::from(!sound)))
 }

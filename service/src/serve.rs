@@ -1,8 +1,8 @@
-//! `chat-service serve`: two listeners, and an end in good order.
+//! `chat-service serve`: two listeners and a graceful shutdown.
 //!
-//! On the first signal the process turns unready and goes on serving for a moment, until those who route to it
-//! have noticed; then it takes no more requests, finishes those it has, commits what is queued, and exits. A
-//! second signal ends it at once.
+//! On the first signal the process becomes unready and goes on serving for a moment, until load balancers have noticed.
+//! Then it accepts no more requests, finishes those in flight, commits queued messages, and exits. A second signal ends
+//! it at once.
 
 use std::io;
 use std::net::SocketAddr;
@@ -18,26 +18,26 @@ use tokio::time::Instant;
 
 use crate::app::{App, Tasks};
 use crate::config::{Config, EXIT_CONFIG};
-use crate::db::{self, MigrationError};
-use crate::workers::{Serving, Workers};
-use crate::{routes, workers};
+use crate::http::routes::{self, public_api};
+use crate::store::migrations::{self, MigrationError};
+use crate::workers::{self, Port, Workers};
 
-/// How long an unready process still takes requests: a probe's period and a little. A grace that is shorter
-/// than ten times this leaves more of itself to the requests in flight.
+/// How long an unready process still accepts requests: a probe's period. Of a grace shorter than ten times this it takes a
+/// tenth, and leaves the rest to the requests in flight.
 const LAME_DUCK: Duration = Duration::from_secs(1);
 
-/// How long the start waits for the first answers of Postgres and Redis, so that a healthy process is ready as
-/// soon as it listens. One that is away, or a long migration, is waited for no longer.
+/// How long the start waits for the first answers of Postgres and Redis, so that a healthy process is ready as soon as it
+/// listens. It does not wait longer for a server that is unavailable, or for a long migration.
 const FIRST_ANSWER: Duration = Duration::from_secs(2);
 const FIRST_ANSWER_REDIS: Duration = Duration::from_millis(250);
 
 /// Requests in flight are counted this often while the process stops.
 const DRAIN_POLL: Duration = Duration::from_millis(10);
 
-/// How long an answer that was given may take to leave, and connections to close.
+/// How long the last responses may take to reach the socket, and connections to close.
 const LAST_BYTES: Duration = Duration::from_millis(250);
 
-/// Between two attempts to migrate a database that is away.
+/// Between two attempts to migrate a database that is unavailable.
 const MIGRATE_RETRY: Duration = Duration::from_secs(1);
 
 /// A running service; `main` waits for it, tests hold it.
@@ -48,8 +48,8 @@ pub struct Running {
     pub operations: SocketAddr,
     tasks: Tasks,
     workers: Workers,
-    public_port: Serving,
-    operations_port: Serving,
+    public_port: Port,
+    operations_port: Port,
     stop: watch::Sender<bool>,
     migration: JoinSet<MigrationError>,
 }
@@ -94,13 +94,14 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         tracing::warn!("SECRET_KEY is the default or short: anyone can sign tokens; production refuses it");
     }
     let (stop, stopping) = watch::channel(false);
-    let workers = Workers::start(workers::suitable())?;
-    let (app, mut tasks) = App::start(config, &workers, &stopping)?;
+    let workers = Workers::start(workers::default_count())?;
+    let api = public_api();
+    let (app, mut tasks) = App::start(config, api.endpoints(), &workers, &stopping)?;
     let migration = first_answers(&app).await?;
     app.watch_postgres(&mut tasks);
 
     let (public_address, operations_address) = (public.local_addr()?, operations.local_addr()?);
-    let public_port = workers.serve(public, &routes::public(&app))?;
+    let public_port = workers.serve(public, &api.service(&app))?;
     let operations_port = workers.serve(operations, &routes::operations(&app))?;
     tracing::info!(public = %public_address, operations = %operations_address, version = env!("CARGO_PKG_VERSION"), "listening");
     Ok(Running {
@@ -145,7 +146,7 @@ impl Running {
         }
     }
 
-    /// Ends in good order within the grace. Whatever is unfinished by then was not acknowledged.
+    /// Shuts down gracefully within the grace. Requests that are unfinished by then were not acknowledged.
     pub async fn stop(mut self, lame_duck: bool) {
         let grace = self.app.config.shutdown_grace();
         let deadline = Instant::now() + grace;
@@ -155,7 +156,7 @@ impl Running {
         }
         let drain = async {
             self.public_port.stop_graceful(deadline.saturating_duration_since(Instant::now()));
-            // The connections' own end is not waited for: one that never sends a request would hold it up.
+            // Not until all connections are closed: one that never sends a request would hold up the shutdown.
             loop {
                 while self.app.metrics.active_requests() > 0 {
                     tokio::time::sleep(DRAIN_POLL).await;
@@ -178,7 +179,7 @@ impl Running {
         tokio::time::timeout(Duration::from_secs(1), self.app.database.pool().close()).await.ok();
     }
 
-    /// Returns when something has failed that this process cannot mend.
+    /// Returns when something has failed from which this process cannot recover.
     async fn fault(&mut self) -> String {
         tokio::select! {
             Some(ended) = self.tasks.writers.join_next() => format!("a writer ended: {ended:?}"),
@@ -195,9 +196,9 @@ async fn bind(variable: &'static str, address: SocketAddr) -> Result<TcpListener
     TcpListener::bind(address).await.map_err(|source| AddressInUse { variable, address, source })
 }
 
-/// Migrates, if that is asked for, and lets Postgres and Redis answer once. What takes longer than a healthy
-/// start goes on in the background, live and unready; the task that is returned ends only with a fault that
-/// waiting cannot mend.
+/// Migrates, if configured, and waits for the first answers of Postgres and Redis. What takes longer than a healthy start
+/// continues in the background, while the process is live and unready. The returned task ends only with a fault that no
+/// retry can fix.
 async fn first_answers(app: &Arc<App>) -> anyhow::Result<JoinSet<MigrationError>> {
     let mut migration = JoinSet::new();
     let (first, first_outcome) = oneshot::channel();
@@ -211,29 +212,28 @@ async fn first_answers(app: &Arc<App>) -> anyhow::Result<JoinSet<MigrationError>
         app.health.ask(&app.database).await;
     };
     let redis = async {
-        while app.redis.live().is_none() && !*app.redis.watch_away().borrow() {
+        while app.redis.live().is_none() && !*app.redis.watch_unavailable().borrow() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
     let first_answers = async { tokio::join!(postgres, tokio::time::timeout(FIRST_ANSWER_REDIS, redis)) };
     tokio::time::timeout(FIRST_ANSWER, first_answers).await.ok();
-    // A fault is better told before the ports are open.
+    // Better fail before the ports are open.
     match migration.try_join_next() {
         Some(ended) => Err(ended?.into()),
         None => Ok(migration),
     }
 }
 
-/// Migrates, again and again while Postgres is away. Returns only with a fault; `first` is told when the first
-/// attempt is over.
+/// Migrates, with a retry while Postgres is unavailable. Returns only with a fault; drops `first` after the first attempt.
 async fn migrate(app: Arc<App>, first: oneshot::Sender<()>) -> MigrationError {
     let mut first = Some(first);
     loop {
-        let outcome = db::migrate(&app.connect_options).await;
+        let outcome = migrations::migrate(&app.connect_options).await;
         match outcome {
             Ok(_) => {
                 drop(first);
-                // The task stays, because its end would mean a fault.
+                // The task does not end, because its end means a fault.
                 return std::future::pending().await;
             }
             Err(MigrationError::Unreachable(_) | MigrationError::TimedOut) => {

@@ -1,13 +1,12 @@
-//! A thread per core, each with a runtime of its own, and connections that stay where they began.
+//! One single-threaded Tokio runtime per core. A connection stays with the worker that accepted it.
 //!
-//! A request is little work with two or three waits in it: for its bytes, for Redis, for the writer. A runtime that
-//! moves tasks between its threads pays at each of them, for waking another thread and for the queues that they share.
-//! On a runtime of one thread all requests that can go on do so one after the other, and then what they asked of Redis
-//! leaves in one write, on a connection that belongs to the thread.
+//! A request is little work with two or three waits: for its bytes, for Redis, for the writer. A runtime that moves tasks
+//! between threads pays at each of these waits, for waking another thread and for the queues that the threads share. A
+//! single-threaded runtime runs all requests that can go on one after the other, and then sends their Redis commands in
+//! one write, on the worker's own connection.
 //!
-//! The price is balance: a connection does not move. A new one goes to the worker with the fewest, so that the clients
-//! of one service, which are many and much alike, spread by themselves. What comes over one connection, as HTTP/2 can
-//! carry the requests of many, is served by one core.
+//! The price is balance: a connection never moves. A new one goes to the worker with the fewest, so that the many similar
+//! clients of a service spread evenly. All requests of one HTTP/2 connection are served by one core.
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -28,53 +27,53 @@ use tokio::runtime::{Builder, Handle};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
-/// A read costs a worker some five times what it costs Redis, which is one thread: more workers than these would only
-/// wait for it. On a machine of many cores it is replicas that go further.
+/// A read costs a worker some five times what it costs Redis, which has one thread: more workers would only wait for it.
+/// On a machine with more cores, run more replicas.
 const WORKERS_MAX: usize = 8;
 
-/// Connections that wait for one worker. One that is so far behind gets no more of them.
-const ARRIVALS_MAX: usize = 1024;
+/// Accepted connections that wait for one worker. Above that the worker gets no more.
+const BACKLOG_MAX: usize = 1024;
 
-/// After a connection could not be accepted, mostly for want of file descriptors.
+/// The pause after a failed accept, which mostly means that no file descriptors are left.
 const ACCEPT_RETRY: Duration = Duration::from_millis(10);
 
 thread_local! {
-    static HERE: Cell<usize> = const { Cell::new(0) };
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
 }
 
-/// The index of the worker on whose thread this is called; any other thread counts as the first.
-pub fn here() -> usize {
-    HERE.get()
+/// The index of the worker that calls; any other thread counts as the first.
+pub fn current() -> usize {
+    CURRENT.get()
 }
 
-/// A worker per core, of those that this process may use: a container's limit of processor time counts as well.
-pub fn suitable() -> usize {
+/// One worker for each core that this process may use; a container's CPU limit counts, too.
+pub fn default_count() -> usize {
     thread::available_parallelism().map_or(1, usize::from).min(WORKERS_MAX)
 }
 
-/// The threads that serve. The first is the runtime that started them; the others end with this value.
+/// The workers. The first is the runtime that started them; the others end when this is dropped.
 #[derive(Debug)]
 pub struct Workers {
     runtimes: Vec<Handle>,
-    ended: mpsc::UnboundedReceiver<usize>,
+    ended: mpsc::Receiver<usize>,
     _until_dropped: Vec<oneshot::Sender<Infallible>>,
 }
 
 impl Workers {
     /// The calling runtime is the first of `count`.
     pub fn start(count: usize) -> io::Result<Self> {
-        let (farewell, ended) = mpsc::unbounded_channel();
+        let (end_reporter, ended) = mpsc::channel(count);
         let (mut runtimes, mut until_dropped) = (vec![Handle::current()], Vec::new());
         for number in 1..count {
             let (kept, end) = oneshot::channel::<Infallible>();
-            let farewell = Farewell(farewell.clone(), number);
+            let reporter = EndReporter(end_reporter.clone(), number);
             let runtime = Builder::new_current_thread().enable_all().build()?;
             runtimes.push(runtime.handle().clone());
             until_dropped.push(kept);
             thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
-                let _farewell = farewell;
-                HERE.set(number);
-                // Ends when `kept` is dropped: there is nothing that could be sent.
+                let _reporter = reporter;
+                CURRENT.set(number);
+                // Ends when `kept` is dropped; nothing can be sent.
                 runtime.block_on(end).ok();
             })?;
         }
@@ -86,32 +85,32 @@ impl Workers {
         &self.runtimes
     }
 
-    /// Serves what connects to the listener, each connection on one worker.
-    pub fn serve(&self, listener: TcpListener, service: &Service) -> io::Result<Serving> {
+    /// Serves the listener's connections, each on one worker.
+    pub fn serve(&self, listener: TcpListener, service: &Service) -> io::Result<Port> {
         let address = SocketAddr::from(listener.local_addr()?);
-        let (mut serving, mut queues) = (Serving::default(), Vec::new());
+        let (mut port, mut workers) = (Port::default(), Vec::new());
         for runtime in &self.runtimes {
-            let (queue, arrivals) = mpsc::channel(ARRIVALS_MAX);
-            let server = Server::new(Share::new(arrivals, address.clone()));
-            serving.handles.push(server.handle());
-            serving.servers.spawn_on(server.try_serve(copy(service)), runtime);
-            queues.push(Queue { queue, connections: Arc::default() });
+            let (queue, accepted) = mpsc::channel(BACKLOG_MAX);
+            let server = Server::new(WorkerAcceptor::new(accepted, address.clone()));
+            port.handles.push(server.handle());
+            port.servers.spawn_on(server.try_serve(copy(service)), runtime);
+            workers.push(Backlog { queue, connections: Arc::default() });
         }
-        serving.accepting.spawn(spread(listener, queues));
-        Ok(serving)
+        port.accepting.spawn(distribute(listener, workers));
+        Ok(port)
     }
 
-    /// Returns when a worker has ended, which only a fault can bring about.
+    /// Returns when a worker has ended, which only a fault can cause.
     pub async fn ended(&mut self) -> usize {
         match self.ended.recv().await {
             Some(number) => number,
-            // There is only the first, on which this runs.
+            // The only worker is the first, on which this runs.
             None => std::future::pending().await,
         }
     }
 }
 
-/// Salvo's service cannot be cloned, but all that is in it is shared.
+/// Salvo's service is not `Clone`, but its parts are shared.
 fn copy(service: &Service) -> Service {
     let mut copy = Service::new(Arc::clone(&service.router));
     copy.catcher.clone_from(&service.catcher);
@@ -120,25 +119,26 @@ fn copy(service: &Service) -> Service {
     copy
 }
 
-/// Tells of a thread's end, whatever brought it about.
-struct Farewell(mpsc::UnboundedSender<usize>, usize);
+/// Reports the end of its thread, also after a panic.
+struct EndReporter(mpsc::Sender<usize>, usize);
 
-impl Drop for Farewell {
+impl Drop for EndReporter {
     fn drop(&mut self) {
-        self.0.send(self.1).ok();
+        // Never full: it has room for every worker.
+        self.0.try_send(self.1).ok();
     }
 }
 
-/// A port that is served.
+/// A port that the workers serve.
 #[derive(Default)]
-pub struct Serving {
+pub struct Port {
     accepting: JoinSet<()>,
     servers: JoinSet<io::Result<()>>,
     handles: Vec<ServerHandle>,
 }
 
-impl Serving {
-    /// Takes no more connections, and of those that there are no more requests. What has not ended after `limit` is cut.
+impl Port {
+    /// Accepts no more connections, and no more requests on the open ones. Closes what is left after `limit`.
     pub fn stop_graceful(&mut self, limit: Duration) {
         self.accepting.abort_all();
         self.handles.iter().for_each(|handle| handle.stop_graceful(limit));
@@ -162,37 +162,37 @@ impl Serving {
     }
 }
 
-impl std::fmt::Debug for Serving {
+impl std::fmt::Debug for Port {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Serving").field("workers", &self.servers.len()).finish_non_exhaustive()
+        formatter.debug_struct("Port").field("workers", &self.servers.len()).finish_non_exhaustive()
     }
 }
 
-/// The way to a worker.
-struct Queue {
-    queue: mpsc::Sender<Arrival>,
+/// The connections that wait for a worker, and the number of all that it has.
+struct Backlog {
+    queue: mpsc::Sender<AcceptedSocket>,
     connections: Arc<AtomicUsize>,
 }
 
 /// A connection that was accepted and is not yet served.
-struct Arrival {
-    /// Without a runtime, so that the worker's can take it.
+struct AcceptedSocket {
+    /// Not registered with a runtime yet: the worker's registers it.
     socket: net::TcpStream,
     remote: net::SocketAddr,
-    place: Place,
+    counted: CountedConnection,
 }
 
 /// Gives each new connection to the worker with the fewest.
-async fn spread(listener: TcpListener, workers: Vec<Queue>) {
+async fn distribute(listener: TcpListener, workers: Vec<Backlog>) {
     loop {
-        let arrived = listener.accept().await.and_then(|(stream, remote)| {
-            // An answer in two segments must not wait until the client has acknowledged the first. A socket that refuses
-            // is one that its client has closed, which is no reason to pause.
+        let accepted = listener.accept().await.and_then(|(stream, remote)| {
+            // A response in two segments must not wait until the client has acknowledged the first. This fails only if the
+            // client has closed the connection, which is no reason to pause.
             stream.set_nodelay(true).ok();
             Ok((stream.into_std()?, remote))
         });
-        let (socket, remote) = match arrived {
-            Ok(arrived) => arrived,
+        let (socket, remote) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
                 tokio::time::sleep(ACCEPT_RETRY).await;
@@ -200,46 +200,46 @@ async fn spread(listener: TcpListener, workers: Vec<Queue>) {
             }
         };
         let worker = workers.iter().min_by_key(|worker| worker.connections.load(Ordering::Relaxed));
-        let Some(Queue { queue, connections }) = worker else { return };
-        let arrival = Arrival { socket, remote, place: Place::taken(connections) };
-        if queue.try_send(arrival).is_err() {
-            tracing::warn!("a connection was refused: its worker is too far behind");
+        let Some(Backlog { queue, connections }) = worker else { return };
+        let accepted = AcceptedSocket { socket, remote, counted: CountedConnection::new(connections) };
+        if queue.try_send(accepted).is_err() {
+            tracing::warn!("a connection was closed: its worker has a full backlog");
         }
     }
 }
 
-/// Counts for its worker as long as the connection lasts, which has it as an observer.
-struct Place(Arc<AtomicUsize>);
+/// Counts for its worker until the connection, which owns it as an observer, is closed.
+struct CountedConnection(Arc<AtomicUsize>);
 
-impl Place {
-    fn taken(connections: &Arc<AtomicUsize>) -> Self {
+impl CountedConnection {
+    fn new(connections: &Arc<AtomicUsize>) -> Self {
         connections.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(connections))
     }
 }
 
-impl Drop for Place {
+impl Drop for CountedConnection {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl ConnObserver for Place {}
+impl ConnObserver for CountedConnection {}
 
-/// A worker's share of the connections, as salvo takes them.
-struct Share {
-    arrivals: mpsc::Receiver<Arrival>,
+/// Hands a worker's connections to salvo.
+struct WorkerAcceptor {
+    accepted: mpsc::Receiver<AcceptedSocket>,
     holding: Holding,
 }
 
-impl Share {
-    fn new(arrivals: mpsc::Receiver<Arrival>, local_addr: SocketAddr) -> Self {
+impl WorkerAcceptor {
+    fn new(accepted: mpsc::Receiver<AcceptedSocket>, local_addr: SocketAddr) -> Self {
         let http_versions = vec![Version::HTTP_11, Version::HTTP_2];
-        Self { arrivals, holding: Holding { local_addr, http_versions, http_scheme: Scheme::HTTP } }
+        Self { accepted, holding: Holding { local_addr, http_versions, http_scheme: Scheme::HTTP } }
     }
 }
 
-impl Acceptor for Share {
+impl Acceptor for WorkerAcceptor {
     type Coupler = TcpCoupler<Self::Stream>;
     type Stream = StraightStream<TcpStream>;
 
@@ -252,8 +252,8 @@ impl Acceptor for Share {
         policy: Option<ArcFusePolicy>,
     ) -> io::Result<Accepted<Self::Coupler, Self::Stream>> {
         loop {
-            let Some(Arrival { socket, remote, place }) = self.arrivals.recv().await else {
-                // Nothing is accepted any more, and the server is about to be told.
+            let Some(AcceptedSocket { socket, remote, counted }) = self.accepted.recv().await else {
+                // The port accepts no more connections, and the server is about to be stopped.
                 return std::future::pending().await;
             };
             let stream = TcpStream::from_std(socket)?;
@@ -269,7 +269,7 @@ impl Acceptor for Share {
             let conn_ctrl = ConnCtrl::new();
             return Ok(Accepted {
                 coupler: TcpCoupler::new(),
-                stream: StraightStream::new(stream, fuse_config, conn_ctrl.clone(), Some(Arc::new(place))),
+                stream: StraightStream::new(stream, fuse_config, conn_ctrl.clone(), Some(Arc::new(counted))),
                 fuse_config,
                 conn_ctrl,
                 local_addr: info.local_addr,
@@ -289,17 +289,17 @@ mod tests {
 
     #[handler]
     async fn which() -> String {
-        here().to_string()
+        current().to_string()
     }
 
-    /// Three workers, each of which tells its index.
-    async fn served() -> (Workers, Serving, net::SocketAddr) {
+    /// Three workers, each of which answers with its index.
+    async fn served() -> (Workers, Port, net::SocketAddr) {
         let workers = Workers::start(3).expect("threads");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let service = Service::new(Router::new().get(which));
-        let serving = workers.serve(listener, &service).expect("serves");
-        (workers, serving, address)
+        let port = workers.serve(listener, &service).expect("serves");
+        (workers, port, address)
     }
 
     /// Connects, and returns the connection and the worker that answers on it.
@@ -322,7 +322,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_stays_with_the_worker_that_had_the_fewest() {
-        let (_workers, _serving, address) = served().await;
+        let (_workers, _port, address) = served().await;
         let mut connections = Vec::new();
         for _ in 0..6 {
             connections.push(connect(address).await);
@@ -334,7 +334,7 @@ mod tests {
         for (stream, index) in &mut connections {
             assert_eq!(ask(stream).await, *index);
         }
-        // The next two go where two have left, once that was noticed.
+        // Two connections of one worker close; the next two go to it.
         connections.retain(|(_, index)| *index != 1);
         tokio::time::sleep(Duration::from_millis(200)).await;
         for _ in 0..2 {
@@ -344,11 +344,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_port_that_stops_closes_what_is_idle_and_refuses_what_is_new() {
-        let (_workers, mut serving, address) = served().await;
+    async fn a_stopping_port_closes_idle_connections_and_refuses_new_ones() {
+        let (_workers, mut port, address) = served().await;
         let (mut stream, _) = connect(address).await;
-        serving.stop_graceful(Duration::from_secs(5));
-        let closed = tokio::time::timeout(Duration::from_secs(2), serving.closed());
+        port.stop_graceful(Duration::from_secs(5));
+        let closed = tokio::time::timeout(Duration::from_secs(2), port.closed());
         assert!(closed.await.is_ok(), "the connection is idle");
         assert_eq!(stream.read(&mut [0; 8]).await.ok(), Some(0));
         assert!(TcpStream::connect(address).await.is_err());

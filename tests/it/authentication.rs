@@ -1,29 +1,29 @@
-//! `Authorization: Bearer`: who gets past it, on every endpoint that asks for it.
+//! `Authorization: Bearer`: which tokens are accepted, on every operation that needs one.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
-use reqwest::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::support::{Answer, SECRET_KEY, TestApp, User, now_seconds, text};
+use crate::support::{Operation, Response, SECRET_KEY, TestApp, User, now_seconds, operations, text};
 
-/// Every endpoint that needs a token.
-const AUTHENTICATED: [&str; 4] = ["GET /me", "GET /users/ben", "POST /send", "GET /messages"];
+/// All other operations need a token.
+const PUBLIC: [&str; 3] = ["POST /register", "POST /login", "GET /healthz"];
 
-/// Asks `endpoint` with this header, and with everything else as it should be.
-async fn ask(app: &TestApp, endpoint: &str, ben: &str, authorization: Option<&str>) -> Answer {
-    let (method, path) = endpoint.split_once(' ').expect("a method and a path");
-    let path = if path == "/messages" { format!("/messages?peer_id={ben}") } else { path.to_owned() };
-    let mut call = app.request(Method::from_bytes(method.as_bytes()).expect("a method"), &path);
-    if method == "POST" {
-        call = call.json(&json!({"recipient_id": ben, "content": "hello"}));
-    }
-    if let Some(authorization) = authorization {
-        call = call.header("authorization", authorization);
-    }
-    call.answer().await
+fn authenticated() -> Vec<Operation> {
+    operations().into_iter().filter(|operation| !PUBLIC.contains(&&*operation.to_string())).collect()
+}
+
+/// Sends the operation's example with this header.
+async fn ask(app: &TestApp, operation: &Operation, ben: &User, authorization: Option<&str>) -> Response {
+    let request = operation.request(app, ben, "hello");
+    authorization
+        .into_iter()
+        .fold(request, |request, value| request.header("authorization", value))
+        .response()
+        .await
 }
 
 fn sign(algorithm: Algorithm, key: &str, claims: &Value) -> String {
@@ -31,27 +31,17 @@ fn sign(algorithm: Algorithm, key: &str, claims: &Value) -> String {
     jsonwebtoken::encode(&Header::new(algorithm), claims, &key).expect("encodes")
 }
 
-/// A token of this service's key for the user, that ends then.
+/// A token for the user, signed with the service's key, that expires at this time.
 fn token_until(user: &User, exp: u64) -> String {
     sign(Algorithm::HS256, SECRET_KEY, &json!({"sub": user.id, "iat": exp - 60, "exp": exp}))
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_document_and_these_tests_agree_on_who_needs_a_token() {
-    let document: Value =
-        serde_json::from_str(&chat_service::openapi::json().expect("a document")).expect("JSON");
-    let mut secured = Vec::new();
-    for (path, item) in document["paths"].as_object().expect("paths") {
-        for (method, operation) in item.as_object().expect("operations") {
-            if operation.get("security").is_some() {
-                secured.push(format!("{} {}", method.to_uppercase(), path.replace("{username}", "ben")));
-            }
-        }
-    }
-    secured.sort();
-    let mut tested = AUTHENTICATED.to_vec();
-    tested.sort_unstable();
-    assert_eq!(secured, tested);
+#[test]
+fn the_document_says_of_every_operation_but_the_public_ones_that_it_needs_a_token() {
+    let operations = operations();
+    let public = operations.iter().filter(|operation| operation.documented.get("security").is_none());
+    let public: BTreeSet<_> = public.map(ToString::to_string).collect();
+    assert_eq!(public, PUBLIC.map(str::to_owned).into());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -99,47 +89,47 @@ async fn a_missing_bad_expired_or_foreign_token_is_401_everywhere() {
             )),
         ),
     ];
-    for endpoint in AUTHENTICATED {
+    for operation in &authenticated() {
         for (what, authorization) in &bad {
-            let answer = ask(&app, endpoint, &ben.id, authorization.as_deref()).await;
-            assert_eq!(answer.status, 401, "{endpoint} with {what}");
+            let answer = ask(&app, operation, &ben, authorization.as_deref()).await;
+            assert_eq!(answer.status, 401, "{operation} with {what}");
             answer.problem(401);
         }
-        let answer = ask(&app, endpoint, &ben.id, Some(&format!("Bearer {}", ana.token))).await;
-        assert!(answer.status < 300, "{endpoint} with a good token: {answer:?}");
+        let answer = ask(&app, operation, &ben, Some(&format!("Bearer {}", ana.token))).await;
+        assert!(answer.status < 300, "{operation} with a good token: {answer:?}");
     }
     assert_eq!(app.seqs(&ana, &ben, "").await, [1], "only the good token has sent something");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_schemes_name_is_taken_in_any_case() {
+async fn the_name_of_the_scheme_is_accepted_in_any_case() {
     let app = TestApp::start().await;
     let (ana, ben) = (app.user("ana").await, app.user("ben").await);
-    for endpoint in AUTHENTICATED {
+    for operation in &authenticated() {
         for scheme in ["Bearer", "bearer", "BEARER", "bEaReR"] {
-            let answer = ask(&app, endpoint, &ben.id, Some(&format!("{scheme} {}", ana.token))).await;
-            assert!(answer.status < 300, "{endpoint} with {scheme}: {answer:?}");
+            let answer = ask(&app, operation, &ben, Some(&format!("{scheme} {}", ana.token))).await;
+            assert!(answer.status < 300, "{operation} with {scheme}: {answer:?}");
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_is_good_until_it_expires_and_no_longer_than_a_second_after() {
+async fn a_token_is_accepted_until_at_most_a_second_after_it_expires() {
     let app = TestApp::start().await;
     let (ana, ben) = (app.user("ana").await, app.user("ben").await);
     let exp = now_seconds() + 2;
     let authorization = format!("Bearer {}", token_until(&ana, exp));
-    let answer = ask(&app, "GET /me", &ben.id, Some(&authorization)).await;
+    let answer = app.get("/me").header("authorization", &authorization).response().await;
     assert!(answer.status == 200 || now_seconds() >= exp, "{answer:?}");
     let over = std::time::UNIX_EPOCH + Duration::from_millis(exp * 1000 + 1001);
     tokio::time::sleep(over.duration_since(std::time::SystemTime::now()).unwrap_or_default()).await;
-    for endpoint in AUTHENTICATED {
-        ask(&app, endpoint, &ben.id, Some(&authorization)).await.problem(401);
+    for operation in &authenticated() {
+        ask(&app, operation, &ben, Some(&authorization)).await.problem(401);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_of_the_previous_key_is_still_good_and_new_ones_have_the_new_key() {
+async fn a_token_of_the_previous_key_is_accepted_and_new_ones_are_signed_with_the_new_key() {
     let old = TestApp::start().await;
     let (ana, ben) = (old.user("ana").await, old.user("ben").await);
     let new_key = "the key after the rotation, also long";
@@ -147,16 +137,16 @@ async fn a_token_of_the_previous_key_is_still_good_and_new_ones_have_the_new_key
     let after = old.replica(&[("SECRET_KEY", new_key)]).await;
     let old_token = format!("Bearer {}", ana.token);
     let new_token = format!("Bearer {}", new.token(&ana.id));
-    for endpoint in AUTHENTICATED {
-        assert!(ask(&new, endpoint, &ben.id, Some(&old_token)).await.status < 300, "{endpoint}");
-        assert!(ask(&after, endpoint, &ben.id, Some(&new_token)).await.status < 300, "{endpoint}");
-        ask(&after, endpoint, &ben.id, Some(&old_token)).await.problem(401);
-        ask(&old, endpoint, &ben.id, Some(&new_token)).await.problem(401);
+    for operation in &authenticated() {
+        assert!(ask(&new, operation, &ben, Some(&old_token)).await.status < 300, "{operation}");
+        assert!(ask(&after, operation, &ben, Some(&new_token)).await.status < 300, "{operation}");
+        ask(&after, operation, &ben, Some(&old_token)).await.problem(401);
+        ask(&old, operation, &ben, Some(&new_token)).await.problem(401);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_token_of_a_deleted_user_is_401_also_after_it_filled_the_window() {
+async fn the_token_of_a_deleted_user_is_401_even_if_a_window_still_has_its_messages() {
     let app = TestApp::start().await;
     let (ana, ben) = (app.user("ana").await, app.user("ben").await);
     app.sent(&ana, &ben, "hello").await;
@@ -164,27 +154,27 @@ async fn the_token_of_a_deleted_user_is_401_also_after_it_filled_the_window() {
     app.database.execute(&format!("DELETE FROM users WHERE id = '{}'", ana.id)).await;
     let deleted = Instant::now();
     let token = format!("Bearer {}", ana.token);
-    for endpoint in AUTHENTICATED.into_iter().filter(|endpoint| *endpoint != "GET /messages") {
-        ask(&app, endpoint, &ben.id, Some(&token)).await.problem(401);
+    for operation in authenticated().iter().filter(|operation| operation.path != "/messages") {
+        ask(&app, operation, &ben, Some(&token)).await.problem(401);
     }
-    // A lease that was granted before may be used up: that is a second at the most.
-    while ask(&app, "GET /messages", &ben.id, Some(&token)).await.status != 401 {
+    // A lease that was granted before is valid for a second at most.
+    while app.messages(&ana, &ben, "").await.status != 401 {
         assert!(deleted.elapsed() < Duration::from_secs(2), "the window still answers a deleted user");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    ask(&app, "GET /messages", &ben.id, Some(&token)).await.problem(401);
-    // Somebody who never was is not told apart.
+    app.messages(&ana, &ben, "").await.problem(401);
+    // The token of a user that never existed gets the same answer.
     let nobody = format!("Bearer {}", app.token(&Uuid::now_v7().to_string()));
-    for endpoint in AUTHENTICATED {
-        ask(&app, endpoint, &ben.id, Some(&nobody)).await.problem(401);
+    for operation in &authenticated() {
+        ask(&app, operation, &ben, Some(&nobody)).await.problem(401);
     }
     let answer = app.messages(&ben, &ana, "").await;
-    assert!(text(&answer.problem(404), "detail").contains("peer_id"), "the peer is gone too");
+    assert!(text(&answer.problem(404), "detail").contains("peer_id"), "the deleted peer is not found");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bad_token_is_told_before_a_bad_body_or_query() {
+async fn a_bad_token_is_reported_before_a_bad_body_or_query() {
     let app = TestApp::start().await;
-    app.post("/send").header("content-type", "text/plain").body("nonsense").answer().await.problem(401);
-    app.get("/messages?limit=abc").answer().await.problem(401);
+    app.post("/send").header("content-type", "text/plain").body("nonsense").response().await.problem(401);
+    app.get("/messages?limit=abc").response().await.problem(401);
 }

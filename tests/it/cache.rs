@@ -1,4 +1,4 @@
-//! The recent window in Redis: a read never shows less than was acknowledged, whatever Redis has lost.
+//! The recent window in Redis: a read never shows less than was acknowledged, whatever data Redis loses.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use deadpool_redis::redis;
 
 use crate::support::{TestApp, User};
 
-/// The key of the only list in the test's Redis, and the one of its lease.
+/// The keys of the only list in the test's Redis, and of its lease.
 async fn window_keys(app: &TestApp) -> (String, String) {
     let keys: Vec<String> = app.redis.run(redis::cmd("KEYS").arg("chat:recent:*")).await;
     let key = |part: &str| keys.iter().find(|key| key.ends_with(part)).cloned();
@@ -20,7 +20,7 @@ async fn head(app: &TestApp, reader: &User, peer: &User) -> i64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_one_replica_acknowledged_another_shows_at_once() {
+async fn a_message_is_shown_by_every_replica_as_soon_as_one_acknowledged_it() {
     let one = TestApp::start().await;
     let other = one.replica(&[]).await;
     let (ana, ben) = one.pair().await;
@@ -46,7 +46,7 @@ async fn what_one_replica_acknowledged_another_shows_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_window_and_postgres_answer_the_same_bytes() {
+async fn reads_from_the_window_and_from_postgres_are_the_same_bytes() {
     let app = TestApp::with(&[("CACHE_WINDOW", "100")]).await;
     let without = app.replica(&[("CACHE_WINDOW", "0")]).await;
     let (ana, ben) = app.pair().await;
@@ -63,7 +63,7 @@ async fn the_window_and_postgres_answer_the_same_bytes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_lost_everything_costs_no_message() {
+async fn a_redis_that_lost_its_data_hides_no_message() {
     let one = TestApp::start().await;
     let other = one.replica(&[]).await;
     let (ana, ben) = one.pair().await;
@@ -90,11 +90,11 @@ async fn a_redis_that_lost_everything_costs_no_message() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn reads_never_go_back_in_time_while_redis_keeps_losing_everything() {
+async fn reads_never_go_back_in_time_while_redis_keeps_losing_its_data() {
     let one = TestApp::start().await;
     let other = one.replica(&[]).await;
     let (ana, ben) = one.pair().await;
-    // Past the time after connecting in which no lease is trusted.
+    // For some time after it connects, a replica trusts no lease.
     one.hit(&ana, &ben, "").await;
     other.hit(&ana, &ben, "").await;
     let (acknowledged, shown, done) = (AtomicI64::new(0), AtomicI64::new(0), AtomicBool::new(false));
@@ -140,22 +140,22 @@ async fn a_list_without_its_lease_is_not_trusted() {
     let (ana, ben) = app.pair().await;
     app.sent_many(&ana, &ben, 3).await;
     let truth = app.hit(&ana, &ben, "").await.json(200);
-    // Only in order to see that this list is what a hit shows, and the test spoils the right key.
-    let spoil = async || {
+    // Shows that this list is what a hit shows: the test changes the right key.
+    let falsify = async || {
         app.hit(&ana, &ben, "").await;
         let (list, lease) = window_keys(&app).await;
         let head: String = app.redis.run(redis::cmd("LINDEX").arg(&list).arg(0)).await;
-        let spoiled = head.replace("\"content\":\"3\"", "\"content\":\"never sent\"");
-        assert_ne!(spoiled, head);
-        app.redis.run::<()>(redis::cmd("LSET").arg(&list).arg(0).arg(spoiled)).await;
+        let falsified = head.replace("\"content\":\"3\"", "\"content\":\"never sent\"");
+        assert_ne!(falsified, head);
+        app.redis.run::<()>(redis::cmd("LSET").arg(&list).arg(0).arg(falsified)).await;
         (list, lease)
     };
-    let (_, lease) = spoil().await;
+    let (_, lease) = falsify().await;
     app.redis.run::<()>(redis::cmd("PERSIST").arg(&lease)).await;
     assert_eq!(app.hit(&ana, &ben, "").await.json(200)[0]["content"], "never sent");
     app.redis.flush().await;
 
-    // A list that ends too early, as after a writer died before it could append: its lease ran out.
+    // A list that lacks its newest message, as when a writer died before it could append: its lease has run out.
     let (list, lease) = {
         app.hit(&ana, &ben, "").await;
         window_keys(&app).await
@@ -164,7 +164,7 @@ async fn a_list_without_its_lease_is_not_trusted() {
     app.redis.run::<()>(redis::cmd("DEL").arg(&lease)).await;
     assert_eq!(app.messages(&ana, &ben, "").await.json(200), truth);
 
-    // Nor is a lease trusted that promises more than the list has.
+    // A lease for a seq that the list does not have is not trusted either.
     let (list, lease) = {
         app.hit(&ana, &ben, "").await;
         window_keys(&app).await
@@ -178,7 +178,7 @@ async fn a_list_without_its_lease_is_not_trusted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_read_of_postgres_has_shown_no_window_hides() {
+async fn no_window_hides_what_a_read_from_postgres_has_shown() {
     for query in ["before=99", "after=0&limit=100", "offset=0&limit=60"] {
         let one = TestApp::start().await;
         let other = one.replica(&[]).await;
@@ -187,7 +187,7 @@ async fn what_a_read_of_postgres_has_shown_no_window_hides() {
         one.hit(&ana, &ben, "").await;
         let (_, lease) = window_keys(&one).await;
         one.redis.run::<()>(redis::cmd("PERSIST").arg(&lease)).await;
-        // Committed, but its writer has not come to Redis yet, nor acknowledged it.
+        // Committed, but its writer has not updated Redis or acknowledged it yet.
         one.database
             .execute(
                 "UPDATE conversations SET last_seq = 4;
@@ -195,7 +195,7 @@ async fn what_a_read_of_postgres_has_shown_no_window_hides() {
                  FROM messages WHERE seq = 3",
             )
             .await;
-        assert_eq!(one.hit(&ana, &ben, "").await.seqs(), [3, 2, 1], "the window may be behind by itself");
+        assert_eq!(one.hit(&ana, &ben, "").await.seqs(), [3, 2, 1], "the window may still be behind");
         assert_eq!(other.seqs(&ben, &ana, query).await, [4, 3, 2, 1], "{query}");
         for app in [&one, &other, &one] {
             assert_eq!(app.seqs(&ana, &ben, "").await, [4, 3, 2, 1], "after {query} has shown it");
@@ -204,7 +204,7 @@ async fn what_a_read_of_postgres_has_shown_no_window_hides() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_that_starts_leaves_the_windows_of_the_others_alone() {
+async fn a_replica_that_starts_does_not_suspend_the_windows() {
     let one = TestApp::start().await;
     let (ana, ben) = one.pair().await;
     one.sent(&ana, &ben, "hello").await;
@@ -222,7 +222,7 @@ async fn a_replica_that_starts_leaves_the_windows_of_the_others_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unused_window_leaves_redis_after_its_time() {
+async fn an_unused_window_expires() {
     let app = TestApp::with(&[("CACHE_TTL_SECONDS", "2")]).await;
     let (ana, ben) = app.pair().await;
     app.sent_many(&ana, &ben, 3).await;
@@ -242,7 +242,7 @@ async fn an_unused_window_leaves_redis_after_its_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_window_keeps_no_more_messages_than_it_may() {
+async fn a_window_has_no_more_messages_than_its_limit() {
     let app = TestApp::with(&[("CACHE_WINDOW", "4")]).await;
     let (ana, ben) = app.pair().await;
     app.sent_many(&ana, &ben, 3).await;
@@ -255,10 +255,10 @@ async fn a_window_keeps_no_more_messages_than_it_may() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_window_that_is_written_but_not_read_goes_away_and_no_key_stays_for_ever() {
+async fn a_window_that_is_written_but_not_read_expires_and_no_key_stays_for_ever() {
     let app = TestApp::with(&[("CACHE_TTL_SECONDS", "2")]).await;
     let (ana, ben) = app.pair().await;
-    // A read of the empty conversation, so that the very first message begins the list.
+    // A read of the empty conversation makes the first message start the list.
     app.messages(&ana, &ben, "").await.json(200);
     let started = Instant::now();
     let mut expired = false;

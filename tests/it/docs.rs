@@ -1,43 +1,18 @@
-//! `GET /openapi.json` and `GET /docs`: what the service says of itself.
+//! `GET /openapi.json` and `GET /docs`: the service's documentation.
 
 use std::collections::BTreeSet;
 
+use chat_service::http::routes::public_api;
 use serde_json::Value;
 
-use crate::support::TestApp;
+use crate::support::{TestApp, document, operations};
 
-/// The committed document, so that a change of the API shows in a review.
+/// The committed document: a review shows every change of the API.
 const SNAPSHOT: &str = include_str!("openapi.json");
-
-/// Every operation, and every status that it answers: of a success, then of an error.
-const OPERATIONS: [(&str, &str, &[u16]); 7] = [
-    ("post", "/register", &[201, 400, 409, 413, 415, 422, 429, 500, 503]),
-    ("post", "/login", &[200, 400, 401, 413, 415, 422, 429, 500, 503]),
-    ("get", "/me", &[200, 401, 500, 503]),
-    ("get", "/users/{username}", &[200, 401, 404, 500, 503]),
-    ("post", "/send", &[201, 400, 401, 404, 409, 413, 415, 422, 429, 500, 503]),
-    ("get", "/messages", &[200, 400, 401, 404, 422, 500, 503]),
-    ("get", "/healthz", &[200, 500, 503]),
-];
-
-fn document() -> Value {
-    let text = chat_service::openapi::json().expect("a document");
-    serde_json::from_str(&text).expect("the document is JSON")
-}
-
-fn operations(document: &Value) -> Vec<(&str, &str, &Value)> {
-    let paths = document["paths"].as_object().expect("paths").iter();
-    paths
-        .flat_map(|(path, item)| {
-            let item = item.as_object().expect("a path's operations").iter();
-            item.map(move |(method, operation)| (method.as_str(), path.as_str(), operation))
-        })
-        .collect()
-}
 
 #[test]
 fn the_document_is_the_committed_one() {
-    let current = chat_service::openapi::json().expect("a document") + "\n";
+    let current = public_api().document_json().expect("a document") + "\n";
     let first_change = current.lines().zip(SNAPSHOT.lines()).enumerate().find(|(_, (new, old))| new != old);
     assert!(
         current == SNAPSHOT,
@@ -49,10 +24,10 @@ fn the_document_is_the_committed_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_service_serves_the_document_that_it_prints() {
     let app = TestApp::start().await;
-    let answer = app.get("/openapi.json").answer().await;
+    let answer = app.get("/openapi.json").response().await;
     assert!(answer.header("content-type").is_some_and(|kind| kind.starts_with("application/json")));
     let served: Value = serde_json::from_str(&answer.text(200)).expect("JSON");
-    assert_eq!(served, document());
+    assert_eq!(&served, document());
 }
 
 #[test]
@@ -60,47 +35,38 @@ fn it_is_an_openapi_3_1_document_of_the_public_port_only() {
     let document = document();
     assert!(document["openapi"].as_str().is_some_and(|version| version.starts_with("3.1.")));
     assert_eq!(document["info"]["title"], "chat-service");
-    let mut found: Vec<(&str, &str)> =
-        operations(&document).into_iter().map(|(method, path, _)| (method, path)).collect();
-    found.sort_unstable();
-    let mut expected: Vec<(&str, &str)> =
-        OPERATIONS.iter().map(|(method, path, _)| (*method, *path)).collect();
-    expected.sort_unstable();
-    assert_eq!(found, expected);
+    // The documentation does not document itself.
+    let documentation = ["GET /openapi.json", "GET /docs/{**}"].map(str::to_owned);
+    let expected: BTreeSet<_> = operations().iter().map(ToString::to_string).chain(documentation).collect();
+    let served = public_api().endpoints().into_iter();
+    assert_eq!(expected, served.map(|endpoint| format!("{} {}", endpoint.method, endpoint.route)).collect());
     let bearer = &document["components"]["securitySchemes"]["bearer"];
     assert_eq!((bearer["type"].as_str(), bearer["scheme"].as_str()), (Some("http"), Some("bearer")));
 }
 
 #[test]
-fn every_operation_declares_every_status_that_it_answers() {
-    let document = document();
-    for (method, path, expected) in OPERATIONS {
-        let operation = &document["paths"][path][method];
-        let mut statuses: Vec<u16> = operation["responses"]
-            .as_object()
-            .unwrap_or_else(|| panic!("no {method} {path}"))
-            .keys()
-            .map(|status| status.parse().expect("a status"))
-            .collect();
-        statuses.sort_unstable();
-        assert_eq!(statuses, expected, "{method} {path}");
-        let names = ["operationId", "summary", "tags"];
-        assert!(names.iter().all(|name| operation.get(*name).is_some()), "{method} {path}: one of {names:?}");
+fn every_operation_has_one_success_a_summary_tags_and_a_unique_id() {
+    let operations = operations();
+    for operation in &operations {
+        let successes = operation.statuses().into_iter().filter(|status| *status < 400);
+        assert_eq!(successes.count(), 1, "{operation}");
+        for name in ["operationId", "summary", "tags"] {
+            assert!(operation.documented.get(name).is_some(), "{operation}: {name}");
+        }
     }
     let ids: BTreeSet<_> =
-        operations(&document).iter().map(|(_, _, operation)| operation["operationId"].to_string()).collect();
-    assert_eq!(ids.len(), OPERATIONS.len(), "{ids:?}");
+        operations.iter().map(|operation| operation.documented["operationId"].as_str()).collect();
+    assert_eq!(ids.len(), operations.len(), "{ids:?}");
 }
 
 #[test]
 fn every_error_is_a_problem_with_its_headers_and_an_example() {
-    let document = document();
-    for (method, path, operation) in operations(&document) {
-        for (status, response) in operation["responses"].as_object().expect("responses") {
-            let place = format!("{method} {path} {status}");
+    for operation in operations() {
+        for (status, response) in operation.documented["responses"].as_object().expect("responses") {
+            let place = format!("{operation} {status}");
             assert!(response["headers"]["x-request-id"].is_object(), "{place}: x-request-id");
-            // Readiness tells what is wrong in the form that it always has.
-            if !status.starts_with(['4', '5']) || (path, status.as_str()) == ("/healthz", "503") {
+            // Readiness has the same form with 503 as with 200.
+            if !status.starts_with(['4', '5']) || (&*operation.path, &**status) == ("/healthz", "503") {
                 continue;
             }
             let kinds: Vec<_> = response["content"].as_object().expect("a body").keys().collect();
@@ -131,23 +97,22 @@ fn every_body_has_an_example() {
             || schema.get("items").is_some_and(|items| has_example(document, items))
             || members.is_some_and(|members| members.values().all(|member| has_example(document, member)))
     }
-    let document = document();
-    for (method, path, operation) in operations(&document) {
-        let responses = operation["responses"].as_object().expect("responses").values();
-        for body in responses.chain(operation.get("requestBody")) {
+    for operation in operations() {
+        let responses = operation.documented["responses"].as_object().expect("responses").values();
+        for body in responses.chain(operation.documented.get("requestBody")) {
             for content in body["content"].as_object().expect("a body").values() {
-                let has = content.get("example").is_some() || has_example(&document, &content["schema"]);
-                assert!(has, "{method} {path}: {content}");
+                let has = content.get("example").is_some() || has_example(document(), &content["schema"]);
+                assert!(has, "{operation}: {content}");
             }
         }
-        for parameter in operation["parameters"].as_array().into_iter().flatten() {
-            assert!(parameter["description"].is_string(), "{method} {path}: {parameter}");
+        for parameter in operation.documented["parameters"].as_array().into_iter().flatten() {
+            assert!(parameter["description"].is_string(), "{operation}: {parameter}");
         }
     }
 }
 
 #[test]
-fn the_limits_of_the_contract_are_in_the_document() {
+fn the_document_has_the_limits_of_the_contract() {
     let document = document();
     let parameter = |name: &str| {
         let parameters = document["paths"]["/messages"]["get"]["parameters"].as_array().expect("parameters");
@@ -174,11 +139,11 @@ fn the_limits_of_the_contract_are_in_the_document() {
 #[tokio::test(flavor = "multi_thread")]
 async fn swagger_ui_shows_the_document_without_any_outside_asset() {
     let app = TestApp::start().await;
-    let moved = app.get("/docs").answer().await;
+    let moved = app.get("/docs").response().await;
     assert_eq!((moved.status, moved.header("location")), (302, Some("/docs/")));
-    let page = app.get("/docs/").answer().await;
+    let page = app.get("/docs/").response().await;
     assert!(page.header("content-type").is_some_and(|kind| kind.starts_with("text/html")));
-    // What the page may load is also the browser's to see to.
+    // The browser enforces what the page may load.
     let policy = page.header("content-security-policy").expect("a policy").to_owned();
     assert!(policy.contains("default-src 'self'") && !policy.contains("http"), "{policy}");
     let html = page.text(200);
@@ -192,7 +157,7 @@ async fn swagger_ui_shows_the_document_without_any_outside_asset() {
     assert!(assets.len() >= 3, "{html}");
     for asset in assets {
         let path = format!("/docs/{}", asset.trim_start_matches("./"));
-        let answer = app.get(&path).answer().await;
+        let answer = app.get(&path).response().await;
         assert_eq!(answer.status, 200, "{path}");
         let kind = answer.header("content-type").unwrap_or_default();
         let expected = if path.ends_with(".css") { "css" } else { "javascript" };

@@ -1,26 +1,14 @@
-//! Errors that no endpoint makes by itself, and what surrounds every request.
+//! Errors that come from the middleware, and what is common to all requests.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use chat_service::http::routes::public_api;
 use reqwest::Method;
 use serde_json::json;
 use sqlx::Connection as _;
 
-use crate::support::{PASSWORD, TestApp, User, text};
-
-/// Every path of the public port, with the method that it takes.
-const PATHS: [(&str, &str); 9] = [
-    ("/register", "POST"),
-    ("/login", "POST"),
-    ("/send", "POST"),
-    ("/me", "GET"),
-    ("/users/ana", "GET"),
-    ("/messages", "GET"),
-    ("/healthz", "GET"),
-    ("/docs/", "GET"),
-    ("/openapi.json", "GET"),
-];
+use crate::support::{TestApp, User, operations, text};
 
 fn method(name: &str) -> Method {
     Method::from_bytes(name.as_bytes()).expect("a method")
@@ -44,39 +32,46 @@ async fn an_unknown_path_is_404_whatever_the_method_on_both_ports() {
             if path.starts_with("/docs/") && name != "GET" {
                 continue;
             }
-            app.request(method(name), path).answer().await.problem(404);
+            app.request(method(name), path).response().await.problem(404);
         }
     }
     for path in ["/", "/nothing", "/me", "/docs/", "/openapi.json"] {
-        app.get_operations(path).answer().await.problem(404);
+        app.get_operations(path).response().await.problem(404);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_method_than_the_paths_own_is_405_and_the_right_one_is_named() {
+async fn a_method_that_a_path_does_not_have_is_405_and_the_allowed_ones_are_named() {
     let app = TestApp::start().await;
-    for (path, own) in PATHS {
-        for name in ["GET", "POST", "PUT", "DELETE", "PATCH", "BREW"] {
-            if name == own {
-                continue;
-            }
-            let answer = app.request(method(name), path).answer().await;
+    let mut allowed: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+    for endpoint in public_api().endpoints() {
+        let path = endpoint.route.replace("{username}", "ana").replace("{**}", "");
+        allowed.entry(path).or_default().insert(endpoint.method);
+    }
+    for (path, allowed) in allowed {
+        for name in ["GET", "POST", "PUT", "DELETE", "PATCH", "BREW"]
+            .into_iter()
+            .filter(|name| !allowed.contains(name))
+        {
+            let path = path.as_str();
+            let answer = app.request(method(name), path).response().await;
             assert_eq!(answer.status, 405, "{name} {path}");
             answer.problem(405);
-            assert_eq!(answer.header("allow"), Some(own), "{name} {path}");
+            let named = answer.header("allow").unwrap_or_default().split(", ").collect::<BTreeSet<_>>();
+            assert_eq!(named, allowed, "{name} {path}");
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_over_the_limit_is_413_and_one_of_just_the_limit_is_read() {
+async fn a_body_over_the_limit_is_413_and_one_of_exactly_the_limit_is_read() {
     for (variables, limit) in [(&[][..], 65_536), (&[("MAX_BODY_BYTES", "1024")][..], 1024)] {
         let app = TestApp::with(variables).await;
         let ana = app.user("ana").await;
         for path in ["/register", "/login", "/send"] {
             let body = |length: usize| format!("{{\"x\":\"{}\"}}", "x".repeat(length - 8));
             let post = |body: String| {
-                app.post(path).by(&ana).header("content-type", "application/json").body(body).answer()
+                app.post(path).by(&ana).header("content-type", "application/json").body(body).response()
             };
             post(body(limit)).await.problem(422);
             let problem = post(body(limit + 1)).await.problem(413);
@@ -87,7 +82,7 @@ async fn a_body_over_the_limit_is_413_and_one_of_just_the_limit_is_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_chunked_body_is_counted_as_it_comes() {
+async fn a_chunked_body_is_counted_as_it_arrives() {
     let app = TestApp::with(&[("MAX_BODY_BYTES", "2048")]).await;
     let ana = app.user("ana").await;
     for path in ["/register", "/login", "/send"] {
@@ -111,13 +106,13 @@ async fn a_chunked_body_is_counted_as_it_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_does_not_say_json_is_415() {
+async fn a_body_without_the_content_type_of_json_is_415() {
     let app = TestApp::start().await;
     let ana = app.user("ana").await;
     for path in ["/register", "/login", "/send"] {
         let post = |kind: Option<&str>| {
-            let call = app.post(path).by(&ana).body("{}");
-            kind.into_iter().fold(call, |call, kind| call.header("content-type", kind)).answer()
+            let request = app.post(path).by(&ana).body("{}");
+            kind.into_iter().fold(request, |request, kind| request.header("content-type", kind)).response()
         };
         for kind in [
             None,
@@ -141,7 +136,7 @@ async fn a_body_that_does_not_say_json_is_415() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sane_request_id_is_taken_over_on_every_status() {
+async fn a_valid_request_id_is_kept_on_every_status() {
     let app = TestApp::with(&[("LOGIN_RATE_LIMIT_PER_MINUTE", "1000000")]).await;
     let ana = app.user("ana").await;
     for id in ["a", "A.b_c-9", "0123456789", &"x".repeat(64)] {
@@ -158,15 +153,15 @@ async fn a_sane_request_id_is_taken_over_on_every_status() {
             ("GET", "/docs/", 200),
             ("GET", "/docs", 302),
         ] {
-            let answer = app.request(method(name), path).by(&ana).header("x-request-id", id).answer().await;
+            let answer = app.request(method(name), path).by(&ana).header("x-request-id", id).response().await;
             assert_eq!((answer.status, answer.header("x-request-id")), (status, Some(id)), "{name} {path}");
             if status >= 400 {
                 assert_eq!(answer.problem(status)["request_id"], id);
             }
         }
-        let answer = app.get("/me").header("x-request-id", id).answer().await;
+        let answer = app.get("/me").header("x-request-id", id).response().await;
         assert_eq!(answer.problem(401)["request_id"], id);
-        let answer = app.get_operations("/livez").header("x-request-id", id).answer().await;
+        let answer = app.get_operations("/livez").header("x-request-id", id).response().await;
         assert_eq!(answer.header("x-request-id"), Some(id));
     }
 }
@@ -193,49 +188,47 @@ async fn any_other_request_id_is_replaced_and_no_two_are_the_same() {
         }
     }
     for _ in 0..10 {
-        let id = app.get("/nothing").answer().await.header("x-request-id").map(str::to_owned);
+        let id = app.get("/nothing").response().await.header("x-request-id").map(str::to_owned);
         assert!(seen.insert(id.expect("an id")), "the same id twice");
     }
 }
 
-/// One request of each endpoint that needs Postgres.
-async fn ask_everything(app: &TestApp, ana: &User, ben: &User, status: u16) {
-    app.register("carl", "carl@example.com", PASSWORD).await.problem(status);
-    app.login("ana", PASSWORD).await.problem(status);
-    app.get("/me").by(ana).answer().await.problem(status);
-    app.get("/users/ben").by(ana).answer().await.problem(status);
-    app.send(ana, ben, "hello").answer().await.problem(status);
-    for query in ["", "offset=70", "before=5", "after=5"] {
+/// Every operation that needs Postgres is refused with this status.
+async fn refuses_everything(app: &TestApp, ana: &User, ben: &User, status: u16) {
+    for operation in operations().iter().filter(|operation| operation.path != "/healthz") {
+        operation.request(app, ben, "carl").by(ana).response().await.problem(status);
+    }
+    for query in ["offset=70", "before=5", "after=5"] {
         app.messages(ana, ben, query).await.problem(status);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_postgres_everything_that_needs_it_is_503() {
-    let well = TestApp::start().await;
-    let (ana, ben) = well.pair().await;
-    let app = well.replica(&[("DATABASE_URL", "postgres://postgres@127.0.0.1:1/nowhere")]).await;
-    ask_everything(&app, &ana, &ben, 503).await;
-    assert_eq!(app.get("/healthz").answer().await.status, 503);
-    app.get_operations("/livez").answer().await.json(200);
-    // What can be judged without it still is.
-    app.get("/me").answer().await.problem(401);
-    app.post("/login").json(&json!({})).answer().await.problem(422);
-    app.get("/nothing").answer().await.problem(404);
+    let healthy = TestApp::start().await;
+    let (ana, ben) = healthy.pair().await;
+    let app = healthy.replica(&[("DATABASE_URL", "postgres://postgres@127.0.0.1:1/nowhere")]).await;
+    refuses_everything(&app, &ana, &ben, 503).await;
+    assert_eq!(app.get("/healthz").response().await.status, 503);
+    app.get_operations("/livez").response().await.json(200);
+    // Errors that are found without Postgres come first.
+    app.get("/me").response().await.problem(401);
+    app.post("/login").json(&json!({})).response().await.problem(422);
+    app.get("/nothing").response().await.problem(404);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn before_the_schema_is_there_everything_that_needs_it_is_503() {
-    let well = TestApp::start().await;
-    let (ana, ben) = well.pair().await;
+async fn without_the_schema_everything_that_needs_it_is_503() {
+    let healthy = TestApp::start().await;
+    let (ana, ben) = healthy.pair().await;
     let empty = crate::support::Database::empty().await;
-    let app = well.replica(&[("DATABASE_URL", empty.url()), ("MIGRATE_ON_START", "false")]).await;
-    ask_everything(&app, &ana, &ben, 503).await;
+    let app = healthy.replica(&[("DATABASE_URL", empty.url()), ("MIGRATE_ON_START", "false")]).await;
+    refuses_everything(&app, &ana, &ben, 503).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_takes_too_long_is_503() {
-    // The limit of the request, and the one of the statement: whichever is over first.
+    // The request's timeout and the statement's: the shorter one counts.
     for variables in [[("REQUEST_TIMEOUT_MS", "300")], [("DB_STATEMENT_TIMEOUT_MS", "300")]] {
         let patient = TestApp::start().await;
         let ana = patient.user("ana").await;
@@ -244,23 +237,23 @@ async fn a_request_that_takes_too_long_is_503() {
         let mut lock = holder.begin().await.expect("a transaction");
         sqlx::raw_sql("LOCK TABLE users").execute(&mut *lock).await.expect("a lock");
         let started = Instant::now();
-        app.get("/me").by(&ana).answer().await.problem(503);
+        app.get("/me").by(&ana).response().await.problem(503);
         let taken = started.elapsed();
         assert!((Duration::from_millis(300)..Duration::from_secs(4)).contains(&taken), "{taken:?}");
         lock.rollback().await.expect("the lock is released");
-        patient.get("/me").by(&ana).answer().await.json(200);
+        patient.get("/me").by(&ana).response().await.json(200);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_of_unknown_fate_may_be_repeated_under_its_key() {
+async fn a_message_with_an_unknown_outcome_can_be_repeated_under_its_key() {
     let patient = TestApp::start().await;
     let (ana, ben) = patient.pair().await;
     let app = patient.replica(&[("REQUEST_TIMEOUT_MS", "300")]).await;
     let mut holder = app.database.connect().await;
     let mut lock = holder.begin().await.expect("a transaction");
     sqlx::raw_sql("LOCK TABLE conversations").execute(&mut *lock).await.expect("a lock");
-    let send = |app: &TestApp| app.send(&ana, &ben, "once").header("idempotency-key", "key").answer();
+    let send = |app: &TestApp| app.send(&ana, &ben, "once").header("idempotency-key", "key").response();
     send(&app).await.problem(503);
     send(&app).await.problem(503);
     lock.rollback().await.expect("the lock is released");

@@ -1,4 +1,4 @@
-//! The harness itself: what the other tests stand on must start, fail, come back and leave nothing behind.
+//! The harness itself: its servers start, fail, restart and leave nothing behind.
 
 use std::fs;
 use std::net::TcpStream;
@@ -16,7 +16,7 @@ fn one(rows: Vec<Vec<Option<String>>>) -> Option<String> {
 }
 
 #[test]
-fn postgres_comes_back_on_its_port_with_what_was_committed() -> Result<()> {
+fn postgres_restarts_on_its_port_with_all_committed_data() -> Result<()> {
     let scratch = Scratch::new("postgres")?;
     let dir = scratch.path().join("postgres");
     let mut postgres = Postgres::start(&dir, PostgresOptions::fast().setting("work_mem", "3MB"))?;
@@ -46,7 +46,7 @@ fn postgres_comes_back_on_its_port_with_what_was_committed() -> Result<()> {
 }
 
 #[test]
-fn a_paused_server_answers_nobody_until_it_is_resumed() -> Result<()> {
+fn a_paused_server_does_not_answer_until_it_is_resumed() -> Result<()> {
     let scratch = Scratch::new("pause")?;
     let mut postgres = Postgres::start(&scratch.path().join("postgres"), PostgresOptions::fast())?;
     let mut redis = Redis::start(&scratch.path().join("redis"), RedisOptions::default())?;
@@ -57,7 +57,7 @@ fn a_paused_server_answers_nobody_until_it_is_resumed() -> Result<()> {
         let pong = scope.spawn(|| redis.cli(&["PING"]));
         thread::sleep(Duration::from_millis(300));
         assert!(!rows.is_finished() && !pong.is_finished(), "a frozen server answered");
-        // The handles are borrowed by the waiting threads, so the processes are woken from outside.
+        // The waiting threads borrow the handles, so the processes are resumed by their ids.
         for pid in [postgres.pid(), redis.pid()].into_iter().flatten() {
             ensure!(Command::new("kill").args(["-CONT", &pid.to_string()]).status()?.success());
         }
@@ -72,13 +72,13 @@ fn a_paused_server_answers_nobody_until_it_is_resumed() -> Result<()> {
 }
 
 #[test]
-fn durable_data_survives_the_instance_and_a_start_clears_what_a_killed_run_left() -> Result<()> {
+fn durable_data_survives_the_instance_and_a_start_ends_the_server_of_a_killed_run() -> Result<()> {
     let scratch = Scratch::new("durable")?;
     let dir = scratch.path().join("postgres");
     let first = Postgres::start(&dir, PostgresOptions::durable())?;
     first.query("postgres", "CREATE TABLE kept ()")?;
     let abandoned = first.pid().expect("it runs");
-    // As a killed run does: nobody stops the server.
+    // Like a killed run: nothing stops the server.
     std::mem::forget(first);
     let second = Postgres::start(&dir, PostgresOptions::durable())?;
     assert!(!is_alive(abandoned), "two servers on one directory");
@@ -93,7 +93,7 @@ fn durable_data_survives_the_instance_and_a_start_clears_what_a_killed_run_left(
 }
 
 #[test]
-fn redis_comes_back_empty_on_its_port() -> Result<()> {
+fn redis_restarts_empty_on_its_port() -> Result<()> {
     let scratch = Scratch::new("redis")?;
     let dir = scratch.path().join("redis");
     let mut redis = Redis::start(&dir, RedisOptions::default().config("maxmemory 64mb"))?;
@@ -129,7 +129,7 @@ fn a_sentinel_knows_its_master() -> Result<()> {
 }
 
 #[test]
-fn a_server_that_cannot_start_says_why() -> Result<()> {
+fn a_server_that_cannot_start_names_the_cause() -> Result<()> {
     let scratch = Scratch::new("refused")?;
     let options = PostgresOptions::fast().setting("shared_buffers", "lots");
     let error = Postgres::start(&scratch.path().join("postgres"), options).expect_err("a bad setting");
@@ -140,7 +140,7 @@ fn a_server_that_cannot_start_says_why() -> Result<()> {
     Ok(())
 }
 
-/// Only Linux tells a child that its parent is gone.
+/// Only Linux sends a child a signal when its parent has died.
 #[test]
 #[cfg(target_os = "linux")]
 fn a_server_dies_with_a_parent_that_is_killed() -> Result<()> {
@@ -166,7 +166,7 @@ fn a_server_dies_with_a_parent_that_is_killed() -> Result<()> {
     parent.kill()?;
     parent.wait()?;
     let pids: Vec<u32> =
-        pids?.expect("both start").split(' ').map(|pid| pid.parse().expect("a pid")).collect();
+        pids?.expect("both servers start").split(' ').map(|pid| pid.parse().expect("a pid")).collect();
     let killed = Instant::now();
     while pids.iter().any(|pid| is_alive(*pid)) {
         ensure!(killed.elapsed() < Duration::from_secs(20), "servers outlive their parent: {pids:?}");

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use chat_service::db;
+use chat_service::store::migrations;
 use serde_json::{Value, json};
 
 use crate::support::{Database, PASSWORD, TestApp};
@@ -16,34 +16,34 @@ fn readiness(status: &str, changed: &[(&str, &str)]) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_healthy_replica_is_ready_on_both_ports_and_alive_on_one() {
+async fn a_healthy_replica_is_ready_on_both_ports_and_live_on_one() {
     let app = TestApp::start().await;
-    assert_eq!(app.get("/healthz").answer().await.json(200), readiness("ok", &[]));
-    assert_eq!(app.get_operations("/healthz").answer().await.json(200), readiness("ok", &[]));
-    assert_eq!(app.get_operations("/livez").answer().await.json(200), json!({"status": "ok"}));
-    app.get("/livez").answer().await.problem(404);
+    assert_eq!(app.get("/healthz").response().await.json(200), readiness("ok", &[]));
+    assert_eq!(app.get_operations("/healthz").response().await.json(200), readiness("ok", &[]));
+    assert_eq!(app.get_operations("/livez").response().await.json(200), json!({"status": "ok"}));
+    app.get("/livez").response().await.problem(404);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_draining_replica_is_not_ready_but_alive_and_still_serves() {
+async fn a_draining_replica_is_live_but_not_ready_and_still_serves() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
     app.running.app.health.drain();
     let expected = readiness("unavailable", &[("process", "draining")]);
-    let answer = app.get("/healthz").answer().await;
+    let answer = app.get("/healthz").response().await;
     assert_eq!(answer.header("retry-after"), Some("1"));
-    // So that no request meets the end of a connection that was kept alive.
+    // So that no request fails because its kept-alive connection is closed.
     assert_eq!(answer.header("connection"), Some("close"));
     assert_eq!(answer.json(503), expected);
-    assert_eq!(app.get_operations("/healthz").answer().await.json(503), expected);
-    app.get_operations("/livez").answer().await.json(200);
+    assert_eq!(app.get_operations("/healthz").response().await.json(503), expected);
+    app.get_operations("/livez").response().await.json(200);
     app.sent(&ana, &ben, "in flight").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_redis_a_replica_is_degraded_and_ready() {
     let app = TestApp::with(&[("REDIS_URL", "redis://127.0.0.1:1/0")]).await;
-    assert_eq!(app.get("/healthz").answer().await.json(200), readiness("degraded", &[("redis", "away")]));
+    assert_eq!(app.get("/healthz").response().await.json(200), readiness("degraded", &[("redis", "away")]));
     let (ana, ben) = app.pair().await;
     app.sent(&ana, &ben, "hello").await;
     assert_eq!(app.seqs(&ben, &ana, "").await, [1]);
@@ -51,17 +51,17 @@ async fn without_redis_a_replica_is_degraded_and_ready() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_with_a_schema_that_is_behind_lives_unready_until_it_is_migrated() {
+async fn a_replica_with_an_old_schema_is_live_but_not_ready_until_it_is_migrated() {
     let database = Database::empty().await;
     let options = database.options();
     let app = TestApp::on(database, &[("MIGRATE_ON_START", "false")]).await;
     let expected = readiness("unavailable", &[("schema", "behind")]);
-    assert_eq!(app.get("/healthz").answer().await.json(503), expected);
-    app.get_operations("/livez").answer().await.json(200);
-    let version = db::migrate(&options).await.expect("migrates");
+    assert_eq!(app.get("/healthz").response().await.json(503), expected);
+    app.get_operations("/livez").response().await.json(200);
+    let version = migrations::migrate(&options).await.expect("migrates");
     let migrated = Instant::now();
     loop {
-        let answer = app.get("/healthz").answer().await;
+        let answer = app.get("/healthz").response().await;
         if answer.status == 200 {
             assert_eq!(answer.json(200), readiness("ok", &[]));
             break;
@@ -74,24 +74,24 @@ async fn a_replica_with_a_schema_that_is_behind_lives_unready_until_it_is_migrat
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_postgres_a_replica_is_alive_and_not_ready() {
+async fn without_postgres_a_replica_is_live_but_not_ready() {
     let app = TestApp::with(&[("DATABASE_URL", "postgres://postgres@127.0.0.1:1/nowhere")]).await;
     let expected = readiness("unavailable", &[("postgres", "away"), ("schema", "unknown")]);
-    assert_eq!(app.get("/healthz").answer().await.json(503), expected);
-    app.get_operations("/livez").answer().await.json(200);
+    assert_eq!(app.get("/healthz").response().await.json(503), expected);
+    app.get_operations("/livez").response().await.json(200);
     assert_eq!(app.metric("chat_dependency_up{dependency=\"postgres\"}").await, 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_are_counted_by_route_template_and_status_on_the_operations_port_alone() {
+async fn requests_are_counted_by_route_template_and_status_on_the_operations_port_only() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
-    app.get(&format!("/users/{}", ben.username)).by(&ana).answer().await.json(200);
-    app.get("/users/nobody-at-all").by(&ana).answer().await.problem(404);
-    app.get("/secret-path").answer().await.problem(404);
+    app.get(&format!("/users/{}", ben.name)).by(&ana).response().await.json(200);
+    app.get("/users/nobody-at-all").by(&ana).response().await.problem(404);
+    app.get("/secret-path").response().await.problem(404);
     app.sent(&ana, &ben, "a secret").await;
     app.messages(&ana, &ben, "limit=7").await.json(200);
-    let answer = app.get_operations("/metrics").answer().await;
+    let answer = app.get_operations("/metrics").response().await;
     assert_eq!(answer.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
     let text = answer.text(200);
     let count = |method: &str, route: &str, status: u16| {
@@ -109,8 +109,8 @@ async fn requests_are_counted_by_route_template_and_status_on_the_operations_por
     assert_eq!(count("GET", "/messages", 200), "1", "{text}");
     assert_eq!(count("GET", "/metrics", 200), "0", "{text}");
     assert_eq!(app.metric("chat_messages_sent_total{outcome=\"stored\"}").await, 1.0);
-    for secret in [ben.username.as_str(), ana.id.as_str(), "nobody-at-all", "secret", "limit=7"] {
+    for secret in [ben.name.as_str(), ana.id.as_str(), "nobody-at-all", "secret", "limit=7"] {
         assert!(!text.contains(secret), "{secret} in\n{text}");
     }
-    app.get("/metrics").answer().await.problem(404);
+    app.get("/metrics").response().await.problem(404);
 }

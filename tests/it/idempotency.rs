@@ -1,21 +1,21 @@
-//! `Idempotency-Key` on `POST /send`: a request that may be repeated.
+//! `Idempotency-Key` on `POST /send`: a request can be repeated.
 
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::support::{Answer, TestApp, User, text, together};
+use crate::support::{Response, TestApp, User, text, together};
 
-async fn send(app: &TestApp, from: &User, to: &User, content: &str, key: &str) -> Answer {
-    app.send(from, to, content).header("idempotency-key", key).answer().await
+async fn send(app: &TestApp, from: &User, to: &User, content: &str, key: &str) -> Response {
+    app.send(from, to, content).header("idempotency-key", key).response().await
 }
 
-fn replayed(answer: &Answer) -> Option<&str> {
+fn replayed(answer: &Response) -> Option<&str> {
     answer.header("idempotency-replayed")
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_repeated_key_answers_201_with_the_first_message_and_says_so() {
+async fn a_repeated_key_is_answered_with_the_first_message_and_marked_as_replayed() {
     let one = TestApp::start().await;
     let other = one.replica(&[]).await;
     let (ana, ben) = one.pair().await;
@@ -23,7 +23,7 @@ async fn a_repeated_key_answers_201_with_the_first_message_and_says_so() {
     let message = first.json(201);
     assert_eq!(replayed(&first), None);
     one.sent(&ben, &ana, "in between").await;
-    // The edges of the content are not part of the message.
+    // White space around the content is not part of the message.
     for (app, content) in [(&one, "hello"), (&other, "hello"), (&other, "  hello\n")] {
         let again = send(app, &ana, &ben, content, "key-1").await;
         assert_eq!(again.json(201), message);
@@ -31,7 +31,7 @@ async fn a_repeated_key_answers_201_with_the_first_message_and_says_so() {
     }
     assert_eq!(one.seqs(&ana, &ben, "").await, [2, 1]);
     // Without a key the same message is another one.
-    let plain = one.send(&ana, &ben, "hello").answer().await;
+    let plain = one.send(&ana, &ben, "hello").response().await;
     assert_eq!((replayed(&plain), plain.json(201)["seq"].as_i64()), (None, Some(3)));
 }
 
@@ -47,13 +47,13 @@ async fn the_same_key_with_another_body_is_409() {
     send(&app, &ana, &cleo, "hello", "key").await.problem(409);
     assert_eq!(app.seqs(&ana, &ben, "").await, [1]);
     assert_eq!(app.seqs(&ana, &cleo, "").await, [1]);
-    // A key is as it is written.
+    // Keys are case-sensitive.
     let other = send(&app, &ana, &ben, "Hello", "KEY").await;
     assert_eq!((replayed(&other), other.json(201)["seq"].as_i64()), (None, Some(2)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_belongs_to_its_sender_alone() {
+async fn a_key_belongs_to_its_sender_only() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
     let cleo = app.user("cleo").await;
@@ -69,7 +69,7 @@ async fn a_key_belongs_to_its_sender_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn identical_requests_at_once_on_two_replicas_give_one_message() {
+async fn identical_concurrent_requests_on_two_replicas_make_one_message() {
     let one = TestApp::start().await;
     let other = one.replica(&[]).await;
     let (ana, ben) = one.pair().await;
@@ -86,7 +86,7 @@ async fn identical_requests_at_once_on_two_replicas_give_one_message() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn different_requests_under_one_key_at_once_give_one_message() {
+async fn different_concurrent_requests_with_one_key_make_one_message() {
     let one = TestApp::start().await;
     let other = one.replica(&[]).await;
     let (ana, ben) = one.pair().await;
@@ -96,7 +96,7 @@ async fn different_requests_under_one_key_at_once_give_one_message() {
         .enumerate()
         .map(|(number, content)| send([&one, &other][number % 2], &ana, &ben, content, "key"));
     let answers = together(requests).await;
-    let (stored, refused): (Vec<&Answer>, Vec<&Answer>) =
+    let (stored, refused): (Vec<&Response>, Vec<&Response>) =
         answers.iter().partition(|answer| answer.status == 201);
     assert_eq!(stored.len(), 1, "{answers:#?}");
     refused.iter().for_each(|answer| drop(answer.problem(409)));
@@ -132,7 +132,7 @@ async fn a_key_is_1_to_255_visible_ascii_characters() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_is_kept_for_24_hours_and_swept_away_after() {
+async fn a_key_is_kept_for_24_hours_and_then_removed() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
     let first = send(&app, &ana, &ben, "hello", "young").await.json(201);
@@ -144,7 +144,7 @@ async fn a_key_is_kept_for_24_hours_and_swept_away_after() {
         )
         .await;
     // A replica sweeps when it starts.
-    let _sweeper = app.replica(&[]).await;
+    let _replica = app.replica(&[]).await;
     let started = Instant::now();
     loop {
         let again = send(&app, &ana, &ben, "hello", "old").await;
@@ -160,7 +160,7 @@ async fn a_key_is_kept_for_24_hours_and_swept_away_after() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_request_uses_no_key_up() {
+async fn a_refused_request_does_not_use_its_key() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
     assert_eq!(send(&app, &ana, &ben, " ", "key").await.invalid_fields(), ["content"]);

@@ -1,29 +1,24 @@
 //! Rate limits: fixed windows of a minute, per user or per client address.
 
-use std::time::Duration;
-
 use deadpool_redis::redis;
 use serde_json::json;
 
-use crate::support::{Answer, PASSWORD, TestApp, now_seconds, text};
+use crate::support::{PASSWORD, Response, TestApp, now_seconds, text, wait_for_a_minute};
 
 const MINUTE: u64 = 60;
 
-/// Waits for the next window where this one is almost over, so that a test counts in one window alone.
+/// Waits for the next window if this one is almost over, so that a test counts in one window only.
 async fn in_one_window() {
-    let left = MINUTE - now_seconds() % MINUTE;
-    if left < 20 {
-        tokio::time::sleep(Duration::from_secs(left)).await;
-    }
+    tokio::time::sleep(wait_for_a_minute()).await;
 }
 
-/// An attempt that is counted, although it does nothing.
-async fn attempt(app: &TestApp, path: &str, forwarded: &[&str]) -> Answer {
-    let call = app.post(path).json(&json!({}));
-    forwarded.iter().fold(call, |call, value| call.header("x-forwarded-for", value)).answer().await
+/// An attempt that is counted, although it is invalid.
+async fn attempt(app: &TestApp, path: &str, forwarded: &[&str]) -> Response {
+    let request = app.post(path).json(&json!({}));
+    forwarded.iter().fold(request, |request, value| request.header("x-forwarded-for", value)).response().await
 }
 
-/// How many attempts of this client are let through, until the first that is not.
+/// How many attempts of this client are allowed before the first that is not.
 async fn allowed(app: &TestApp, path: &str, forwarded: &[&str]) -> u32 {
     for count in 0..100 {
         let answer = attempt(app, path, forwarded).await;
@@ -61,24 +56,24 @@ async fn the_sixth_login_of_an_address_in_a_minute_is_429_until_the_window_ends(
             after % MINUTE
         );
     }
-    // Other limits are counted apart.
+    // Other limits count separately.
     app.user("ben").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_may_send_30_messages_a_minute_and_each_counts_alone() {
+async fn a_user_may_send_30_messages_a_minute_and_users_count_separately() {
     let app = TestApp::with(&[("SEND_RATE_LIMIT_PER_MINUTE", "")]).await;
     let (ana, ben) = app.pair().await;
     in_one_window().await;
     for number in 1..=30 {
         assert_eq!(app.sent(&ana, &ben, "hello").await["seq"], number);
     }
-    app.send(&ana, &ben, "hello").answer().await.problem(429);
-    app.post("/send").by(&ana).json(&json!({})).answer().await.problem(429);
+    app.send(&ana, &ben, "hello").response().await.problem(429);
+    app.post("/send").by(&ana).json(&json!({})).response().await.problem(429);
     app.sent(&ben, &ana, "hello").await;
     assert_eq!(app.seqs(&ana, &ben, "limit=1").await, [31], "what was refused was not stored");
-    // A bad token is nobody's attempt.
-    app.post("/send").header("authorization", "Bearer x").json(&json!({})).answer().await.problem(401);
+    // A bad token does not count for any user.
+    app.post("/send").header("authorization", "Bearer x").json(&json!({})).response().await.problem(401);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -92,7 +87,7 @@ async fn an_address_may_register_30_users_a_minute() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn zero_switches_a_limit_off() {
+async fn zero_disables_a_limit() {
     let app = TestApp::with(&[
         ("LOGIN_RATE_LIMIT_PER_MINUTE", "0"),
         ("SEND_RATE_LIMIT_PER_MINUTE", "0"),
@@ -107,7 +102,7 @@ async fn zero_switches_a_limit_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_count_together_and_a_new_minute_counts_anew() {
+async fn replicas_count_together_and_each_minute_separately() {
     let one = TestApp::with(&[("SEND_RATE_LIMIT_PER_MINUTE", "4")]).await;
     let other = one.replica(&[]).await;
     let (ana, ben) = one.pair().await;
@@ -116,9 +111,9 @@ async fn replicas_count_together_and_a_new_minute_counts_anew() {
         app.sent(&ana, &ben, "hello").await;
     }
     for app in [&one, &other] {
-        app.send(&ana, &ben, "hello").answer().await.problem(429);
+        app.send(&ana, &ben, "hello").response().await.problem(429);
     }
-    // What was counted belongs to this window, by its name, and goes by itself.
+    // The keys have the window's number, and expire.
     let window = (now_seconds() / MINUTE).to_string();
     let keys: Vec<String> = one.redis.run(redis::cmd("KEYS").arg("chat:limit:*")).await;
     assert!(!keys.is_empty(), "nothing was counted in Redis");
@@ -130,7 +125,7 @@ async fn replicas_count_together_and_a_new_minute_counts_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_limit_holds_while_redis_is_away() {
+async fn a_limit_holds_while_redis_is_unavailable() {
     let app =
         TestApp::with(&[("REDIS_URL", "redis://127.0.0.1:1/0"), ("LOGIN_RATE_LIMIT_PER_MINUTE", "3")]).await;
     in_one_window().await;
@@ -138,7 +133,7 @@ async fn a_limit_holds_while_redis_is_away() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn x_forwarded_for_is_ignored_from_anyone_but_a_trusted_proxy() {
+async fn x_forwarded_for_is_ignored_unless_it_comes_from_a_trusted_proxy() {
     for proxies in ["", "10.0.0.0/8,::1/128", "127.0.0.2/32"] {
         let app = TestApp::with(&[("LOGIN_RATE_LIMIT_PER_MINUTE", "2"), ("TRUSTED_PROXIES", proxies)]).await;
         in_one_window().await;
@@ -152,7 +147,7 @@ async fn x_forwarded_for_is_ignored_from_anyone_but_a_trusted_proxy() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn behind_trusted_proxies_each_client_counts_alone_by_the_last_untrusted_address() {
+async fn behind_trusted_proxies_each_client_counts_separately_by_its_last_untrusted_address() {
     let variables = [
         ("LOGIN_RATE_LIMIT_PER_MINUTE", "2"),
         ("REGISTER_RATE_LIMIT_PER_MINUTE", "3"),
@@ -163,11 +158,11 @@ async fn behind_trusted_proxies_each_client_counts_alone_by_the_last_untrusted_a
         variables.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let app = TestApp::with(&variables).await;
     in_one_window().await;
-    // Two clients, and each endpoint's own limit.
+    // Two clients, and a limit per endpoint.
     assert_eq!(allowed(&app, "/login", &["203.0.113.1"]).await, 2);
     assert_eq!(allowed(&app, "/login", &["203.0.113.2"]).await, 2);
     assert_eq!(allowed(&app, "/register", &["203.0.113.1"]).await, 3);
-    // The same client, whatever it makes up, and however many proxies of ours it came through.
+    // The same client, whatever it invents, and however many trusted proxies it comes through.
     for forwarded in [
         &["198.51.100.7, 203.0.113.1"][..],
         &["203.0.113.99,203.0.113.1"],
@@ -180,10 +175,10 @@ async fn behind_trusted_proxies_each_client_counts_alone_by_the_last_untrusted_a
         let answer = attempt(&app, "/login", forwarded).await;
         assert_eq!(answer.status, 429, "{forwarded:?}");
     }
-    // IPv6, in whatever way it is written.
+    // IPv6, in every notation.
     assert_eq!(allowed(&app, "/login", &["2001:db8:2::1"]).await, 2);
     attempt(&app, "/login", &["2001:0db8:2:0::1"]).await.problem(429);
-    // What is no address leaves the proxy that said it.
+    // If the entry is not an address, the proxy that added it counts.
     assert_eq!(allowed(&app, "/login", &[]).await, 2);
     for forwarded in [&["garbage"][..], &[""], &["203.0.113.50, unknown"]] {
         let answer = attempt(&app, "/login", forwarded).await;
@@ -192,7 +187,7 @@ async fn behind_trusted_proxies_each_client_counts_alone_by_the_last_untrusted_a
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_is_over_a_limit_is_told_how_long_to_wait() {
+async fn a_429_says_how_long_to_wait() {
     let app = TestApp::with(&[("LOGIN_RATE_LIMIT_PER_MINUTE", "1")]).await;
     in_one_window().await;
     attempt(&app, "/login", &[]).await.problem(422);

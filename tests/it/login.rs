@@ -1,13 +1,13 @@
-//! `POST /login`: tokens for those who know the password.
+//! `POST /login`: tokens for a name and a password.
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{PASSWORD, SECRET_KEY, TestApp, members, now_seconds, text, together};
+use crate::support::{PASSWORD, SECRET_KEY, TestApp, claims, members, now_seconds, text, together};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_login_answers_a_bearer_token_and_its_life_in_seconds() {
+async fn a_login_returns_a_bearer_token_and_its_lifetime_in_seconds() {
     for (minutes, seconds) in [(None, 3600), (Some("2"), 120)] {
         let variables: Vec<_> =
             minutes.map(|minutes| ("ACCESS_TOKEN_EXP_MINUTES", minutes)).into_iter().collect();
@@ -19,12 +19,12 @@ async fn a_login_answers_a_bearer_token_and_its_life_in_seconds() {
         assert_eq!(token["token_type"], "bearer");
         assert_eq!(token["expires_in"], seconds);
         let access_token = text(&token, "access_token");
-        let claims = claims(&access_token);
+        let claims = claims(&access_token, SECRET_KEY);
         assert_eq!(claims["sub"], ana.id);
         let issued_at = claims["iat"].as_u64().expect("iat");
         assert!((before..=now_seconds()).contains(&issued_at), "{claims}");
         assert_eq!(claims["exp"].as_u64(), Some(issued_at + seconds));
-        let me = app.get("/me").header("authorization", &format!("Bearer {access_token}")).answer().await;
+        let me = app.get("/me").header("authorization", &format!("Bearer {access_token}")).response().await;
         assert_eq!(me.json(200)["id"], ana.id);
     }
 }
@@ -55,7 +55,7 @@ async fn an_unknown_user_and_a_wrong_password_get_the_same_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_user_costs_as_much_time_as_a_wrong_password() {
+async fn an_unknown_user_takes_as_much_time_as_a_wrong_password() {
     let app = TestApp::start().await;
     app.user("ana").await;
     let mut times = [Vec::new(), Vec::new()];
@@ -66,29 +66,29 @@ async fn an_unknown_user_costs_as_much_time_as_a_wrong_password() {
             times.push(started.elapsed());
         }
     }
-    // The fastest of each is the least disturbed one. Without the hash a login takes a tenth.
+    // The fastest of each is disturbed least. Without the hash a login takes a tenth of the time.
     let [wrong, unknown] = times.map(|times| times.into_iter().min().unwrap_or(Duration::ZERO));
     assert!(unknown * 2 > wrong && wrong * 2 > unknown, "wrong password {wrong:?}, unknown user {unknown:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_login_names_all_its_faults_at_once() {
+async fn a_login_lists_all_its_errors_at_once() {
     let app = TestApp::start().await;
     for body in
         [json!({}), json!({"username": 1, "password": false}), json!({"username": null, "Password": "x"})]
     {
-        let answer = app.post("/login").json(&body).answer().await;
+        let answer = app.post("/login").json(&body).response().await;
         assert_eq!(answer.invalid_fields(), ["username", "password"], "{body}");
     }
-    let answer = app.post("/login").json(&json!({"username": "ana"})).answer().await;
+    let answer = app.post("/login").json(&json!({"username": "ana"})).response().await;
     assert_eq!(answer.invalid_fields(), ["password"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn over_a_full_queue_for_passwords_a_login_is_503_at_once() {
+async fn while_the_password_queue_is_full_a_login_is_503_at_once() {
     let app = TestApp::start().await;
     app.user("ana").await;
-    // 64 wait for each core, and each core has one in hand; whoever comes on top is refused.
+    // Per core, 64 logins wait and one is hashed; all others are refused.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let logins = 66 * cores + 60;
     let answers = together((0..logins).map(|_| app.login("ana", "wrong horse battery"))).await;
@@ -101,11 +101,5 @@ async fn over_a_full_queue_for_passwords_a_login_is_503_at_once() {
             answer.problem(401);
         }
     }
-    assert!(refused > 0, "{logins} logins at once were all judged");
-}
-
-fn claims(token: &str) -> Value {
-    let key = jsonwebtoken::DecodingKey::from_secret(SECRET_KEY.as_bytes());
-    let validation = jsonwebtoken::Validation::new(jsonwebtoken::Algorithm::HS256);
-    jsonwebtoken::decode::<Value>(token, &key, &validation).expect("an HS256 token of this service").claims
+    assert!(refused > 0, "{logins} concurrent logins were all accepted");
 }

@@ -1,18 +1,20 @@
 //! The integration tests: one binary, a module per topic.
 
+mod architecture;
 mod authentication;
 mod cache;
 mod docs;
 mod errors;
 mod harness;
 mod health;
-mod history;
+mod history_checker;
 mod idempotency;
 mod limits;
 mod login;
 mod messages;
 mod metrics;
 mod migrations;
+mod operations;
 mod process;
 mod properties;
 mod send;

@@ -1,23 +1,23 @@
-//! `GET /messages`: pages, their bounds and their links.
+//! `GET /messages`: pages, their limits and their links.
 
 use reqwest::Method;
 use uuid::Uuid;
 
-use crate::support::{Answer, TestApp, User};
+use crate::support::{Response, TestApp, User};
 
-/// Follows the links from a first page to the last one; every page's `seq`s.
+/// The `seq`s of every page, from the first page along the links to the last.
 pub(crate) async fn walk(app: &TestApp, reader: &User, peer: &User, query: &str) -> Vec<Vec<i64>> {
     let mut answer = app.messages(reader, peer, query).await;
     let mut pages = vec![answer.seqs()];
     while let Some(next) = answer.next() {
         assert!(pages.len() < 200, "the links never end: {pages:?}");
-        answer = app.get(&next).by(reader).answer().await;
+        answer = app.get(&next).by(reader).response().await;
         pages.push(answer.seqs());
     }
     pages
 }
 
-fn assert_page(answer: &Answer, seqs: &[i64], next: Option<&str>) {
+fn assert_page(answer: &Response, seqs: &[i64], next: Option<&str>) {
     assert_eq!(answer.seqs(), seqs);
     let query = answer.next().map(|next| {
         let (path, query) = next.split_once('?').expect("a query");
@@ -46,7 +46,7 @@ async fn a_page_is_the_five_newest_messages_newest_first_for_both() {
         }
         let next = answer.next().expect("a link");
         assert!(next.contains(&peer.id), "{next}");
-        assert_page(&app.get(&next).by(reader).answer().await, &[2, 1], None);
+        assert_page(&app.get(&next).by(reader).response().await, &[2, 1], None);
     }
 }
 
@@ -68,12 +68,12 @@ async fn the_last_page_has_no_link_even_when_it_is_exactly_full() {
         ("limit=1&after=5", &[6], None),
         ("limit=1&before=2", &[1], None),
     ] {
-        // The first read may be answered by Postgres and a later one by the window: both must say the same.
+        // The first read may come from Postgres and a later one from the window: both must be the same.
         for _ in 0..3 {
             assert_page(&app.messages(&ana, &ben, query).await, seqs, next);
         }
     }
-    // The window answers too, where it does not know the conversation's last seq from Postgres.
+    // Reads from the window, which does not have the conversation's last seq from Postgres.
     for (query, seqs, next) in [
         ("limit=6", &[6, 5, 4, 3, 2, 1][..], None),
         ("limit=3", &[6, 5, 4], Some("limit=3&before=4")),
@@ -142,7 +142,7 @@ async fn after_lists_what_follows_directly_and_links_upward() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_that_arrive_meanwhile_shift_no_page_and_are_reached_upward() {
+async fn new_messages_shift_no_page_and_are_reached_upward() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
     app.sent_many(&ana, &ben, 6).await;
@@ -150,16 +150,16 @@ async fn messages_that_arrive_meanwhile_shift_no_page_and_are_reached_upward() {
     let up = app.messages(&ana, &ben, "after=0&limit=3").await;
     assert_eq!((down.seqs(), up.seqs()), (vec![6, 5, 4], vec![3, 2, 1]));
     app.sent_many(&ben, &ana, 2).await;
-    let down = app.get(&down.next().expect("a link")).by(&ana).answer().await;
+    let down = app.get(&down.next().expect("a link")).by(&ana).response().await;
     assert_page(&down, &[3, 2, 1], None);
-    let up = app.get(&up.next().expect("a link")).by(&ana).answer().await;
+    let up = app.get(&up.next().expect("a link")).by(&ana).response().await;
     assert_page(&up, &[6, 5, 4], Some("limit=3&after=6"));
-    let up = app.get(&up.next().expect("a link")).by(&ana).answer().await;
+    let up = app.get(&up.next().expect("a link")).by(&ana).response().await;
     assert_page(&up, &[8, 7], None);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_reaches_beyond_the_window_as_if_there_were_none() {
+async fn a_page_beyond_the_window_is_the_same_as_without_a_window() {
     let app = TestApp::with(&[("CACHE_WINDOW", "10")]).await;
     let (ana, ben) = app.pair().await;
     app.sent_many(&ana, &ben, 25).await;
@@ -196,7 +196,7 @@ async fn offset_before_and_after_exclude_one_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn numbers_out_of_range_and_a_missing_peer_are_422_all_at_once() {
+async fn numbers_out_of_range_and_a_missing_peer_are_422_and_all_listed_at_once() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
     for (query, fields) in [
@@ -216,7 +216,7 @@ async fn numbers_out_of_range_and_a_missing_peer_are_422_all_at_once() {
         ("/messages?limit=0&offset=-1", &["peer_id", "limit", "offset"]),
         ("/messages?peer=x", &["peer_id"]),
     ] {
-        assert_eq!(app.get(path).by(&ana).answer().await.invalid_fields(), fields, "{path}");
+        assert_eq!(app.get(path).by(&ana).response().await.invalid_fields(), fields, "{path}");
     }
     for good in ["limit=1", "limit=100", "offset=0", "before=0", "after=0"] {
         assert_page(&app.messages(&ana, &ben, good).await, &[], None);
@@ -245,13 +245,13 @@ async fn an_unknown_or_malformed_peer_is_404() {
     for peer in [Uuid::now_v7().to_string().as_str(), "", "ana", "%00", "1"] {
         for query in ["", "&offset=60", "&before=5", "&after=5"] {
             let path = format!("/messages?peer_id={peer}{query}");
-            app.request(Method::GET, &path).by(&ana).answer().await.problem(404);
+            app.request(Method::GET, &path).by(&ana).response().await.problem(404);
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_reads_a_conversation_of_two_others() {
+async fn a_third_user_cannot_read_a_conversation() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
     let eve = app.user("eve").await;

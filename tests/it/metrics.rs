@@ -1,4 +1,4 @@
-//! `/metrics`: what alerts and dashboards read is there from the first scrape on, and stays bounded.
+//! `/metrics`: all series of alerts and dashboards exist from the first scrape on, and their number is bounded.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use crate::support::{PASSWORD, TestApp, text, together};
 
 /// A scrape: the value of every series, by its name with its labels.
 async fn scrape(app: &TestApp) -> BTreeMap<String, f64> {
-    let text = app.get_operations("/metrics").answer().await.text(200);
+    let text = app.get_operations("/metrics").response().await.text(200);
     let series = text.lines().filter(|line| !line.starts_with('#')).map(|line| {
         let (name, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("no value in {line}"));
         (name.to_owned(), value.parse().unwrap_or_else(|_| panic!("no number in {line}")))
@@ -65,14 +65,14 @@ async fn every_series_exists_at_the_first_scrape() {
         assert_eq!(value(&operation("redis", name)), 0.0, "{name}");
     }
     assert_eq!(value(&operation("postgresql", "store_messages")), 0.0);
-    assert!(value(&operation("postgresql", "check_schema")) >= 1.0, "readiness has asked");
+    assert!(value(&operation("postgresql", "check_schema")) >= 1.0, "readiness has checked the schema");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_documented_route_has_its_series_before_the_first_request() {
     let app = TestApp::start().await;
     let first = scrape(&app).await;
-    let document = app.get("/openapi.json").answer().await.text(200);
+    let document = app.get("/openapi.json").response().await.text(200);
     let document: Value = serde_json::from_str(&document).expect("JSON");
     let mut routes = vec![("GET".to_owned(), "/docs/{**}".to_owned(), 200)];
     for (path, methods) in document["paths"].as_object().expect("paths") {
@@ -92,13 +92,13 @@ async fn every_documented_route_has_its_series_before_the_first_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn operations_are_timed_where_they_happen() {
+async fn database_operations_are_timed() {
     let app = TestApp::with(&[("SEND_RATE_LIMIT_PER_MINUTE", "1000")]).await;
     let (ana, ben) = app.pair().await;
-    app.login(&ana.username, PASSWORD).await.json(200);
+    app.login(&ana.name, PASSWORD).await.json(200);
     app.sent(&ana, &ben, "hello").await;
     app.hit(&ben, &ana, "").await;
-    app.get("/me").by(&ana).answer().await.json(200);
+    app.get("/me").by(&ana).response().await.json(200);
     let now = scrape(&app).await;
     for (name, expected) in
         [("check_taken", 2.0), ("insert_user", 2.0), ("find_credentials", 1.0), ("store_messages", 1.0)]
@@ -115,36 +115,36 @@ async fn operations_are_timed_where_they_happen() {
     assert!(seconds > 0.0 && seconds < 10.0, "{seconds} s");
 }
 
-/// A statement that hangs for longer than a client waits must not be missing from the histogram.
+/// A statement that takes longer than its client waits must be in the histogram too.
 #[tokio::test(flavor = "multi_thread")]
-async fn waits_for_a_connection_that_ran_out_of_time_are_counted_and_what_is_given_up_is_timed() {
+async fn timeouts_of_the_connection_pool_are_counted_and_cancelled_operations_are_timed() {
     let app = TestApp::with(&[("DB_POOL_MAX", "2"), ("DB_STATEMENT_TIMEOUT_MS", "60000")]).await;
     let ana = app.user("ana").await;
     let timeouts = "db_client_connection_timeouts_total{db_client_connection_pool_name=\"chat\"}";
     let finds = operation("postgresql", "find_user");
     let mut holder = app.database.connect().await;
     sqlx::raw_sql("BEGIN; LOCK TABLE users").execute(&mut holder).await.expect("locked");
-    // Each takes a connection, or waits for one.
-    let asks = (0..6).map(|_| async {
-        let ask = app.get("/me").by(&ana).answer();
-        tokio::time::timeout(Duration::from_secs(8), ask).await.map(|answer| answer.status).ok()
+    // Each uses a connection, or waits for one.
+    let requests = (0..6).map(|_| async {
+        let request = app.get("/me").by(&ana).response();
+        tokio::time::timeout(Duration::from_secs(8), request).await.map(|answer| answer.status).ok()
     });
-    let statuses = together(asks).await;
-    sqlx::raw_sql("ROLLBACK").execute(&mut holder).await.expect("free again");
+    let statuses = together(requests).await;
+    sqlx::raw_sql("ROLLBACK").execute(&mut holder).await.expect("unlocked");
     assert!(statuses.contains(&Some(503)), "{statuses:?}");
     let now = scrape(&app).await;
     assert!(now[timeouts] >= 1.0, "{statuses:?}: {}", now[timeouts]);
-    let given_up = statuses.iter().filter(|status| status.is_none()).count() as f64;
-    assert!(given_up >= 1.0, "{statuses:?}");
+    let cancelled = statuses.iter().filter(|status| status.is_none()).count() as f64;
+    assert!(cancelled >= 1.0, "{statuses:?}");
     let deadline = std::time::Instant::now() + Duration::from_secs(20);
-    while scrape(&app).await[&finds] < given_up {
-        assert!(std::time::Instant::now() < deadline, "what was given up was not timed: {statuses:?}");
+    while scrape(&app).await[&finds] < cancelled {
+        assert!(std::time::Instant::now() < deadline, "cancelled operations were not timed: {statuses:?}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn readiness_is_a_metric_too() {
+async fn readiness_is_also_a_metric() {
     let app = TestApp::with(&[("DATABASE_URL", "postgres://postgres@127.0.0.1:1/nowhere")]).await;
     assert_eq!(app.metric("chat_ready").await, 0.0);
     assert_eq!(app.metric("chat_schema_version").await, 0.0);
@@ -156,15 +156,15 @@ async fn readiness_is_a_metric_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_cannot_make_up_series() {
+async fn a_client_cannot_create_series() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
     app.sent(&ana, &ben, "hello").await;
     let before = scrape(&app).await;
     let id = text(&app.sent(&ana, &ben, "again").await, "id");
-    app.get(&format!("/{id}")).answer().await.problem(404);
+    app.get(&format!("/{id}")).response().await.problem(404);
     app.request(reqwest::Method::from_bytes(b"BREW").expect("a token"), "/coffee")
-        .answer()
+        .response()
         .await
         .problem(404);
     let after = scrape(&app).await;

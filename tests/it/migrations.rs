@@ -1,18 +1,21 @@
-//! `chat_service::db::migrate`: many at once, and a database from the future.
+//! Migrations: many at once, and on a database of a newer release.
 
 use chat_service::config::Config;
-use chat_service::db::{self, MigrationError};
 use chat_service::serve;
+use chat_service::store::migrations::{self, MigrationError};
 
 use crate::support::{Database, together};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn fifty_at_once_on_an_empty_database_all_succeed() {
+async fn fifty_concurrent_migrations_of_an_empty_database_all_succeed() {
     let database = Database::empty().await;
     let options = database.options();
     for round in ["empty", "migrated"] {
-        for outcome in together((0..50).map(|_| db::migrate(&options))).await {
-            assert_eq!(outcome.unwrap_or_else(|error| panic!("{round}: {error}")), db::known_version());
+        for outcome in together((0..50).map(|_| migrations::migrate(&options))).await {
+            assert_eq!(
+                outcome.unwrap_or_else(|error| panic!("{round}: {error}")),
+                migrations::known_version()
+            );
         }
     }
     let applied: Vec<i64> =
@@ -20,7 +23,7 @@ async fn fifty_at_once_on_an_empty_database_all_succeed() {
             .fetch_all(&mut database.connect().await)
             .await
             .expect("the migrations are recorded");
-    assert_eq!(applied, (1..=db::known_version()).collect::<Vec<_>>(), "each once");
+    assert_eq!(applied, (1..=migrations::known_version()).collect::<Vec<_>>(), "each once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -32,14 +35,14 @@ async fn a_database_that_is_newer_than_the_binary_is_refused_with_a_clear_line()
              VALUES (9999, 'from the future', true, 'x', 1)",
         )
         .await;
-    let error = db::migrate(&database.options()).await.expect_err("a newer schema");
+    let error = migrations::migrate(&database.options()).await.expect_err("a newer schema");
     assert!(matches!(error, MigrationError::DatabaseIsNewer { applied: 9999, .. }), "{error:?}");
     let line = error.to_string();
-    for word in ["version 9999", "newer than this binary", &db::known_version().to_string()] {
+    for word in ["version 9999", "newer than this binary", &migrations::known_version().to_string()] {
         assert!(line.contains(word), "{line}");
     }
     assert!(!line.contains('\n'), "{line}");
-    // Nor does a service start on it.
+    // A service does not start on it either.
     let variables =
         [("DATABASE_URL", database.url()), ("HOST", "127.0.0.1"), ("PORT", "0"), ("OPS_PORT", "0")];
     let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
@@ -52,6 +55,6 @@ async fn a_database_that_is_newer_than_the_binary_is_refused_with_a_clear_line()
 async fn a_migration_that_was_edited_after_it_was_applied_is_refused() {
     let database = Database::migrated().await;
     database.execute("UPDATE _sqlx_migrations SET checksum = 'x' WHERE version = 2").await;
-    let error = db::migrate(&database.options()).await.expect_err("another checksum");
+    let error = migrations::migrate(&database.options()).await.expect_err("another checksum");
     assert!(matches!(error, MigrationError::Edited(2)), "{error:?}");
 }

@@ -1,4 +1,4 @@
-//! Properties over random input, on the running service.
+//! Properties of the running service, checked with random input.
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -7,7 +7,7 @@ use tokio::runtime::Runtime;
 use crate::messages::walk;
 use crate::support::{TestApp, User, together};
 
-/// Runs `check` on `cases` random values. Nothing is kept between runs: what fails is printed, made small.
+/// Runs `check` on `cases` random values. A failure is shrunk and printed; nothing is kept between runs.
 fn for_all<S: Strategy>(runtime: &Runtime, cases: u32, strategy: &S, check: impl AsyncFn(S::Value)) {
     let config = Config { cases, max_shrink_iters: 200, failure_persistence: None, ..Config::default() };
     let outcome = TestRunner::new(config).run(strategy, |value| {
@@ -17,7 +17,7 @@ fn for_all<S: Strategy>(runtime: &Runtime, cases: u32, strategy: &S, check: impl
     outcome.unwrap_or_else(|error| panic!("{error}"));
 }
 
-/// Any text that a message may have, with what is special more often than chance would have it.
+/// Any text that a message may have, with many special characters.
 fn content() -> impl Strategy<Value = String> {
     let special = prop::sample::select(
         " \t\r\n\u{85}\u{a0}\u{1680}\u{2003}\u{2028}\u{2029}\u{3000}\u{200b}\u{200d}\u{202e}\u{feff}\u{301}\u{1}\u{7f}\
@@ -31,7 +31,7 @@ fn content() -> impl Strategy<Value = String> {
 }
 
 #[test]
-fn any_content_comes_back_byte_for_byte_by_every_way() {
+fn any_content_is_the_same_bytes_in_every_response() {
     let runtime = Runtime::new().expect("a runtime");
     let (app, ana, ben) = runtime.block_on(async {
         let app = TestApp::start().await;
@@ -39,7 +39,7 @@ fn any_content_comes_back_byte_for_byte_by_every_way() {
         (app, ana, ben)
     });
     for_all(&runtime, 96, &content(), async |content| {
-        // Both edges lose their white space, Unicode's, and nothing else changes.
+        // Only Unicode white space at both ends is removed.
         let expected = content.trim_matches(char::is_whitespace);
         let message = app.sent(&ana, &ben, &content).await;
         assert_eq!(message["content"], expected, "in the 201");
@@ -61,7 +61,7 @@ async fn conversation(app: &TestApp, length: i64) -> (User, User) {
 #[test]
 fn pages_by_offset_before_and_after_never_repeat_or_skip() {
     let runtime = Runtime::new().expect("a runtime");
-    // A small window, so that pages lie within it, across its end, and beyond.
+    // A small window: pages are within it, across its end, and beyond.
     let app = runtime.block_on(TestApp::with(&[("CACHE_WINDOW", "10")]));
     let strategy = (0_i64..40, 1_i64..15, 0_i64..45);
     for_all(&runtime, 40, &strategy, async |(length, limit, start)| {

@@ -1,4 +1,4 @@
-//! `POST /send`: what is accepted, and that it is numbered and stored exactly.
+//! `POST /send`: which messages are accepted, how they are numbered, and that they are stored exactly.
 
 use std::time::{Duration, Instant};
 
@@ -8,14 +8,14 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
-use crate::support::{Answer, TestApp, User, members, text, together};
+use crate::support::{Response, TestApp, User, members, text, together};
 
-async fn send_json(app: &TestApp, sender: &User, body: &Value) -> Answer {
-    app.post("/send").by(sender).json(body).answer().await
+async fn send_json(app: &TestApp, sender: &User, body: &Value) -> Response {
+    app.post("/send").by(sender).json(body).response().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_is_answered_with_201_and_all_that_there_is_to_know() {
+async fn a_message_is_answered_with_201_and_all_its_fields() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
     let message = app.sent(&ana, &ben, "Hello, Ben!").await;
@@ -31,7 +31,7 @@ async fn a_message_is_answered_with_201_and_all_that_there_is_to_know() {
     assert!((OffsetDateTime::now_utc() - created_at).abs() < time::Duration::minutes(1), "{created_at}");
     for reader in [(&ana, &ben), (&ben, &ana)] {
         let page = app.messages(reader.0, reader.1, "").await.json(200);
-        assert_eq!(page, json!([message]), "both read what was answered");
+        assert_eq!(page, json!([message]), "both read the same message");
     }
 }
 
@@ -53,12 +53,12 @@ async fn content_loses_the_white_space_at_its_edges_and_nothing_else() {
     for (sent, kept) in [
         (" \t\r\n a  b\t\nc \u{a0}\u{2003}\u{3000}", "a  b\t\nc"),
         ("\u{85}\u{2028}x\u{2029}\u{1680}", "x"),
-        // These are no white space to Unicode, however empty they look.
+        // To Unicode these are not white space, although they look empty.
         ("\u{200b}\u{feff}\u{180e}", "\u{200b}\u{feff}\u{180e}"),
         ("<script>alert('&amp;\"')</script>", "<script>alert('&amp;\"')</script>"),
         ("👩‍👩‍👧‍👦 🏳️‍🌈 \u{1f468}\u{1f3ff}", "👩‍👩‍👧‍👦 🏳️‍🌈 \u{1f468}\u{1f3ff}"),
         ("\u{202e}שלום עולם\u{202c} مرحبا", "\u{202e}שלום עולם\u{202c} مرحبا"),
-        // Composed and decomposed stay what they are.
+        // Composed and decomposed characters are not changed.
         ("é e\u{301} ﬁ Ω Ω", "é e\u{301} ﬁ Ω Ω"),
         ("\u{1}\u{7f}\u{9f}\u{fffd}\u{ffff}\u{10ffff}", "\u{1}\u{7f}\u{9f}\u{fffd}\u{ffff}\u{10ffff}"),
         ("\\u0041 \\ / ' \" ; -- $1 %s", "\\u0041 \\ / ' \" ; -- $1 %s"),
@@ -81,14 +81,14 @@ async fn content_has_1_to_4000_characters_however_many_bytes_they_take() {
         assert_eq!(message["content"], good.trim());
     }
     for bad in ["", " ", " \u{2003}\n", &"x".repeat(4001), &"🦀".repeat(4001), "a\0b", "\0"] {
-        let answer = app.send(&ana, &ben, bad).answer().await;
+        let answer = app.send(&ana, &ben, bad).response().await;
         assert_eq!(answer.invalid_fields(), ["content"], "{:?}", &bad[..bad.len().min(12)]);
     }
-    assert_eq!(app.seqs(&ana, &ben, "").await, [4, 3, 2, 1], "what was refused took no number");
+    assert_eq!(app.seqs(&ana, &ben, "").await, [4, 3, 2, 1], "refused messages took no seq");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_names_all_its_faults_at_once() {
+async fn a_message_lists_all_its_errors_at_once() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
     for body in [
@@ -102,8 +102,8 @@ async fn a_message_names_all_its_faults_at_once() {
         fields.sort();
         assert_eq!(fields, ["content", "recipient_id"], "{body}");
     }
-    let call = app.post("/send").by(&ana).json(&json!({})).header("idempotency-key", "a b");
-    let mut fields = call.answer().await.invalid_fields();
+    let request = app.post("/send").by(&ana).json(&json!({})).header("idempotency-key", "a b");
+    let mut fields = request.response().await.invalid_fields();
     fields.sort();
     assert_eq!(fields, ["Idempotency-Key", "content", "recipient_id"]);
     let problem = send_json(&app, &ana, &json!({"recipient_id": [], "content": "x"})).await.problem(422);
@@ -115,7 +115,7 @@ async fn json_of_another_shape_is_422_and_what_is_not_json_is_400() {
     let app = TestApp::start().await;
     let ana = app.user("ana").await;
     let send = |body: &'static [u8]| {
-        app.post("/send").by(&ana).header("content-type", "application/json").body(body).answer()
+        app.post("/send").by(&ana).header("content-type", "application/json").body(body).response()
     };
     for body in [&b"[]"[..], b"7", b"\"text\"", b"null", b"true", b"[\"a\", \"b\"]"] {
         assert_eq!(send(body).await.invalid_fields(), ["body"], "{body:?}");
@@ -140,13 +140,9 @@ async fn json_of_another_shape_is_422_and_what_is_not_json_is_400() {
 async fn an_unknown_or_malformed_recipient_is_404() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
-    for recipient in [
-        Uuid::now_v7().to_string(),
-        "".to_owned(),
-        "nobody".to_owned(),
-        ben.username.clone(),
-        "\0".to_owned(),
-    ] {
+    for recipient in
+        [Uuid::now_v7().to_string(), "".to_owned(), "nobody".to_owned(), ben.name.clone(), "\0".to_owned()]
+    {
         let body = json!({"recipient_id": recipient, "content": "hello"});
         let problem = send_json(&app, &ana, &body).await.problem(404);
         assert!(text(&problem, "detail").contains("recipient_id"), "{problem}");
@@ -204,7 +200,7 @@ async fn fifty_concurrent_senders_in_both_directions_on_two_replicas_leave_no_ga
                 assert_eq!(message["sender_id"], from.id);
                 sent.push((message["seq"].as_i64().expect("a seq"), message));
             }
-            // One after another, so their numbers follow one another too.
+            // One sender's messages are numbered in the order that they were sent in.
             assert!(sent.is_sorted_by_key(|(seq, _)| *seq), "{sent:?}");
             sent
         }
@@ -214,7 +210,7 @@ async fn fifty_concurrent_senders_in_both_directions_on_two_replicas_leave_no_ga
     let total = 50 * EACH as i64;
     let seqs: Vec<i64> = acknowledged.iter().map(|(seq, _)| *seq).collect();
     assert_eq!(seqs, (1..=total).rev().collect::<Vec<_>>());
-    // What is read later is what was acknowledged, and time goes with seq.
+    // The stored messages are those that were acknowledged, and their times are in the order of seq.
     let mut stored = Vec::new();
     for offset in [0, 100] {
         let page = other.messages(&ben, &ana, &format!("limit=100&offset={offset}")).await.json(200);
@@ -226,8 +222,8 @@ async fn fifty_concurrent_senders_in_both_directions_on_two_replicas_leave_no_ga
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_that_cannot_be_stored_does_not_take_its_batch_with_it() {
-    // Two connections leave room for one writer, so that all of them wait for the same one.
+async fn a_message_that_cannot_be_stored_does_not_fail_its_batch() {
+    // With two connections there is one writer, for which all of them wait.
     let app = TestApp::with(&[("DB_POOL_MAX", "2")]).await;
     let (ana, ben) = app.pair().await;
     app.database
@@ -241,7 +237,7 @@ async fn a_message_that_cannot_be_stored_does_not_take_its_batch_with_it() {
              FOR EACH ROW EXECUTE FUNCTION refuse_poison()",
         )
         .await;
-    // The first one holds the writer up, until the others have gathered behind it.
+    // The first one blocks the writer until the others are queued.
     let mut holder = app.database.connect().await;
     let mut lock = holder.begin().await.expect("a transaction");
     sqlx::raw_sql("LOCK TABLE conversations IN EXCLUSIVE MODE").execute(&mut *lock).await.expect("a lock");
@@ -253,13 +249,13 @@ async fn a_message_that_cannot_be_stored_does_not_take_its_batch_with_it() {
             while number > 0 && app.metric("chat_outbox_batch_rows_count").await == statements_before {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
-            app.send(ana, ben, content).answer().await
+            app.send(ana, ben, content).response().await
         }
     }));
     let release = async {
         let started = Instant::now();
         while app.metric("chat_outbox_queue_depth").await < 5.0 {
-            assert!(started.elapsed() < Duration::from_secs(4), "they do not gather");
+            assert!(started.elapsed() < Duration::from_secs(4), "the messages are not queued");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         lock.rollback().await.expect("the lock is released");
@@ -272,24 +268,24 @@ async fn a_message_that_cannot_be_stored_does_not_take_its_batch_with_it() {
             _ => assert_eq!(answer.json(201)["content"], *content),
         }
     }
-    assert_eq!(app.seqs(&ana, &ben, "limit=10").await, [5, 4, 3, 2, 1], "and no number is missing");
-    app.send(&ana, &ben, "poison").answer().await.problem(500);
-    assert_eq!(app.sent(&ana, &ben, "the writer lives").await["seq"], 6);
+    assert_eq!(app.seqs(&ana, &ben, "limit=10").await, [5, 4, 3, 2, 1], "no seq is missing");
+    app.send(&ana, &ben, "poison").response().await.problem(500);
+    assert_eq!(app.sent(&ana, &ben, "the writer still works").await["seq"], 6);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn over_a_full_queue_is_503_at_once_and_what_was_taken_is_stored() {
-    // One writer: a batch of 256 in its hands, 1024 messages behind it.
-    const TAKEN_MAX: usize = 256 + 1024;
+async fn while_the_queue_is_full_a_send_is_503_at_once_and_accepted_messages_are_stored() {
+    // One writer: it writes a batch of 256, and 1024 messages wait.
+    const ACCEPTED_MAX: usize = 256 + 1024;
     let app = TestApp::with(&[("DB_POOL_MAX", "2"), ("REQUEST_TIMEOUT_MS", "60000")]).await;
     let (ana, ben) = app.pair().await;
     app.sent(&ana, &ben, "first").await;
     let mut holder = app.database.connect().await;
     let mut lock = holder.begin().await.expect("a transaction");
     sqlx::raw_sql("LOCK TABLE conversations IN EXCLUSIVE MODE").execute(&mut *lock).await.expect("a lock");
-    let answers = together((0..TAKEN_MAX + 200).map(|number| {
+    let answers = together((0..ACCEPTED_MAX + 200).map(|number| {
         let (app, ana, ben) = (&app, &ana, &ben);
-        async move { app.send(ana, ben, &number.to_string()).answer().await }
+        async move { app.send(ana, ben, &number.to_string()).response().await }
     }));
     let release = async {
         let started = Instant::now();
@@ -307,7 +303,7 @@ async fn over_a_full_queue_is_503_at_once_and_what_was_taken_is_stored() {
             _ => drop(answer.problem(503)),
         }
     }
-    assert!((1024..TAKEN_MAX + 200).contains(&stored), "{stored} were stored");
+    assert!((1024..ACCEPTED_MAX + 200).contains(&stored), "{stored} were stored");
     let newest = app.sent(&ana, &ben, "last").await;
-    assert_eq!(newest["seq"], 1 + stored + 1, "what was refused left no gap, and nothing else is stored");
+    assert_eq!(newest["seq"], 1 + stored + 1, "refused messages left no gap, and nothing else is stored");
 }

@@ -8,7 +8,7 @@ use time::{Duration, OffsetDateTime, UtcOffset};
 use crate::support::{PASSWORD, TestApp, members, text, together};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn registering_answers_201_with_the_user_as_it_was_written() {
+async fn a_registration_is_answered_with_201_and_the_user_as_given() {
     let app = TestApp::start().await;
     let user = app.register("Ana.B_c-1", "Ana@Example.com", PASSWORD).await.json(201);
     assert_eq!(members(&user), ["created_at", "email", "id", "username"]);
@@ -18,12 +18,12 @@ async fn registering_answers_201_with_the_user_as_it_was_written() {
     assert_eq!(created_at.offset(), UtcOffset::UTC);
     assert!((OffsetDateTime::now_utc() - created_at).abs() < Duration::minutes(1), "{created_at}");
     let token = app.token(&text(&user, "id"));
-    let me = app.get("/me").header("authorization", &format!("Bearer {token}")).answer().await;
+    let me = app.get("/me").header("authorization", &format!("Bearer {token}")).response().await;
     assert_eq!(me.json(200), user, "GET /me is the caller's own user");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_password_is_kept_as_argon2id_and_neither_it_nor_its_hash_is_ever_answered() {
+async fn a_password_is_stored_as_argon2id_and_no_response_has_it_or_its_hash() {
     let app = TestApp::start().await;
     let registered = app.register("ana", "ana@example.com", PASSWORD).await;
     let id = text(&registered.json(201), "id");
@@ -37,7 +37,7 @@ async fn a_password_is_kept_as_argon2id_and_neither_it_nor_its_hash_is_ever_answ
     let mut answers = vec![registered, app.login("ana", PASSWORD).await, app.login("ana", "wrong").await];
     answers.push(app.register("ana", "ana@example.com", PASSWORD).await);
     for path in ["/me", "/users/ana"] {
-        answers.push(app.get(path).header("authorization", &token).answer().await);
+        answers.push(app.get(path).header("authorization", &token).response().await);
     }
     for answer in answers {
         let body = String::from_utf8_lossy(&answer.body).to_lowercase();
@@ -90,7 +90,7 @@ async fn a_password_has_8_to_128_characters_whatever_their_bytes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registration_names_all_its_faults_at_once() {
+async fn a_registration_lists_all_its_errors_at_once() {
     let app = TestApp::start().await;
     let all = ["username", "email", "password"];
     for body in [
@@ -99,11 +99,11 @@ async fn a_registration_names_all_its_faults_at_once() {
         json!({"username": 1, "email": null, "password": ["correct horse battery"]}),
         json!({"username": {"a": 1}, "email": true, "unknown": 1}),
     ] {
-        let answer = app.post("/register").json(&body).answer().await;
+        let answer = app.post("/register").json(&body).response().await;
         assert_eq!(answer.invalid_fields(), all, "{body}");
     }
     let body = json!({"username": "ana", "email": 1, "password": PASSWORD});
-    assert_eq!(app.post("/register").json(&body).answer().await.invalid_fields(), ["email"]);
+    assert_eq!(app.post("/register").json(&body).response().await.invalid_fields(), ["email"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -124,7 +124,7 @@ async fn a_username_or_an_email_that_is_taken_in_any_case_is_409() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_many_who_register_one_name_at_once_one_gets_it() {
+async fn of_many_concurrent_registrations_of_one_name_one_succeeds() {
     let app = TestApp::start().await;
     let attempts = (0..8).map(|number| {
         let (app, name) = (&app, ["ana", "ANA"][number % 2]);
@@ -137,30 +137,30 @@ async fn of_many_who_register_one_name_at_once_one_gets_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_is_found_by_name_in_any_case_with_nothing_but_id_and_name() {
+async fn a_user_is_found_by_name_in_any_case_with_id_and_name_only() {
     let app = TestApp::start().await;
     let (ana, ben) = (app.user("Ana").await, app.user("Ben-2.x_y").await);
     for name in ["Ben-2.x_y", "ben-2.x_y", "BEN-2.X_Y"] {
-        let found = app.get(&format!("/users/{name}")).by(&ana).answer().await.json(200);
+        let found = app.get(&format!("/users/{name}")).by(&ana).response().await.json(200);
         assert_eq!(found, json!({"id": ben.id, "username": "Ben-2.x_y"}));
     }
-    let own = app.get("/users/ana").by(&ana).answer().await.json(200);
+    let own = app.get("/users/ana").by(&ana).response().await.json(200);
     assert_eq!(own["id"], ana.id);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_name_that_nobody_has_is_404() {
+async fn an_unknown_name_is_404() {
     let app = TestApp::start().await;
     let ana = app.user("ana").await;
     let long = "x".repeat(2000);
     for name in
         ["nobody", "an", "ana%20", "an%61%00", "%00", "%25", "an_", "%F0%9F%A6%80", "a%2Fna", "%ff", &long]
     {
-        let answer = app.get(&format!("/users/{name}")).by(&ana).answer().await;
+        let answer = app.get(&format!("/users/{name}")).by(&ana).response().await;
         answer.problem(404);
     }
     // Percent-encoding is only another way to write it.
-    let found = app.get("/users/an%61").by(&ana).answer().await.json(200);
+    let found = app.get("/users/an%61").by(&ana).response().await.json(200);
     assert_eq!(found["username"], "ana");
 }
 
@@ -168,7 +168,8 @@ async fn a_name_that_nobody_has_is_404() {
 async fn a_body_may_be_any_json_with_a_charset_and_spaces() {
     let app = TestApp::start().await;
     let body = " { \"username\" : \"an\\u0061\", \"email\":\"ana@example.com\",\"password\":\"12345678\" }\n";
-    let call = app.request(Method::POST, "/register").body(body);
-    let user: Value = call.header("content-type", "Application/JSON; charset=utf-8").answer().await.json(201);
+    let request = app.request(Method::POST, "/register").body(body);
+    let user: Value =
+        request.header("content-type", "Application/JSON; charset=utf-8").response().await.json(201);
     assert_eq!(user["username"], "ana");
 }

@@ -2,7 +2,6 @@
 
 mod backends;
 mod container;
-mod embedded;
 mod guide;
 mod observe;
 mod service;

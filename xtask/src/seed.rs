@@ -5,20 +5,21 @@
 //! moves the metrics that dashboards show. It costs a password hash per user, about 15 ms. The same seed names the same
 //! users and the same messages, and what is there already is not sent again.
 
+use std::collections::BTreeSet;
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use fastrand::Rng;
-use harness::http::{Answer, Client};
-use indicatif::{ProgressBar, ProgressStyle};
+use harness::http::Client;
 use serde_json::{Value, json};
 
-use crate::dev;
 use common::signals;
+use common::steps::{Progress, step};
+
+use crate::dev;
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -46,57 +47,21 @@ pub(crate) struct Args {
 
 const PASSWORD: &str = "correct horse";
 const PATIENCE: Duration = Duration::from_secs(30);
-/// More would only wait for the same password hashes.
-const WORKERS: usize = 4;
-/// A service that is away for longer is not merely restarting.
-const RETRIES: u32 = 5;
+/// Sixteen and thirteen have no common divisor: each of the 208 pairs comes before one comes again.
+const FIRST: &str = "ana ben chidi dalia emre fatima goran hana ines jonas kofi leila mateo noor olga priya";
+const LAST: &str = "abadi berg castro dubois eze fischer garcia haddad ito kowalski larsen mbeki novak";
+const OPENINGS: &str = "|Morning! ☕ |Did you see the deploy? |مرحبا، كيف حالك؟ |Bonjour, tu as deux minutes ? |\
+                        お疲れさまです |שלום! מה נשמע? |Haha 😂 ";
+const MIDDLES: &str = "the dashboards look calm again|can we move our call to three?|my train is late, as always|\
+                       shall we have lunch at the corner place?|I left the keys with the neighbour|\
+                       the <b>bold</b> text & \"quotes\" come through as they are|\
+                       photos are up: https://example.com/album/42|let me read it once more before we send it";
+const ENDINGS: &str = "|| 👍| What do you think?| No hurry.| 🎉🎉";
 
-const FIRST: [&str; 16] = [
-    "ana", "ben", "chidi", "dalia", "emre", "fatima", "goran", "hana", "ines", "jonas", "kofi", "leila",
-    "mateo", "noor", "olga", "priya",
-];
-const LAST: [&str; 12] = [
-    "abadi", "berg", "castro", "dubois", "eze", "fischer", "garcia", "haddad", "ito", "kowalski", "larsen",
-    "mbeki",
-];
-
-const OPENINGS: [&str; 12] = [
-    "Morning! ☕",
-    "Hey, are you around?",
-    "Did you see the deploy?",
-    "مرحبا، كيف حالك؟",
-    "Bonjour, tu as deux minutes ?",
-    "¿Qué tal el viaje?",
-    "お疲れさまです",
-    "Quick question:",
-    "שלום! מה נשמע?",
-    "One more thing.",
-    "Haha 😂",
-    "Ok, listen.",
-];
-const MIDDLES: [&str; 14] = [
-    "the dashboards look calm again",
-    "I pushed the fix an hour ago",
-    "can we move our call to three?",
-    "my train is late, as always",
-    "the new Postgres is twice as fast",
-    "shall we have lunch at the corner place?",
-    "the kids are finally asleep",
-    "I left the keys with the neighbour",
-    "somebody has to water the plants on Friday",
-    "the <b>bold</b> text & \"quotes\" come through as they are",
-    "photos are up: https://example.com/album/42",
-    "I will be there at 18:30",
-    "let me read it once more before we send it",
-    "we are out of milk, and of bread",
-];
-const ENDINGS: [&str; 8] = ["", "", "", " 👍", " What do you think?", " Thanks!", " No hurry.", " 🎉🎉"];
-
-#[derive(Clone, Debug)]
 struct User {
     name: String,
     id: String,
-    token: String,
+    bearer: String,
 }
 
 /// Who writes with whom, and how many messages the two have.
@@ -106,34 +71,16 @@ struct Conversation {
     messages: u32,
 }
 
-/// What the work has come to, for all workers.
-struct Seeding<'a> {
-    args: &'a Args,
-    address: SocketAddr,
-    bar: ProgressBar,
-    registered: AtomicU64,
-    sent: AtomicU64,
-    told: AtomicBool,
-}
-
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
-    let Some(url) = &args.url else { return at_home(args) };
-    let seeded = seed(args, url)?;
-    println!("{}", seeded.summary);
-    print!("{}", seeded.to_try(url));
-    Ok(ExitCode::SUCCESS)
-}
-
-/// The service of this clone, through another replica of it: its own limits would make minutes of seconds.
-fn at_home(args: &Args) -> Result<ExitCode> {
-    let url = dev::running("API_URL")?.unwrap_or_else(|| "http://127.0.0.1:8000".to_owned());
-    let mut replica = dev::replica_without_limits()?;
+    let running = || Ok(dev::running("API_URL")?.unwrap_or_else(|| "http://127.0.0.1:8000".to_owned()));
+    let url = args.url.clone().map_or_else(running, Result::<_>::Ok)?;
+    // The limits of this clone's service would make minutes of seconds: another replica of it has none.
+    let mut replica = if args.url.is_none() { dev::replica_without_limits()? } else { None };
     let through = replica.as_ref().map_or_else(|| url.clone(), |replica| replica.addresses().api());
     let seeded = seed(args, &through)?;
     replica.as_mut().map_or(Ok(()), dev::Service::stop)?;
-    println!("{}", seeded.summary);
-    print!("{}", seeded.to_try(&url));
+    print!("{}\n{}", seeded.summary, seeded.to_try(&url));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -145,283 +92,172 @@ struct Seeded {
 }
 
 fn seed(args: &Args, url: &str) -> Result<Seeded> {
-    let address = address(url)?;
-    match Client::new(address).request("GET", "/healthz", &[], "", PATIENCE) {
-        Ok(answer) if answer.status == 200 => {}
-        Ok(answer) => bail!("{url}/healthz answers {}: see what the service logs", answer.status),
-        Err(lost) => {
-            bail!("{url}: {}. Start it with `cargo xtask dev`, or name another with --url", lost.reason())
-        }
-    }
-    let started = Instant::now();
-    let plan = plan(args);
-    let seeding = Seeding {
-        args,
-        address,
-        bar: bar(u64::from(args.users) + u64::from(args.messages)),
-        registered: AtomicU64::new(0),
-        sent: AtomicU64::new(0),
-        told: AtomicBool::new(false),
-    };
-    let names: Vec<String> = (0..args.users as usize).map(|number| name(number, args.seed)).collect();
-    let users = in_parallel(&names, |name, client| seeding.user(name, client));
-    let users = users.inspect_err(|_| seeding.bar.abandon())?;
-    let talked = in_parallel(&plan, |conversation, client| seeding.converse(conversation, &users, client));
-    talked.inspect_err(|_| seeding.bar.abandon())?;
-    seeding.bar.finish_and_clear();
-    let (registered, sent) = (seeding.registered.into_inner(), seeding.sent.into_inner());
+    let (started, address) = (Instant::now(), address(url)?);
+    let health = Client::new(address).request("GET", "/healthz", &[], "", PATIENCE);
+    ensure!(
+        health.is_ok_and(|answer| answer.status == 200),
+        "{url} is not ready: start it with `cargo xtask dev`, or name another with --url"
+    );
+    let (plan, names) = (plan(args), (0..args.users as usize).map(|number| name(number, args.seed)));
+    let (users, registered, sent) = step("seed", |progress| {
+        let client = Client::new(address);
+        let mut seeding = Seeding { address, client, progress, registered: 0, sent: 0 };
+        let users = names.map(|name| seeding.user(name)).collect::<Result<Vec<User>>>()?;
+        plan.iter().try_for_each(|conversation| seeding.converse(args.seed, conversation, &users))?;
+        Ok((users, seeding.registered, seeding.sent))
+    })?;
     let summary = format!(
         "{registered} users and {sent} messages added in {:.1} s; {} users and {} messages were there",
         started.elapsed().as_secs_f32(),
-        u64::from(args.users) - registered,
-        u64::from(args.messages).saturating_sub(sent),
+        args.users - registered,
+        args.messages.saturating_sub(sent),
     );
     Ok(Seeded { summary, plan, users })
 }
 
-fn bar(total: u64) -> ProgressBar {
-    let bar = ProgressBar::new(total);
-    let style = ProgressStyle::with_template("  {bar:30} {pos}/{len} {elapsed} {wide_msg:.dim}");
-    bar.set_style(style.expect("a valid template"));
-    bar
-}
-
 /// Where the URL leads. TLS is left to those who have it: a port-forward is without.
 fn address(url: &str) -> Result<SocketAddr> {
-    let Some(rest) = url.strip_prefix("http://") else {
-        bail!("{url} is not like http://HOST:PORT; to reach a service behind TLS, forward a port to it");
-    };
-    let authority = rest.trim_end_matches('/');
-    ensure!(!authority.contains('/'), "{url} has a path: the API is at the root");
-    let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-    let place = if has_port { authority.to_owned() } else { format!("{authority}:80") };
-    let mut found = place.to_socket_addrs().with_context(|| format!("look up {place}"))?;
-    found.next().with_context(|| format!("{place} has no address"))
+    let place = url.strip_prefix("http://").map(|rest| rest.trim_end_matches('/'));
+    let place = place.map(|rest| if rest.contains(':') { rest.to_owned() } else { format!("{rest}:80") });
+    let found = place.and_then(|place| place.to_socket_addrs().ok()?.next());
+    found.with_context(|| {
+        format!("{url} does not lead to http://HOST:PORT: the API is at the root; behind TLS, forward a port to it")
+    })
 }
 
 /// The same number and seed have the same name; names of the first seed are plain.
 fn name(number: usize, seed: u64) -> String {
-    let (first, rest) = (FIRST[number % FIRST.len()], number / FIRST.len());
-    // Beginning elsewhere for each first name, so that not everybody is called alike.
-    let last = LAST[(rest + number) % LAST.len()];
-    let mut name = format!("{first}.{last}");
-    if rest >= LAST.len() {
-        name += &format!("{}", rest / LAST.len() + 1);
-    }
-    if seed != 1 { format!("{name}-{seed:x}") } else { name }
+    let one = |names: &'static str| names.split(' ').cycle().nth(number % 208).unwrap_or_default();
+    let again = if number < 208 { String::new() } else { (number / 208 + 1).to_string() };
+    let suffix = if seed == 1 { String::new() } else { format!("-{seed:x}") };
+    format!("{}.{}{again}{suffix}", one(FIRST), one(LAST))
 }
 
-/// Everybody has a conversation with the next one, and a few more; a few pairs write most of the messages.
+/// Everybody has a conversation with the next one, and most have one more; a few pairs write most of the messages.
 fn plan(args: &Args) -> Vec<Conversation> {
     let count = args.users as usize;
     let mut rng = Rng::with_seed(args.seed);
-    let mut pairs: Vec<(usize, usize)> = Vec::new();
-    let next = (0..count).map(|user| (user, (user + 1) % count));
-    let random: Vec<_> = (0..count).map(|user| (user, rng.usize(0..count))).collect();
-    for (one, other) in next.chain(random) {
-        let pair = (one.min(other), one.max(other));
-        if one != other && !pairs.contains(&pair) {
-            pairs.push(pair);
-        }
+    let mut pairs = BTreeSet::new();
+    for user in 0..count {
+        pairs.extend([(user + 1) % count, rng.usize(0..count)].map(|peer| (user.min(peer), user.max(peer))));
     }
-    // By Zipf: the second pair writes half as much as the first, the third a third.
-    let weights: Vec<f64> = (1..=pairs.len()).map(|rank| 1.0 / rank as f64).collect();
-    let all: f64 = weights.iter().sum();
-    let mut left = args.messages;
-    let mut conversations = Vec::with_capacity(pairs.len());
-    for (users, weight) in pairs.into_iter().zip(weights) {
-        let messages = ((f64::from(args.messages) * weight / all).round() as u32).min(left);
-        left -= messages;
-        conversations.push(Conversation { users, messages });
+    pairs.retain(|(one, other)| one != other);
+    let mut plan: Vec<_> = pairs.into_iter().map(|users| Conversation { users, messages: 0 }).collect();
+    rng.shuffle(&mut plan);
+    for _ in 0..args.messages {
+        let one = (rng.f64().powi(3) * plan.len() as f64) as usize;
+        plan[one].messages += 1;
     }
-    if let Some(first) = conversations.first_mut() {
-        first.messages += left;
-    }
-    conversations
+    plan
 }
 
 /// The text of a message, and whether the first of the two writes it.
 fn message(seed: u64, users: (usize, usize), number: u32) -> (bool, String) {
     let mut rng =
         Rng::with_seed(seed ^ ((users.0 as u64) << 48) ^ ((users.1 as u64) << 32) ^ u64::from(number));
-    let middle = MIDDLES[rng.usize(0..MIDDLES.len())];
-    let ending = ENDINGS[rng.usize(0..ENDINGS.len())];
-    let text = match rng.u8(0..10) {
-        0..=3 => format!("{} {middle}{ending}", OPENINGS[rng.usize(0..OPENINGS.len())]),
-        4..=7 => format!("{middle}{ending}"),
-        _ => OPENINGS[rng.usize(0..OPENINGS.len())].to_owned(),
-    };
-    (rng.bool(), text)
+    let text = [OPENINGS, MIDDLES, ENDINGS].map(|texts| rng.choice(texts.split('|').collect::<Vec<_>>()));
+    (rng.bool(), text.into_iter().flatten().collect())
 }
 
-/// Does the work for each item on a few threads, each with a connection of its own; the results are in order.
-fn in_parallel<T: Sync, R: Send>(
-    items: &[T],
-    work: impl Fn(&T, &mut ClientOf) -> Result<R> + Sync,
-) -> Result<Vec<R>> {
-    let next = AtomicUsize::new(0);
-    let mut results: Vec<(usize, Result<R>)> = thread::scope(|scope| {
-        let worker = || {
-            let (mut done, mut client) = (Vec::new(), ClientOf(None));
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                let Some(item) = items.get(index) else { return done };
-                let outcome = signals::check().and_then(|()| work(item, &mut client));
-                if outcome.is_err() {
-                    // What is left is not begun.
-                    next.store(items.len(), Ordering::Relaxed);
-                }
-                done.push((index, outcome));
-            }
-        };
-        let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(worker)).collect();
-        workers.into_iter().flat_map(|worker| worker.join().expect("a worker does not panic")).collect()
-    });
-    results.sort_by_key(|(index, _)| *index);
-    results.into_iter().map(|(_, result)| result).collect()
+struct Seeding<'a> {
+    address: SocketAddr,
+    client: Client,
+    progress: &'a Progress,
+    registered: u32,
+    sent: u32,
 }
-
-/// A worker's connection, made when it is first used.
-struct ClientOf(Option<Client>);
 
 impl Seeding<'_> {
     /// Registers the user unless it is there, and logs in.
-    fn user(&self, name: &str, client: &mut ClientOf) -> Result<User> {
-        let email = format!("{name}@example.com");
-        let body = json!({"username": name, "email": email, "password": PASSWORD});
-        let answer = self.ask(client, "POST", "/register", None, &body.to_string(), &[])?;
-        match answer.status {
-            201 => self.registered.fetch_add(1, Ordering::Relaxed),
-            409 => 0,
-            status => bail!("/register answered {status}: {}", text(&answer)),
-        };
-        let body = json!({"username": name, "password": PASSWORD});
-        let answer = self.ask(client, "POST", "/login", None, &body.to_string(), &[])?;
-        if answer.status == 401 {
-            bail!("{name} is there with another password, so it is not ours: take another --seed");
-        }
-        let token = field(&answer, 200, "/login", "access_token")?;
-        let answer = self.ask(client, "GET", "/me", Some(&token), "", &[])?;
-        let id = field(&answer, 200, "/me", "id")?;
-        self.bar.inc(1);
-        Ok(User { name: name.to_owned(), id, token })
+    fn user(&mut self, name: String) -> Result<User> {
+        self.progress.say(&name);
+        let body = json!({"username": name, "email": format!("{name}@example.com"), "password": PASSWORD});
+        let (status, _) = self.ask(&[201, 409], "POST", "/register", "", &body.to_string())?;
+        self.registered += u32::from(status == 201);
+        let (status, tokens) = self.ask(&[200, 401], "POST", "/login", "", &body.to_string())?;
+        ensure!(
+            status == 200,
+            "{name} is there with another password, so it is not ours: take another --seed"
+        );
+        let bearer = format!("Bearer {}", tokens["access_token"].as_str().context("/login has no token")?);
+        let (_, me) = self.ask(&[200], "GET", "/me", &bearer, "")?;
+        Ok(User { name, id: me["id"].as_str().context("/me has no id")?.to_owned(), bearer })
     }
 
     /// Sends what the conversation lacks. Its messages are numbered by the service, so the last number tells.
-    fn converse(&self, conversation: &Conversation, users: &[User], client: &mut ClientOf) -> Result<()> {
-        let Conversation { users: pair, messages } = *conversation;
-        let (one, other) = (&users[pair.0], &users[pair.1]);
+    fn converse(&mut self, seed: u64, plan: &Conversation, users: &[User]) -> Result<()> {
+        let (one, other) = (&users[plan.users.0], &users[plan.users.1]);
         let path = format!("/messages?peer_id={}&limit=1", other.id);
-        let answer = self.ask(client, "GET", &path, Some(&one.token), "", &[])?;
-        ensure!(answer.status == 200, "/messages answered {}: {}", answer.status, text(&answer));
-        let newest: Value = serde_json::from_slice(&answer.body)?;
-        let there = newest[0]["seq"].as_u64().unwrap_or(0).min(messages.into()) as u32;
-        self.bar.inc(there.into());
-        for number in there..messages {
-            signals::check()?;
-            let (first_writes, content) = message(self.args.seed, pair, number);
+        let (_, newest) = self.ask(&[200], "GET", &path, &one.bearer, "")?;
+        let there = u32::try_from(newest[0]["seq"].as_u64().unwrap_or(0))?;
+        for number in there..plan.messages {
+            let (first_writes, content) = message(seed, plan.users, number);
             let (from, to) = if first_writes { (one, other) } else { (other, one) };
             let body = json!({"recipient_id": to.id, "content": content}).to_string();
-            // A send that has to be repeated, because its answer was lost, stays one message.
-            let key = format!("seed-{}-{}-{}-{number}", self.args.seed, pair.0, pair.1);
-            let answer =
-                self.ask(client, "POST", "/send", Some(&from.token), &body, &[("idempotency-key", &key)])?;
-            ensure!(answer.status == 201, "/send answered {}: {}", answer.status, text(&answer));
-            self.sent.fetch_add(1, Ordering::Relaxed);
-            self.bar.inc(1);
+            self.ask(&[201], "POST", "/send", &from.bearer, &body)?;
+            self.sent += 1;
+            self.progress.say(&format!("{} messages", self.sent));
         }
         Ok(())
     }
 
-    /// One request; waits out a rate limit, and a short absence.
+    /// One request, answered with one of these statuses. Waits out a rate limit; after another failure the whole command
+    /// can be repeated.
     fn ask(
-        &self,
-        client: &mut ClientOf,
+        &mut self,
+        expected: &[u16],
         method: &str,
         path: &str,
-        token: Option<&str>,
+        bearer: &str,
         body: &str,
-        more: &[(&str, &str)],
-    ) -> Result<Answer> {
-        let authorization = token.map(|token| format!("Bearer {token}"));
-        let mut headers = more.to_vec();
-        headers.extend(authorization.as_deref().map(|bearer| ("authorization", bearer)));
-        let client = client.0.get_or_insert_with(|| Client::new(self.address));
-        let mut failures = 0;
+    ) -> Result<(u16, Value)> {
+        let headers: &[_] = if bearer.is_empty() { &[] } else { &[("authorization", bearer)] };
         loop {
             signals::check()?;
-            match client.request(method, path, &headers, body, PATIENCE) {
-                Ok(answer) if answer.status == 429 => self.wait(path, &answer)?,
-                Ok(answer) if answer.status != 503 => return Ok(answer),
-                outcome if failures == RETRIES => {
-                    let why = outcome.map_or_else(|lost| lost.reason().to_owned(), |answer| text(&answer));
-                    return Err(anyhow!("{method} {path}: {why}"));
-                }
-                _ => {
-                    failures += 1;
-                    thread::sleep(Duration::from_millis(300));
-                }
+            let answer = self.client.request(method, path, headers, body, PATIENCE);
+            let answer = answer
+                .map_err(|lost| anyhow!("{path}: {}; once more, it goes on from here", lost.reason()))?;
+            if expected.contains(&answer.status) {
+                return Ok((answer.status, serde_json::from_slice(&answer.body)?));
             }
-        }
-    }
-
-    fn wait(&self, path: &str, answer: &Answer) -> Result<()> {
-        let seconds: u64 = answer.header("retry-after").and_then(|text| text.parse().ok()).unwrap_or(1);
-        if !self.told.swap(true, Ordering::Relaxed) {
+            let (status, text) = (answer.status, String::from_utf8_lossy(&answer.body));
+            ensure!(status == 429, "{path} answered {status}: {text}");
+            let seconds: u64 = answer.header("retry-after").and_then(|text| text.parse().ok()).unwrap_or(1);
             let limit = path.trim_start_matches('/').to_uppercase();
-            let advice = format!(
-                "  the service limits {path}, so this takes minutes; start it with {limit}_RATE_LIMIT_PER_MINUTE=0 to \
-                 lift the limit"
-            );
-            self.bar.suspend(|| println!("{advice}"));
+            self.progress
+                .note(&format!("waiting {seconds} s; {limit}_RATE_LIMIT_PER_MINUTE=0 lifts the limit"));
+            for _ in 0..seconds * 10 {
+                signals::check()?;
+                thread::sleep(Duration::from_millis(100));
+            }
+            // The service may have closed the idle connection.
+            self.client = Client::new(self.address);
         }
-        self.bar.set_message(format!("waiting {seconds} s for the limit of {path}"));
-        let until = Instant::now() + Duration::from_secs(seconds.min(120));
-        while Instant::now() < until {
-            signals::check()?;
-            thread::sleep(Duration::from_millis(100));
-        }
-        self.bar.set_message("");
-        Ok(())
     }
-}
-
-fn text(answer: &Answer) -> String {
-    String::from_utf8_lossy(&answer.body).into_owned()
-}
-
-fn field(answer: &Answer, status: u16, path: &str, name: &str) -> Result<String> {
-    ensure!(answer.status == status, "{path} answered {}: {}", answer.status, text(answer));
-    let body: Value = serde_json::from_slice(&answer.body)?;
-    Ok(body[name].as_str().with_context(|| format!("{path} has no {name}"))?.to_owned())
 }
 
 impl Seeded {
     /// Logins, and the liveliest conversation to paste.
     fn to_try(&self, url: &str) -> String {
-        let Self { plan, users, .. } = self;
-        let logins: Vec<&str> = users.iter().take(4).map(|user| user.name.as_str()).collect();
-        let (one, other) = plan.first().map_or((0, 1), |conversation| conversation.users);
-        let url = url.trim_end_matches('/');
+        let logins: Vec<&str> = self.users.iter().take(4).map(|user| user.name.as_str()).collect();
+        let liveliest = self.plan.iter().max_by_key(|conversation| conversation.messages);
+        let (one, other) = liveliest.map_or((0, 1), |conversation| conversation.users);
+        let (url, one, other) = (url.trim_end_matches('/'), &self.users[one].name, &self.users[other].id);
         format!(
             "
   Logins, all with the password `{PASSWORD}`: {}
 
-token=$(curl -sS {url}/login -H 'Content-Type: application/json' -d '{{\"username\":\"{}\",\"password\":\"{PASSWORD}\"}}' | \
+token=$(curl -sS {url}/login -H 'Content-Type: application/json' -d '{{\"username\":\"{one}\",\"password\":\"{PASSWORD}\"}}' | \
              sed 's/.*\"access_token\":\"\\([^\"]*\\)\".*/\\1/')
-curl -sS \"{url}/messages?peer_id={}\" -H \"Authorization: Bearer $token\"; echo
+curl -sS \"{url}/messages?peer_id={other}\" -H \"Authorization: Bearer $token\"; echo
 ",
             logins.join(", "),
-            users[one].name,
-            users[other].id,
         )
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use harness::{Postgres, PostgresOptions, Scratch, service_binary};
 
     use super::*;

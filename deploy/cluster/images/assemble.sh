@@ -1,9 +1,9 @@
 #!/bin/sh
-# The root of a stand-in image, from this machine's packages: assemble.sh postgres|redis FOLDER [POSTGRES_BIN_FOLDER]
+# Assembles the root of a stand-in image from this machine's packages: assemble.sh postgres|redis FOLDER [POSTGRES_BIN_FOLDER]
 set -eu
 image=$1 root=$2
 
-# A program or library at the place where it is here, with every library that it loads.
+# Copies a program or library to the same path, with every library that it loads.
 bring() {
     for file in "$@"; do
         mkdir -p "$root$(dirname "$file")"
@@ -34,7 +34,7 @@ postgres)
     version=$(basename "$(dirname "$bin")")
     share=/usr/share/postgresql/$version
     bring "$bin"/* "/usr/lib/postgresql/$version/lib"/*.so
-    # Locales and collations come through the plain C library; the just-in-time compiler is a hundred megabytes.
+    # Without the JIT compiler, which has a hundred megabytes. Locales and collations come from the C library.
     rm -f "$root/usr/lib/postgresql/$version/lib/llvmjit.so"
     rm -f "$root"/usr/lib/*/libLLVM* "$root"/lib/*/libLLVM*
     mkdir -p "$root$(dirname "$share")" "$root/usr/share/zoneinfo" "$root/docker-entrypoint-initdb.d"

@@ -2,7 +2,7 @@
 # The documented contract of the official image's entrypoint; see README.md.
 set -eu
 
-# NAME or NAME_FILE, else a default.
+# Prints the value of $NAME, else the content of the file $NAME_FILE, else a default.
 setting() {
     eval "value=\${$1:-} file=\${$1_FILE:-}"
     if [ -n "$value" ] && [ -n "$file" ]; then
@@ -31,13 +31,13 @@ mkdir -p "$PGDATA"
 chmod 700 "$PGDATA"
 secret=$(mktemp)
 printf '%s\n' "$password" > "$secret"
-# The arguments are several words on purpose.
+# Unquoted on purpose: the variable may hold several arguments.
 # shellcheck disable=SC2086
 initdb --username="$user" --pwfile="$secret" ${POSTGRES_INITDB_ARGS:-} "$PGDATA"
 rm -f "$secret"
 printf '\nhost all all all %s\n' "$method" >> "$PGDATA/pg_hba.conf"
 
-# First without the network, so that nobody finds a half-made database.
+# First without the network, so that no client reaches a half-initialized database.
 pg_ctl -D "$PGDATA" -o "-c listen_addresses=''" -w start
 export PGPASSWORD="$password"
 if [ "$database" != postgres ]; then

@@ -1,4 +1,4 @@
-// The process that holds a pod's namespaces: it waits, and reaps what is left to it.
+// The process that holds a pod's namespaces: it waits, and reaps orphans.
 package main
 
 import (

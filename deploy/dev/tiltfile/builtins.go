@@ -17,7 +17,7 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// session is what the file is executed in, and what it has said so far.
+// session holds the environment of the execution, and the calls that the file has made so far.
 type session struct {
 	context, namespace, subcommand, system, helm string
 	arguments                                    []string
@@ -32,7 +32,7 @@ type session struct {
 	charts   []chart
 }
 
-// signature is a function of Tilt's: its parameters in order as `name` or `name?`, each with what it takes.
+// signature describes a function of Tilt: its parameters in order, as `name` or `name?`, each with the type that it takes.
 type signature struct {
 	name       string
 	parameters []parameter
@@ -43,8 +43,8 @@ type parameter struct{ name, takes string }
 
 type arguments map[string]starlark.Value
 
-// What parameters take: text, bool, int, words (text or a list of text), list (of text), map, command, any.
-// In the order of Tilt v0.33's own: https://docs.tilt.dev/api.html
+// The types of parameters: text, bool, int, words (text or a list of text), list (of text), map, command, any.
+// In the order of Tilt v0.33: https://docs.tilt.dev/api.html
 var signatures = []signature{
 	{"version_settings", of("check_updates? bool", "constraint? text"), nil},
 	{"analytics_settings", of("enable bool"), nil},
@@ -98,7 +98,7 @@ func of(parameters ...string) []parameter {
 	return all
 }
 
-// builtins are all names that the file may use beside the language's own.
+// builtins are all names that the file may use besides those of the language.
 func (s *session) builtins() starlark.StringDict {
 	names := starlark.StringDict{"TRIGGER_MODE_AUTO": starlark.String("auto"), "TRIGGER_MODE_MANUAL": starlark.String("manual")}
 	modules := map[string]starlark.StringDict{
@@ -125,7 +125,7 @@ func (s *session) builtins() starlark.StringDict {
 	return names
 }
 
-// stand unpacks arguments as Tilt does, and checks what they are.
+// stand unpacks arguments as Tilt does, and checks their types.
 func (s *session) stand(signature signature) func(*starlark.Thread, *starlark.Builtin, starlark.Tuple, []starlark.Tuple) (starlark.Value, error) {
 	return func(_ *starlark.Thread, fn *starlark.Builtin, args starlark.Tuple, kwargs []starlark.Tuple) (starlark.Value, error) {
 		values := make([]starlark.Value, len(signature.parameters))
@@ -214,7 +214,7 @@ func (a arguments) words(name string) []string {
 	return all
 }
 
-// flag is an argument, or what it is when it is not given.
+// flag is a boolean argument, or its default.
 func (a arguments) flag(name string, otherwise bool) bool {
 	if value, is := a[name].(starlark.Bool); is {
 		return bool(value)
@@ -230,7 +230,7 @@ func (a arguments) command(name string) []string {
 	return a.words(name)
 }
 
-// blob is text that is meant as content, and not as a path.
+// blob is text that stands for content, not for a path.
 type blob string
 
 func (blob) Type() string            { return "blob" }
@@ -239,7 +239,7 @@ func (blob) Freeze()                 {}
 func (b blob) Truth() starlark.Bool  { return b != "" }
 func (b blob) Hash() (uint32, error) { return starlark.String(b).Hash() }
 
-// keep returns what was given, for whoever takes it.
+// keep returns the arguments for the function that receives them.
 func keep(constructor string) func(*session, arguments) (starlark.Value, error) {
 	return func(_ *session, given arguments) (starlark.Value, error) {
 		return starlarkstruct.FromStringDict(starlark.String(constructor), starlark.StringDict(given)), nil
@@ -256,7 +256,7 @@ func defineBool(s *session, given arguments) (starlark.Value, error) {
 	return starlark.None, nil
 }
 
-// parse gives what is set on the command line, and nothing else.
+// parse returns only the settings given on the command line.
 func parse(s *session, _ arguments) (starlark.Value, error) {
 	if err := s.settings.Parse(s.arguments); err != nil {
 		return nil, err
@@ -281,8 +281,8 @@ func allow(s *session, given arguments) (starlark.Value, error) {
 	return starlark.None, nil
 }
 
-// runLocal answers the questions that the file may ask of the machine. Tilt refuses to run anything before it knows
-// that the cluster is allowed.
+// runLocal returns fixed output for the commands that the file may run. Tilt runs nothing before it knows that the cluster is
+// allowed.
 func runLocal(s *session, given arguments) (starlark.Value, error) {
 	if !slices.Contains(s.allowed, s.context) {
 		return nil, fmt.Errorf("nothing is run before allow_k8s_contexts has named %q", s.context)
@@ -297,7 +297,7 @@ func runLocal(s *session, given arguments) (starlark.Value, error) {
 
 var testTemplate = regexp.MustCompile("(?m)^# Source: .*/tests/")
 
-// renderChart runs helm with the arguments that Tilt gives it, and leaves tests out as Tilt does, by their path alone.
+// renderChart runs helm with Tilt's arguments, and leaves tests out as Tilt does: by their path.
 func renderChart(s *session, given arguments) (starlark.Value, error) {
 	one := chart{Path: given.text("paths"), Values: given.words("values"), Set: given.words("set")}
 	command := exec.Command(s.helm, "template", given.text("name"), one.Path, "--include-crds")
@@ -328,7 +328,7 @@ func renderChart(s *session, given arguments) (starlark.Value, error) {
 	return blob(strings.Join(kept, "---\n")), nil
 }
 
-// content is what a blob holds, or a file by its path.
+// content is the text of a blob, or of the file at a path.
 func content(value starlark.Value) (string, error) {
 	if path, is := starlark.AsString(value); is {
 		text, err := os.ReadFile(path)

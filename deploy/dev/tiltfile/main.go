@@ -1,5 +1,5 @@
-// Executes the Tiltfile as Tilt would, with stand-ins for Tilt's functions that take what Tilt's take, and puts together
-// what Tilt would make of it. Prints that as JSON; what Tilt would refuse, or what could never work, is an error.
+// Executes the Tiltfile as Tilt would, with stubs that accept the same arguments as Tilt's functions. Prints as JSON the plan
+// that Tilt would make. What Tilt would refuse, or what could never work, is an error.
 package main
 
 import (
@@ -55,7 +55,7 @@ func (s *session) load(path string) (*plan, error) {
 	thread := &starlark.Thread{Name: "Tiltfile", Print: func(_ *starlark.Thread, text string) {
 		fmt.Fprintln(os.Stderr, text)
 	}}
-	// As Tilt has it: a dialect with `if` at the top, and no `while`.
+	// Tilt's dialect: `if` at the top level is allowed, `while` is not.
 	options := &syntax.FileOptions{Set: true, TopLevelControl: true, GlobalReassign: true}
 	if _, err := starlark.ExecFileOptions(options, thread, path, source, s.builtins()); err != nil {
 		if strings.Contains(err.Error(), "undefined: ") {

@@ -17,13 +17,13 @@ type plan struct {
 	Resources []resource `json:"resources"`
 	Images    []image    `json:"images"`
 	Charts    []chart    `json:"charts"`
-	// Everything that would be applied, as `kind/name`.
+	// Every object that would be applied, as `kind/name`.
 	Objects []string `json:"objects"`
-	// The same as YAML in JSON, in the order of the file.
+	// The manifests of these objects, in the order of the file.
 	Manifests []map[string]any `json:"manifests"`
 }
 
-// resource is a line of Tilt's display: objects of the cluster, or a command on this machine.
+// resource is a row in Tilt's display: objects of the cluster, or a command on this machine.
 type resource struct {
 	Name    string    `json:"name"`
 	Needs   []string  `json:"needs"`
@@ -71,7 +71,7 @@ type object struct {
 
 var workloads = []string{"Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job", "CronJob", "Pod"}
 
-// What the server of Tilt's own objects takes for a name, and what it takes for a label.
+// The form that Tilt's API server requires of names and labels.
 var nameForm = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$`)
 
 func localResource(s *session, given arguments) (starlark.Value, error) {
@@ -209,7 +209,7 @@ func at(value any, path ...string) string {
 	return text
 }
 
-// assemble puts objects and commands together, and checks that the whole can work.
+// assemble makes the plan of objects and commands, and checks that it can work.
 func (s *session) assemble() (*plan, error) {
 	if !s.parsed && len(s.arguments) > 0 {
 		return nil, fmt.Errorf("arguments are given, and config.parse() is not called")
@@ -242,7 +242,7 @@ func (s *session) assemble() (*plan, error) {
 	return all, nil
 }
 
-// hold finds the objects of a resource; each belongs to one.
+// hold assigns objects to a resource. No object may belong to two resources.
 func (s *session) hold(one *group) error {
 	take := func(matches func(object) bool, what string) error {
 		var found []int
@@ -286,7 +286,7 @@ func (s *session) hold(one *group) error {
 	return nil
 }
 
-// checkDeps: what is watched exists, or is what a compile step leaves behind.
+// checkDeps: every watched path exists, or is the output of a compile step.
 func (s *session) checkDeps(*plan) error {
 	made := map[string]bool{}
 	for _, one := range s.locals {
@@ -305,7 +305,7 @@ func (s *session) checkDeps(*plan) error {
 	}
 	for _, path := range watched {
 		path = filepath.Clean(path)
-		// What is in target/ may be left from another time.
+		// A file in target/ may be left over from an earlier build.
 		if _, err := os.Stat(path); (err != nil || strings.HasPrefix(path, "target/")) && !made[path] {
 			return fmt.Errorf("%s is watched, and it is not in the clone and nothing makes it", path)
 		}
@@ -313,8 +313,8 @@ func (s *session) checkDeps(*plan) error {
 	return nil
 }
 
-// checkNeeds: every dependency is a resource, and none needs itself by way of others. What starts by itself does not
-// wait for what waits for a person.
+// checkNeeds: every dependency is a resource, and there are no cycles. A resource that starts automatically must not wait for
+// one that is started by hand.
 func checkNeeds(all *plan) error {
 	byName := map[string]resource{}
 	for _, one := range all.Resources {
@@ -355,7 +355,7 @@ func checkNeeds(all *plan) error {
 	return nil
 }
 
-// checkImages: every image that is built is run by something that waits for what it is made of.
+// checkImages: a container runs every image that is built, and the build uses the name that Tilt expects.
 func (s *session) checkImages(all *plan) error {
 	for _, built := range s.images {
 		used := false
@@ -396,7 +396,7 @@ func containers(value any, field string) []string {
 	return found
 }
 
-// checkPorts: a port of this machine is forwarded once, to a port that the workload has.
+// checkPorts: each local port is forwarded once, to a port that the workload has.
 func (s *session) checkPorts(all *plan) error {
 	seen := map[int]string{}
 	for _, group := range s.groups {
@@ -419,7 +419,7 @@ func (s *session) checkPorts(all *plan) error {
 	return nil
 }
 
-// checkJobs: `tilt ci` waits for every Job, and in vain for one that is gone before it has looked.
+// checkJobs: `tilt ci` waits for every Job, and would wait in vain for one that is deleted before Tilt has seen it finish.
 func (s *session) checkJobs(*plan) error {
 	for _, one := range s.objects {
 		spec, _ := one.manifest["spec"].(map[string]any)

@@ -1,5 +1,5 @@
-// Command dashboards judges Grafana dashboards by Grafana's own model: what it does not know, and what has the wrong type, is
-// an error. Grafana itself would drop the one and show an empty panel for the other.
+// Command dashboards checks Grafana dashboards against Grafana's own model. Unknown fields and wrong types are errors; Grafana
+// itself would drop the former and show an empty panel for the latter.
 //
 //	dashboards FILE...
 package main
@@ -16,7 +16,7 @@ import (
 )
 
 func main() {
-	// The models of the panels and of the queries that the dashboard's own leaves open.
+	// The models of panels and queries, which the dashboard's own model leaves open.
 	plugins.RegisterDefaultPlugins()
 	failed := len(os.Args) < 2
 	for _, file := range os.Args[1:] {
@@ -39,7 +39,7 @@ func check(file string) error {
 		return errors.New("not JSON")
 	}
 	var model dashboard.Dashboard
-	// It answers with a list, which is not nil when it is empty.
+	// It returns a list that is not nil even when it is empty.
 	var faults cog.BuildErrors
 	err = model.UnmarshalJSONStrict(text)
 	if err != nil && !(errors.As(err, &faults) && len(faults) == 0) {

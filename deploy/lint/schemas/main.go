@@ -1,9 +1,9 @@
-// Command schemas writes the JSON schemas that kubeconform validates with, out of what the API server goes by itself:
-// its OpenAPI document (a .json file) and custom resource definitions (.yaml files).
+// Command schemas writes the JSON schemas for kubeconform from the API server's own sources: its OpenAPI document (a .json
+// file) and custom resource definitions (.yaml files).
 //
 //	schemas DIR FILE...
 //
-// Each kind becomes DIR/GROUP/VERSION/KIND.json, complete in itself. The core group is called v1, as kubeconform does.
+// Each kind becomes one self-contained DIR/GROUP/VERSION/KIND.json. The core group is named v1, as in kubeconform.
 package main
 
 import (
@@ -41,7 +41,7 @@ func fail(err error) {
 	os.Exit(1)
 }
 
-// fromOpenAPI writes a schema for each kind of the document, with all definitions that it needs.
+// fromOpenAPI writes a schema for each kind of the document, with all definitions that it refers to.
 func fromOpenAPI(dir string, text []byte) error {
 	var document struct {
 		Definitions map[string]object `json:"definitions"`
@@ -52,7 +52,7 @@ func fromOpenAPI(dir string, text []byte) error {
 	for name, definition := range document.Definitions {
 		strict(definition)
 		if strings.HasSuffix(name, ".resource.Quantity") {
-			// The API server takes `cpu: 1` for a quantity; only its document does not say so.
+			// The API server accepts a number such as `cpu: 1` as a quantity, but its document does not say so.
 			definition["type"] = []string{"string", "number"}
 		}
 	}
@@ -134,7 +134,7 @@ func fromDefinitions(dir string, text []byte) error {
 		for _, version := range definition.Spec.Versions {
 			schema := version.Schema.OpenAPIV3Schema
 			strict(schema)
-			// Any object's metadata; the API server checks it by its own schema.
+			// Metadata has a schema of its own in the API server.
 			if properties, ok := schema["properties"].(object); ok {
 				properties["metadata"] = object{"type": "object"}
 			}
@@ -150,7 +150,7 @@ func fromDefinitions(dir string, text []byte) error {
 	return nil
 }
 
-// strict refuses unknown fields wherever fields are named, and puts Kubernetes's notions into JSON schema's.
+// strict refuses unknown fields wherever fields are listed, and translates Kubernetes' extensions into JSON schema.
 func strict(node any) {
 	switch node := node.(type) {
 	case object:

@@ -1,5 +1,5 @@
-// An OpenTelemetry Collector with what a developer and the tests need of one: it receives OTLP, prints what comes,
-// and writes it into a file.
+// An OpenTelemetry Collector with only the parts that developers and the tests need: it receives OTLP, and writes it to a file
+// or the log.
 //
 //	collector --config file:deploy/observability/collector.yaml
 package main

@@ -1,4 +1,4 @@
-{{/* Where Postgres and Redis are, and what their passwords are kept in. */}}
+{{/* Addresses of Postgres and Redis, and the Secrets with their passwords. */}}
 
 {{- define "chat-service.secretKeySecret" -}}
 {{- default (include "chat-service.fullname" .) .Values.secretKey.existingSecret }}
@@ -26,7 +26,7 @@ key: {{ ternary .existingSecretPasswordKey "redis-password" (not (empty .existin
 {{- end }}
 {{- end }}
 
-{{/* Arguments for the keys that nobody else provides, in the Secret that is named like the release; empty when none is missing. */}}
+{{/* Arguments for the keys that the chart must generate, in the Secret named after the release; empty if the user provides all. */}}
 {{- define "chat-service.generatedKeys" -}}
 {{- if not .Values.secretKey.existingSecret }}
 - --key=secret-key=48
@@ -39,7 +39,7 @@ key: {{ ternary .existingSecretPasswordKey "redis-password" (not (empty .existin
 {{- end }}
 {{- end }}
 
-{{/* A variable from a Secret's key, or else as it is: (list NAME secret key value). */}}
+{{/* A variable from a key of a Secret, or else a plain value: (list NAME secret key value). */}}
 {{- define "chat-service.envFrom" -}}
 - name: {{ index . 0 }}
 {{- if index . 2 }}
@@ -77,8 +77,8 @@ key: {{ ternary .existingSecretPasswordKey "redis-password" (not (empty .existin
 {{ include "chat-service.envFrom" (list "DB_USER" .existingSecret .existingSecretUserKey .user) }}
 {{ include "chat-service.envFrom" (list "DB_PASSWORD" .existingSecret .existingSecretPasswordKey "") }}
 {{- end }}
-{{- /* The driver takes these from libpq's variables, for DB_* and as defaults of a URL. So no password needs to be
-escaped into a URL for the sake of sslmode. */}}
+{{- /* The driver reads libpq's variables, both with DB_* and as defaults for a URL. So sslmode does not require a URL, in which
+the password would have to be escaped. */}}
 - name: PGSSLMODE
   value: {{ .sslMode }}
 {{- if .caSecret }}
@@ -89,7 +89,7 @@ escaped into a URL for the sake of sslmode. */}}
 {{- end }}
 {{- end }}
 
-{{/* The mount, and the volume, of an external Postgres's certificate authority. */}}
+{{/* The CA certificate of an external Postgres: its mount and its volume. */}}
 {{- define "chat-service.postgresCa" -}}
 {{- if and (not .Values.postgres.enabled) .Values.externalPostgres.caSecret }}true{{ end }}
 {{- end }}
@@ -113,7 +113,7 @@ escaped into a URL for the sake of sslmode. */}}
   valueFrom:
     secretKeyRef:
       {{- include "chat-service.redisPassword" . | nindent 6 }}
-{{- /* The kubelet puts the password in. It follows the variable that it comes from, as that needs. */}}
+{{- /* The kubelet substitutes the password. That works only for a variable defined earlier in the list. */}}
 - name: REDIS_URL
   value: redis://:$(REDIS_PASSWORD)@{{ include "chat-service.partName" (list $ "redis") }}:6379/0
 {{- else -}}
@@ -143,31 +143,31 @@ escaped into a URL for the sake of sslmode. */}}
 {{- end }}
 {{- end }}
 
-{{/* Values that contradict each other, or leave open what cannot be guessed. */}}
+{{/* Refuses values that contradict each other or are incomplete. */}}
 {{- define "chat-service.guards" -}}
 {{- if and .Values.ingress.enabled .Values.httpRoute.enabled }}
-{{- fail "ingress.enabled and httpRoute.enabled exclude one another: switch one of them off" }}
+{{- fail "ingress.enabled and httpRoute.enabled exclude one another: disable one of them" }}
 {{- end }}
 {{- if and .Values.serviceMonitor.enabled .Values.podMonitor.enabled }}
-{{- fail "serviceMonitor.enabled and podMonitor.enabled would count every metric twice: switch one of them off" }}
+{{- fail "serviceMonitor.enabled and podMonitor.enabled would count every metric twice: disable one of them" }}
 {{- end }}
 {{- with .Values.externalPostgres }}
 {{- if $.Values.postgres.enabled }}
 {{- if or .host .existingSecret }}
-{{- fail "externalPostgres is set while postgres.enabled is true: set postgres.enabled=false, or take externalPostgres out" }}
+{{- fail "externalPostgres is set while postgres.enabled is true: set postgres.enabled=false, or remove externalPostgres" }}
 {{- end }}
 {{- else if not .existingSecret }}
 {{- fail "postgres.enabled=false needs externalPostgres.existingSecret, the Secret with its password or URL" }}
 {{- else if not (or .existingSecretUrlKey .host .existingSecretHostKey) }}
 {{- fail "postgres.enabled=false needs externalPostgres.host, or existingSecretHostKey or existingSecretUrlKey (CloudNativePG: uri)" }}
 {{- else if not (or .existingSecretUrlKey .existingSecretPasswordKey) }}
-{{- fail "externalPostgres needs existingSecretPasswordKey or existingSecretUrlKey: which key of existingSecret is it?" }}
+{{- fail "externalPostgres needs existingSecretPasswordKey or existingSecretUrlKey, the key in existingSecret" }}
 {{- end }}
 {{- end }}
 {{- with .Values.externalRedis }}
 {{- if $.Values.redis.enabled }}
 {{- if or .host .urls .existingSecret }}
-{{- fail "externalRedis is set while redis.enabled is true: set redis.enabled=false, or take externalRedis out" }}
+{{- fail "externalRedis is set while redis.enabled is true: set redis.enabled=false, or remove externalRedis" }}
 {{- end }}
 {{- else if and .existingSecretUrlKey (not .existingSecret) }}
 {{- fail "externalRedis.existingSecretUrlKey needs externalRedis.existingSecret" }}
@@ -182,17 +182,17 @@ escaped into a URL for the sake of sslmode. */}}
 {{- if .Values.terminationGracePeriodSeconds }}
 {{- $needed := int (include "chat-service.terminationSeconds" .) }}
 {{- if lt (int .Values.terminationGracePeriodSeconds) $needed }}
-{{- fail (printf "terminationGracePeriodSeconds=%d would kill a pod that is still finishing: preStopSeconds, config.SHUTDOWN_GRACE_SECONDS and 10 s are %d" (int .Values.terminationGracePeriodSeconds) $needed) }}
+{{- fail (printf "terminationGracePeriodSeconds=%d would kill a pod during its graceful shutdown: set at least %d, the sum of preStopSeconds, config.SHUTDOWN_GRACE_SECONDS and 10 s" (int .Values.terminationGracePeriodSeconds) $needed) }}
 {{- end }}
 {{- end }}
 {{- if .Values.postgres.enabled }}
 {{- $replicas := int (ternary .Values.autoscaling.maxReplicas .Values.replicaCount .Values.autoscaling.enabled) }}
 {{- $pool := int (.Values.config.DB_POOL_MAX | default 20) }}
-{{- /* One more while an update surges, and ten for the migration, psql and Postgres's own reserve. */}}
+{{- /* One replica more during a rollout, and ten connections for the migration, psql and Postgres's own reserve. */}}
 {{- $wanted := add (mul (add $replicas 1) $pool) 10 }}
 {{- $offered := int (.Values.postgres.parameters.max_connections | default 100) }}
 {{- if gt $wanted $offered }}
-{{- fail (printf "%d replicas with config.DB_POOL_MAX=%d may open %d connections, postgres.parameters.max_connections is %d: raise it, or lower DB_POOL_MAX" $replicas $pool $wanted $offered) }}
+{{- fail (printf "%d replicas with config.DB_POOL_MAX=%d may open %d connections, but postgres.parameters.max_connections is %d: raise it, or lower DB_POOL_MAX" $replicas $pool $wanted $offered) }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -1,4 +1,4 @@
-{{/* Names as `helm create` makes them. */}}
+{{/* The naming of `helm create`. */}}
 {{- define "chat-service.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
@@ -17,8 +17,8 @@
 {{- end }}
 
 {{/*
-The name of a part: (list $ "postgres"). At most 52 characters, since Kubernetes puts up to 11 more behind it into
-labels, which have 63. What is cut off is replaced by a hash, so that two long names stay apart.
+The name of a component: (list $ "postgres"). At most 52 characters, since Kubernetes appends up to 11 characters in labels,
+which are limited to 63. A hash replaces the truncated rest, so that two long names stay different.
 */}}
 {{- define "chat-service.partName" -}}
 {{- $full := include "chat-service.fullname" (first .) }}
@@ -34,7 +34,7 @@ labels, which have 63. What is cut off is replaced by a hash, so that two long n
 {{- printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* What a part's pods are selected by: (list $ "server"). Never changes: selectors are immutable. */}}
+{{/* Labels that select the pods of a component: (list $ "server"). Never change them: selectors are immutable. */}}
 {{- define "chat-service.selectorLabels" -}}
 {{- $root := first . -}}
 app.kubernetes.io/name: {{ include "chat-service.name" $root }}
@@ -53,7 +53,7 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- end }}
 {{- end }}
 
-{{/* Name, namespace and labels of a part: (list $ name component). */}}
+{{/* Name, namespace and labels of an object: (list $ name component). */}}
 {{- define "chat-service.metadata" -}}
 {{- $root := first . -}}
 name: {{ index . 1 }}
@@ -88,7 +88,7 @@ labels:
 {{- include "chat-service.image" (list . .Values.image .Chart.AppVersion) }}
 {{- end }}
 
-{{/* Where a pod may run and what it may pull: (list $ values). */}}
+{{/* Scheduling and pull secrets of a pod: (list $ values). */}}
 {{- define "chat-service.scheduling" -}}
 {{- $root := first . -}}
 {{- $values := last . -}}
@@ -113,7 +113,7 @@ tolerations:
 {{- end }}
 {{- end }}
 
-{{/* Labels of a pod: (list $ component podLabels). Without the chart's version, which must not restart anything. */}}
+{{/* Labels of a pod: (list $ component podLabels). Without the chart's version, so that a new one does not restart pods. */}}
 {{- define "chat-service.podLabels" -}}
 {{- $root := first . -}}
 {{- $given := merge (dict) (last .) $root.Values.commonLabels -}}
@@ -123,7 +123,7 @@ tolerations:
 {{- end }}
 {{- end }}
 
-{{/* True when more than one replica is meant. */}}
+{{/* "true" if there is more than one replica. */}}
 {{- define "chat-service.isReplicated" -}}
 {{- if .Values.autoscaling.enabled }}
 {{- if gt (int .Values.autoscaling.minReplicas) 1 }}true{{ end }}
@@ -134,17 +134,17 @@ tolerations:
 {{- int (.Values.config.SHUTDOWN_GRACE_SECONDS | default 20) }}
 {{- end }}
 
-{{/* What a stopping pod needs: the sleep, the service's own grace, and the end of the process. */}}
+{{/* The time that a terminating pod needs: preStop sleep, graceful shutdown, and 10 s until the process has exited. */}}
 {{- define "chat-service.terminationSeconds" -}}
 {{- add (int .Values.preStopSeconds) (int (include "chat-service.graceSeconds" .)) 10 }}
 {{- end }}
 
-{{/* A value as a person writes it: 16777216 comes out of YAML as 1.6777216e+07. */}}
+{{/* Formats integers as integers: Helm reads 16777216 from YAML as the float 1.6777216e+07. */}}
 {{- define "chat-service.scalar" -}}
 {{- if and (kindIs "float64" .) (eq (floor .) .) }}{{ int64 . }}{{ else }}{{ toString . }}{{ end }}
 {{- end }}
 
-{{/* Apart, so that the checksum is that of what matters: a new version of the chart alone restarts nothing. */}}
+{{/* Separate from the ConfigMap, so that the checksum covers only the data: a new chart version alone restarts no pods. */}}
 {{- define "chat-service.config" -}}
 # The Job migrates; the service waits for it, live and unready.
 MIGRATE_ON_START: "false"

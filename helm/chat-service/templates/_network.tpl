@@ -1,6 +1,6 @@
 {{/* Rules of NetworkPolicies. */}}
 
-{{/* DNS answers over TCP as well, when it does not fit a datagram. Any address: a node's own cache is no pod. */}}
+{{/* Also TCP, for answers that do not fit a datagram. Any address, because a DNS cache on the node is not a pod. */}}
 {{- define "chat-service.dnsEgress" -}}
 - ports:
     {{- range .Values.networkPolicy.dnsPorts }}
@@ -9,7 +9,7 @@
     {{- end }}
 {{- end }}
 
-{{/* A rule to ports, to peers if there are any: (list peers ports). */}}
+{{/* An egress rule to ports, limited to peers if any are given: (list peers ports). */}}
 {{- define "chat-service.egressTo" -}}
 - ports:
     {{- range last . | uniq }}
@@ -21,7 +21,7 @@
   {{- end }}
 {{- end }}
 
-{{/* A rule to one of the chart's own parts: (list $ component port). */}}
+{{/* An egress rule to a component of the chart: (list $ component port). */}}
 {{- define "chat-service.egressToPart" -}}
 - ports:
     - {port: {{ last . }}, protocol: TCP}
@@ -43,7 +43,7 @@
 {{- if .Values.redis.enabled }}
 {{- include "chat-service.egressToPart" (list $ "redis" 6379) }}
 {{- else }}
-{{/* The masters that sentinels name have the ordinary port. */}}
+{{/* Besides the sentinels' ports, the master's: externalRedis.port. */}}
 {{- $ports := list (int .Values.externalRedis.port) }}
 {{- range .Values.externalRedis.urls }}
 {{- $ports = append $ports (splitList ":" (urlParse (replace "$(REDIS_PASSWORD)" "x" .)).host | last | atoi | default 6379) }}
@@ -52,7 +52,7 @@
 {{- end }}
 {{- end }}
 
-{{/* The ports of the OTLP endpoints, separated by spaces; empty when there is none. */}}
+{{/* The ports of the OTLP endpoints, separated by spaces; empty if there is no endpoint. */}}
 {{- define "chat-service.otlpPorts" -}}
 {{- range list "OTEL_EXPORTER_OTLP_ENDPOINT" "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" }}
 {{- with index $.Values.config . }}

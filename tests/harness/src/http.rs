@@ -1,4 +1,4 @@
-//! The HTTP client of tests and commands: a kept-alive connection, blocking, with a time limit for each request.
+//! The blocking HTTP/1.1 client of tests and commands: it keeps its connection alive, and every request has a timeout.
 
 use std::fmt::{self, Display};
 use std::io::{Read as _, Write as _};
@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result as AnyResult, ensure};
 use serde_json::Value;
 
-/// More than the service gives a request.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Longer than the service's own request timeout.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[derive(Debug)]
 pub struct Client {
@@ -18,45 +18,45 @@ pub struct Client {
 }
 
 #[derive(Debug)]
-pub struct Answer {
+pub struct Response {
     pub status: u16,
     /// The status line and the headers.
     head: String,
     pub body: Vec<u8>,
 }
 
-/// Why there is no answer. Of a request that was sent nobody knows what became of it.
+/// Why there is no response. A request that was sent may have been carried out or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lost {
+pub enum RequestError {
     Refused,
     Broken,
     TimedOut,
 }
 
-impl Lost {
+impl RequestError {
     pub fn reason(self) -> &'static str {
         match self {
             Self::Refused => "no connection",
             Self::Broken => "the connection broke",
-            Self::TimedOut => "no answer in time",
+            Self::TimedOut => "no response in time",
         }
     }
 }
 
-impl Display for Lost {
+impl Display for RequestError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.reason())
     }
 }
 
-impl std::error::Error for Lost {}
+impl std::error::Error for RequestError {}
 
-/// One GET over a connection of its own.
-pub fn get(address: SocketAddr, path: &str, patience: Duration) -> Result<Answer, Lost> {
-    Client::new(address).request("GET", path, &[], "", patience)
+/// Sends one GET on a new connection.
+pub fn get(address: SocketAddr, path: &str, timeout: Duration) -> Result<Response, RequestError> {
+    Client::new(address).request("GET", path, &[], "", timeout)
 }
 
-impl Answer {
+impl Response {
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
@@ -74,15 +74,15 @@ impl Client {
         Self { address, stream: None }
     }
 
-    /// One request. After a failure the next one has a new connection.
+    /// Sends one request. After a failure the next one opens a new connection.
     pub fn request(
         &mut self,
         method: &str,
         path: &str,
         headers: &[(&str, &str)],
         body: &str,
-        patience: Duration,
-    ) -> Result<Answer, Lost> {
+        timeout: Duration,
+    ) -> Result<Response, RequestError> {
         let mut text = format!("{method} {path} HTTP/1.1\r\nhost: {}\r\n", self.address);
         for (name, value) in headers {
             text += &format!("{name}: {value}\r\n");
@@ -91,26 +91,26 @@ impl Client {
             text += &format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len());
         }
         text = text + "\r\n" + body;
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         let mut stream = match self.stream.take() {
             Some(stream) => stream,
-            None => self.connect(patience)?,
+            None => self.connect(timeout)?,
         };
-        let answer = exchange(&mut stream, text.as_bytes(), deadline)?;
-        if answer.header("connection").is_none_or(|value| !value.eq_ignore_ascii_case("close")) {
+        let response = exchange(&mut stream, text.as_bytes(), deadline)?;
+        if response.header("connection").is_none_or(|value| !value.eq_ignore_ascii_case("close")) {
             self.stream = Some(stream);
         }
-        Ok(answer)
+        Ok(response)
     }
 
-    /// As [`Self::request`], with the token of who asks.
-    pub fn ask(&mut self, method: &str, path: &str, token: Option<&str>, body: &str) -> AnyResult<Answer> {
+    /// As [`Self::request`], with the caller's token.
+    pub fn ask(&mut self, method: &str, path: &str, token: Option<&str>, body: &str) -> AnyResult<Response> {
         let bearer = format!("Bearer {}", token.unwrap_or_default());
         let headers: &[(&str, &str)] = if token.is_some() { &[("authorization", &bearer)] } else { &[] };
-        self.request(method, path, headers, body, PATIENCE).with_context(|| format!("{method} {path}"))
+        self.request(method, path, headers, body, REQUEST_TIMEOUT).with_context(|| format!("{method} {path}"))
     }
 
-    /// As [`Self::ask`]; the answer has to have this status, and is JSON.
+    /// As [`Self::ask`]; the response must have this status and be JSON.
     pub fn expect(
         &mut self,
         status: u16,
@@ -119,69 +119,72 @@ impl Client {
         token: Option<&str>,
         body: &str,
     ) -> AnyResult<Value> {
-        let answer = self.ask(method, path, token, body)?;
-        ensure!(answer.status == status, "{method} {path}: {} {}", answer.status, answer.text());
-        serde_json::from_slice(&answer.body).with_context(|| format!("{method} {path} answers JSON"))
+        let response = self.ask(method, path, token, body)?;
+        ensure!(response.status == status, "{method} {path}: {} {}", response.status, response.text());
+        serde_json::from_slice(&response.body).with_context(|| format!("{method} {path} answers JSON"))
     }
 
-    fn connect(&self, patience: Duration) -> Result<TcpStream, Lost> {
-        let stream = TcpStream::connect_timeout(&self.address, patience).map_err(|_| Lost::Refused)?;
-        stream.set_nodelay(true).map_err(|_| Lost::Refused)?;
+    fn connect(&self, timeout: Duration) -> Result<TcpStream, RequestError> {
+        let stream = TcpStream::connect_timeout(&self.address, timeout).map_err(|_| RequestError::Refused)?;
+        stream.set_nodelay(true).map_err(|_| RequestError::Refused)?;
         Ok(stream)
     }
 }
 
-fn exchange(stream: &mut TcpStream, request: &[u8], deadline: Instant) -> Result<Answer, Lost> {
-    stream.write_all(request).map_err(|_| Lost::Broken)?;
+fn exchange(stream: &mut TcpStream, request: &[u8], deadline: Instant) -> Result<Response, RequestError> {
+    stream.write_all(request).map_err(|_| RequestError::Broken)?;
     let mut buffer = Vec::with_capacity(4096);
     let mut chunk = [0; 16 * 1024];
     loop {
-        if let Some(answer) = parse(&buffer)? {
-            return Ok(answer);
+        if let Some(response) = parse(&buffer)? {
+            return Ok(response);
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(Lost::TimedOut);
+            return Err(RequestError::TimedOut);
         }
-        stream.set_read_timeout(Some(left)).map_err(|_| Lost::Broken)?;
+        stream.set_read_timeout(Some(left)).map_err(|_| RequestError::Broken)?;
         match stream.read(&mut chunk) {
-            Ok(0) => return Err(Lost::Broken),
+            Ok(0) => return Err(RequestError::Broken),
             Ok(count) => buffer.extend_from_slice(&chunk[..count]),
             Err(error) => match error.kind() {
-                std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => return Err(Lost::TimedOut),
+                std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
+                    return Err(RequestError::TimedOut);
+                }
                 std::io::ErrorKind::Interrupted => {}
-                _ => return Err(Lost::Broken),
+                _ => return Err(RequestError::Broken),
             },
         }
     }
 }
 
-/// The answer, once all of it is there.
-fn parse(buffer: &[u8]) -> Result<Option<Answer>, Lost> {
+/// The response, once it has arrived completely.
+fn parse(buffer: &[u8]) -> Result<Option<Response>, RequestError> {
     let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") else { return Ok(None) };
     let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
-    let status = head.get(9..12).and_then(|digits| digits.parse().ok()).ok_or(Lost::Broken)?;
-    let mut answer = Answer { status, head, body: Vec::new() };
+    let status = head.get(9..12).and_then(|digits| digits.parse().ok()).ok_or(RequestError::Broken)?;
+    let mut response = Response { status, head, body: Vec::new() };
     let body = &buffer[end + 4..];
-    if answer.header("transfer-encoding").is_some_and(|coding| coding.eq_ignore_ascii_case("chunked")) {
-        return Ok(unchunked(body)?.map(|body| Answer { body, ..answer }));
+    if response.header("transfer-encoding").is_some_and(|coding| coding.eq_ignore_ascii_case("chunked")) {
+        return Ok(unchunked(body)?.map(|body| Response { body, ..response }));
     }
-    let length = answer.header("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+    let length = response.header("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
     if body.len() < length {
         return Ok(None);
     }
-    answer.body = body[..length].to_vec();
-    Ok(Some(answer))
+    response.body = body[..length].to_vec();
+    Ok(Some(response))
 }
 
-/// The body out of its chunks, once the last of them is there.
-fn unchunked(mut rest: &[u8]) -> Result<Option<Vec<u8>>, Lost> {
+/// The body without its chunks' framing, once the last chunk has arrived.
+fn unchunked(mut rest: &[u8]) -> Result<Option<Vec<u8>>, RequestError> {
     let mut body = Vec::new();
     while let Some(end) = rest.windows(2).position(|window| window == b"\r\n") {
         let digits = str::from_utf8(&rest[..end]).ok().and_then(|line| line.split(';').next());
-        let length =
-            digits.and_then(|digits| usize::from_str_radix(digits.trim(), 16).ok()).ok_or(Lost::Broken)?;
-        // No trailers: what answers here sends none.
+        let length = digits
+            .and_then(|digits| usize::from_str_radix(digits.trim(), 16).ok())
+            .ok_or(RequestError::Broken)?;
+        // Without trailers: no server here sends any.
         let Some(chunk) = rest.get(end + 2..end + 2 + length + 2) else { return Ok(None) };
         if length == 0 {
             return Ok(Some(body));

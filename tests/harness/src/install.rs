@@ -1,4 +1,4 @@
-//! Installs the server programs where that needs no question: Debian or Ubuntu, as root or with password-less sudo.
+//! Installs the server programs where that needs no password: on Debian or Ubuntu, as root or with password-less sudo.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,10 +8,10 @@ use anyhow::{Context, Result, bail};
 
 use crate::servers::{daemon, programs};
 
-/// A first `apt-get update` and 60 MB over a slow line.
+/// A first `apt-get update` and 60 MB over a slow network.
 const INSTALL_LIMIT: Duration = Duration::from_secs(900);
 
-/// What to type when we cannot do it ourselves.
+/// What to type where we cannot install them.
 pub const ADVICE: &str = "\
   Debian, Ubuntu:  sudo apt-get install postgresql redis-server
   Fedora:          sudo dnf install postgresql-server valkey
@@ -34,8 +34,8 @@ pub struct Prometheus {
     pub promtool: PathBuf,
 }
 
-/// The packages start their servers on the standard ports unless a policy forbids it. One that is there already is
-/// the administrator's; ours goes away again, whatever happens.
+/// The packages start their servers on the standard ports unless a policy forbids it. A policy that exists already is the
+/// administrator's, and stays; ours is always removed again.
 const SCRIPT: &str = r#"
 set -eu
 policy=/usr/sbin/policy-rc.d
@@ -70,7 +70,7 @@ pub fn can_install() -> bool {
     programs::in_path("apt-get").is_some() && privileged_shell().is_some()
 }
 
-/// Makes sure that the programs of Postgres and Redis are there. `say` is told before anything is installed.
+/// Makes sure that the programs of Postgres and Redis are installed. Calls `say` before it installs anything.
 pub fn ensure_programs(say: impl FnOnce(&str)) -> Result<()> {
     let missing = missing_packages();
     if missing.is_empty() {
@@ -83,12 +83,12 @@ pub fn ensure_programs(say: impl FnOnce(&str)) -> Result<()> {
     install(&missing)
 }
 
-/// Whether [`ensure_prometheus`] has a chance.
+/// Whether [`ensure_prometheus`] can work here.
 pub fn has_prometheus() -> bool {
     programs::prometheus().is_some() && programs::promtool().is_some() || can_install()
 }
 
-/// Makes sure that Prometheus and promtool are there. `say` is told before anything is installed.
+/// Makes sure that Prometheus and promtool are installed. Calls `say` before it installs anything.
 pub fn ensure_prometheus(say: impl FnOnce(&str)) -> Result<Prometheus> {
     let find = || Some(Prometheus { server: programs::prometheus()?, promtool: programs::promtool()? });
     let found = match find() {
@@ -104,7 +104,7 @@ pub fn ensure_prometheus(say: impl FnOnce(&str)) -> Result<Prometheus> {
     };
     for program in [&found.server, &found.promtool] {
         let version = programs::prometheus_version(program)
-            .with_context(|| format!("{} --version says no version", program.display()))?;
+            .with_context(|| format!("{} --version prints no version", program.display()))?;
         if version < PROMETHEUS_OLDEST {
             let ((major, minor), (oldest_major, oldest_minor)) = (version, PROMETHEUS_OLDEST);
             bail!(
@@ -129,7 +129,7 @@ pub fn install(packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A root shell that asks nothing.
+/// A root shell that asks for no password.
 fn privileged_shell() -> Option<Command> {
     if rustix::process::geteuid().is_root() {
         return Some(Command::new("/bin/sh"));

@@ -1,4 +1,4 @@
-//! Where things are below the target directory: the built service, and scratch directories for servers.
+//! Paths below the target directory: the built service, and scratch directories for servers.
 
 use std::env;
 use std::fs;
@@ -15,12 +15,12 @@ pub fn service_binary() -> Result<PathBuf> {
     let named = env::var_os("CHAT_SERVICE_BIN").map(PathBuf::from);
     let file = named.map_or_else(|| Ok(profile_dir()?.join("chat-service")), anyhow::Ok)?;
     if !file.is_file() {
-        bail!("{} is not there: cargo build -p chat-service", file.display());
+        bail!("{} does not exist: cargo build -p chat-service", file.display());
     }
     Ok(file)
 }
 
-/// `target`, wherever cargo was told to put it.
+/// `target`, or the directory that cargo uses instead.
 pub fn target_dir() -> Result<PathBuf> {
     let profile = profile_dir()?;
     Ok(profile.parent().context("a target directory")?.to_owned())
@@ -33,7 +33,7 @@ fn profile_dir() -> Result<PathBuf> {
     Ok(if dir.ends_with("deps") { dir.parent().unwrap_or(dir) } else { dir }.to_owned())
 }
 
-/// FNV-1a: stable over releases of Rust, unlike the standard hasher, since what a path's hash names is to be found again
+/// FNV-1a. Unlike the standard hasher it is stable over releases of Rust: names made from a path's hash must be found again
 /// after an upgrade.
 pub fn stable_hash(bytes: &[u8]) -> u64 {
     bytes
@@ -41,7 +41,7 @@ pub fn stable_hash(bytes: &[u8]) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// A directory below `target/test` that is gone afterwards, and the next time when this process is killed.
+/// A directory below `target/test`. It is removed on drop; if this process is killed, by a later one.
 #[derive(Debug)]
 pub struct Scratch {
     path: PathBuf,
@@ -55,7 +55,7 @@ impl Scratch {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = root.join(format!("{}-{number}-{name}", std::process::id()));
         fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
-        // The user that servers run as under root has to pass through, and need not look around.
+        // As root, servers run as another user, which must be able to enter the directory, but not to list it.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o711))?;
         Ok(Self { path })
     }
@@ -71,7 +71,7 @@ impl Drop for Scratch {
     }
 }
 
-/// Directories begin with the process that made them; those of dead ones are left-overs.
+/// Names of directories start with the id of the process that made them. Those of dead processes are leftovers.
 fn remove_dead(root: &Path) {
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
         let owner = entry.file_name().to_str().and_then(|name| name.split('-').next()?.parse::<i32>().ok());

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::Value;
 
-use super::support::{Answer, Database, LIMIT, STRONG_KEY, Start, closed_port};
+use super::support::{Database, LIMIT, Response, STRONG_KEY, Start, closed_port};
 
-/// Makes the database look as a newer release leaves it.
+/// Makes the database look as if a newer release had migrated it.
 pub(super) fn add_a_migration_of_the_future(database: &Database) -> Result<()> {
     database.query(
         "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
@@ -25,17 +25,17 @@ fn healthcheck_exits_with_zero_while_the_instance_is_ready_and_with_one_when_not
     let port = service.operations.port().to_string();
     let check = start.args(&["healthcheck"]).env("OPS_PORT", &port);
     ensure!(check.run()?.code == 0);
-    // What the instance listens on by default is asked for on the loopback address.
+    // An instance that listens on all addresses is asked on the loopback address.
     ensure!(check.clone().unset("HOST").run()?.code == 0);
 
     let held = database.hold("LOCK TABLE _sqlx_migrations IN ACCESS EXCLUSIVE MODE")?;
     service.becomes("unavailable")?;
     let unready = check.run()?;
     ensure!(unready.code == 1 && unready.stderr.contains("503"), "{unready:?}");
-    let asked = Instant::now();
-    let in_vain = check.clone().args(&["healthcheck", "--wait", "1"]).run()?;
-    ensure!(in_vain.code == 1 && in_vain.stderr.lines().count() == 1, "{in_vain:?}");
-    ensure!(asked.elapsed() >= Duration::from_secs(1), "{in_vain:?} after {:?}", asked.elapsed());
+    let started = Instant::now();
+    let timed_out = check.clone().args(&["healthcheck", "--wait", "1"]).run()?;
+    ensure!(timed_out.code == 1 && timed_out.stderr.lines().count() == 1, "{timed_out:?}");
+    ensure!(started.elapsed() >= Duration::from_secs(1), "{timed_out:?} after {:?}", started.elapsed());
     let waits = check.clone().args(&["healthcheck", "--wait", "20"]);
     let waiting = thread::spawn(move || waits.run());
     thread::sleep(Duration::from_millis(500));
@@ -56,20 +56,20 @@ fn openapi_prints_what_is_served_and_needs_no_configuration() -> Result<()> {
     ensure!(printed.code == 0 && printed.stderr.is_empty(), "{printed:?}");
     let database = Database::create()?;
     let service = Start::on(&database).ready()?;
-    let served = Answer::of(service.get("/openapi.json"))?.expect(200)?.json()?;
+    let served = Response::of(service.get("/openapi.json"))?.expect(200)?.json()?;
     assert_eq!(serde_json::from_str::<Value>(&printed.stdout)?, served);
     Ok(())
 }
 
 #[test]
-fn migrate_status_tells_how_each_migration_stands_and_changes_nothing() -> Result<()> {
+fn migrate_status_lists_the_status_of_each_migration_and_changes_nothing() -> Result<()> {
     let database = Database::create()?;
     let start = Start::on(&database);
     let status = start.clone().args(&["migrate", "--status"]);
     let fresh = status.run()?;
     ensure!(fresh.code == 0 && fresh.stdout.lines().all(|line| line.contains("pending")), "{fresh:?}");
     ensure!(fresh.stdout.starts_with("0001  pending   users\n"), "{fresh:?}");
-    ensure!(status.run()?.stdout == fresh.stdout, "asking changed something");
+    ensure!(status.run()?.stdout == fresh.stdout, "the status changed something");
     ensure!(start.args(&["migrate"]).run()?.code == 0);
     let migrated = status.run()?;
     ensure!(
@@ -89,7 +89,7 @@ fn migrate_status_tells_how_each_migration_stands_and_changes_nothing() -> Resul
 }
 
 #[test]
-fn doctor_finds_nothing_wrong_with_a_healthy_installation() -> Result<()> {
+fn doctor_reports_no_failure_in_a_healthy_installation() -> Result<()> {
     let database = Database::create()?;
     let start = Start::on(&database).env("SECRET_KEY", STRONG_KEY);
     ensure!(start.clone().args(&["migrate"]).run()?.code == 0);
@@ -103,7 +103,7 @@ fn doctor_finds_nothing_wrong_with_a_healthy_installation() -> Result<()> {
     Ok(())
 }
 
-/// The report has a failure of this check with these words, and the exit code says so.
+/// The doctor reports that this check failed, with these words, and exits with 1.
 fn fails(start: &Start, check: &str, fix: &[&str]) -> Result<()> {
     let report = start.clone().args(&["doctor"]).run()?;
     ensure!(report.code == 1, "{check}: exit code {}: {}", report.code, report.said());
@@ -123,11 +123,11 @@ fn doctor_names_the_fix_of_each_failure() -> Result<()> {
     ensure!(start.clone().args(&["migrate"]).run()?.code == 0);
     fails(&start.clone().unset("SECRET_KEY"), "secret", &["SECRET_KEY", "openssl rand"])?;
     let closed = closed_port()?;
-    let away = start.clone().env("REDIS_URL", &format!("redis://127.0.0.1:{closed}"));
-    fails(&away, "redis", &["start Redis", "REDIS_URL"])?;
-    let away = start.clone().env("DATABASE_URL", &format!("postgres://me@127.0.0.1:{closed}/chat"));
-    fails(&away, "postgres", &["start Postgres", "DATABASE_URL", &closed.to_string()])?;
-    fails(&away, "schema", &["without Postgres"])?;
+    let unavailable = start.clone().env("REDIS_URL", &format!("redis://127.0.0.1:{closed}"));
+    fails(&unavailable, "redis", &["start Redis", "REDIS_URL"])?;
+    let unavailable = start.clone().env("DATABASE_URL", &format!("postgres://me@127.0.0.1:{closed}/chat"));
+    fails(&unavailable, "postgres", &["start Postgres", "DATABASE_URL", &closed.to_string()])?;
+    fails(&unavailable, "schema", &["without Postgres"])?;
     let nowhere = database.url() + "_that_is_not_there";
     fails(&start.clone().env("DATABASE_URL", &nowhere), "postgres", &["createdb", "DB_NAME"])?;
     add_a_migration_of_the_future(&database)?;
@@ -198,7 +198,7 @@ fn an_applied_migration_that_was_edited_is_refused() -> Result<()> {
 }
 
 #[test]
-fn migrate_without_postgres_says_so_and_fails() -> Result<()> {
+fn migrate_without_postgres_fails_and_names_the_cause() -> Result<()> {
     let closed = closed_port()?;
     let url = format!("postgres://me@127.0.0.1:{closed}/chat");
     let ended = Start::bare().env("DATABASE_URL", &url).args(&["migrate"]).run()?;

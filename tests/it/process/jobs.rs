@@ -1,21 +1,23 @@
-//! The subcommands that a chart's Jobs and tests run: patient migrations, the smoke test, secrets.
+//! The subcommands that the chart's Jobs and tests run: migrations that wait, the smoke test, secrets.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use tests::{Postgres, PostgresOptions, Scratch};
 
-use super::support::{Database, Start, closed_port, eventually, within};
+use super::support::{Database, Start, closed_port, eventually, start_in_one_minute, within};
 
 #[test]
-fn migrate_waits_for_a_postgres_that_comes_later() -> Result<()> {
+fn migrate_waits_until_postgres_answers() -> Result<()> {
     let scratch = Scratch::new("jobs")?;
     let mut postgres = Postgres::start(&scratch.path().join("postgres"), PostgresOptions::fast())?;
     let database = Database::on(&postgres)?;
     postgres.stop()?;
     let migrate = Start::on(&database).args(&["migrate", "--wait", "50"]);
     let mut process = migrate.spawn()?;
-    eventually("word that it waits", || process.stderr().contains("trying again for ").then_some(()))?;
+    eventually("a line that says that it waits", || {
+        process.stderr().contains("trying again for ").then_some(())
+    })?;
     postgres.restart()?;
     let code = process.exit(Duration::from_secs(50))?;
     ensure!(code == 0 && process.stdout().contains("the schema is at version "), "{}", process.said());
@@ -24,7 +26,7 @@ fn migrate_waits_for_a_postgres_that_comes_later() -> Result<()> {
 }
 
 #[test]
-fn migrate_waits_no_longer_than_it_was_told() -> Result<()> {
+fn migrate_waits_no_longer_than_its_limit() -> Result<()> {
     let url = format!("postgres://me@127.0.0.1:{}/chat", closed_port()?);
     let started = Instant::now();
     let ended = Start::bare().env("DATABASE_URL", &url).args(&["migrate", "--wait", "2"]).run()?;
@@ -38,7 +40,7 @@ fn migrate_waits_no_longer_than_it_was_told() -> Result<()> {
 }
 
 #[test]
-fn migrate_does_not_wait_for_a_database_that_answers_no() -> Result<()> {
+fn migrate_does_not_wait_when_postgres_refuses_it() -> Result<()> {
     let database = Database::create()?;
     let nowhere = database.url() + "_that_is_not_there";
     let start = Start::on(&database).env("DATABASE_URL", &nowhere).args(&["migrate", "--wait", "50"]);
@@ -48,7 +50,7 @@ fn migrate_does_not_wait_for_a_database_that_answers_no() -> Result<()> {
 }
 
 #[test]
-fn migrate_leaves_a_newer_schema_as_it_is_only_where_it_is_told_to() -> Result<()> {
+fn migrate_accepts_a_newer_schema_only_with_allow_newer() -> Result<()> {
     let database = Database::create()?;
     let start = Start::on(&database);
     let allow_newer = start.clone().args(&["migrate", "--allow-newer"]);
@@ -61,7 +63,7 @@ fn migrate_leaves_a_newer_schema_as_it_is_only_where_it_is_told_to() -> Result<(
     ensure!(allowed.code == 0, "{allowed:?}");
     ensure!(allowed.stdout.contains("9999") && allowed.stdout.contains("left as it is"), "{allowed:?}");
     ensure!(database.query(tables)? == before);
-    // What is wrong in another way stays wrong.
+    // Other errors remain errors.
     database.query("UPDATE _sqlx_migrations SET checksum = '\\x00' WHERE version = 1")?;
     database.query("DELETE FROM _sqlx_migrations WHERE version = 9999")?;
     let edited = allow_newer.run()?;
@@ -74,7 +76,7 @@ fn smoke_test(address: impl std::fmt::Display) -> Start {
 }
 
 #[test]
-fn smoke_test_lets_two_new_users_talk_and_can_be_repeated() -> Result<()> {
+fn smoke_test_exchanges_messages_between_two_new_users_and_can_be_repeated() -> Result<()> {
     let database = Database::create()?;
     let service = Start::on(&database).ready()?;
     for round in 1..=2 {
@@ -88,7 +90,7 @@ fn smoke_test_lets_two_new_users_talk_and_can_be_repeated() -> Result<()> {
     database.has_no_gaps()
 }
 
-/// The smoke test fails in this step, and its one line of error has these words.
+/// The smoke test fails in this step, with one error line that has these words.
 fn smoke_test_fails(address: impl std::fmt::Display, step: &str, words: &[&str]) -> Result<()> {
     let failed = smoke_test(address).run()?;
     ensure!(failed.code == 1, "{failed:?}");
@@ -102,17 +104,17 @@ fn smoke_test_fails(address: impl std::fmt::Display, step: &str, words: &[&str])
 }
 
 #[test]
-fn smoke_test_names_what_is_wrong_and_what_to_do() -> Result<()> {
+fn smoke_test_names_the_cause_and_the_fix() -> Result<()> {
     let closed = format!("127.0.0.1:{}", closed_port()?);
     smoke_test_fails(&closed, "ready", &[&closed, "start the service", "correct --url"])?;
 
     let database = Database::create()?;
     let start = Start::on(&database);
     let service = start.clone().env("REGISTER_RATE_LIMIT_PER_MINUTE", "1").ready()?;
-    // A path below which the service is not, and its other port, which knows nothing of users.
+    // A path that the service does not have, and its operations port, which has no API.
     smoke_test_fails(format!("{}/chat", service.public), "ready", &["/chat/healthz", "404 instead of 200"])?;
     smoke_test_fails(service.operations, "register", &["/register", "404 instead of 201"])?;
-    super::support::avoid_the_minutes_edge();
+    start_in_one_minute();
     smoke_test_fails(service.public, "register", &["429", "repeat this in ", "_RATE_LIMIT_PER_MINUTE"])?;
 
     let held = database.hold("LOCK TABLE _sqlx_migrations IN ACCESS EXCLUSIVE MODE")?;
@@ -123,7 +125,7 @@ fn smoke_test_names_what_is_wrong_and_what_to_do() -> Result<()> {
 }
 
 #[test]
-fn create_secret_outside_a_pod_names_the_fault_and_the_way() -> Result<()> {
+fn create_secret_outside_a_pod_names_the_cause_and_the_fix() -> Result<()> {
     const ARGS: [&str; 5] = ["create-secret", "--name", "chat", "--key", "secret-key=48"];
     let refused = |start: &Start, words: &[&str]| -> Result<()> {
         let refused = within(Duration::from_secs(20), "the refusal", || start.run())?;

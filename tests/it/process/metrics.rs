@@ -15,7 +15,7 @@ fn series(service: &Service) -> Result<BTreeSet<String>> {
     Ok(lines.filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())).collect())
 }
 
-/// Sends that many requests for paths that nobody has thought of over one connection, and reads as many answers.
+/// Sends requests for random paths over one connection, and reads their responses.
 fn ask_at_random(service: &Service, requests: usize, seed: u64) -> Result<()> {
     const METHODS: [&str; 6] = ["GET", "POST", "PUT", "DELETE", "PATCH", "BREW"];
     const AT_ONCE: usize = 50;
@@ -47,7 +47,7 @@ fn ten_thousand_random_paths_make_no_series() -> Result<()> {
     let database = Database::create()?;
     let service = Start::on(&database).ready()?;
     let before = series(&service)?;
-    ask_at_random(&service, 10_000, tests::history::random_seed())?;
+    ask_at_random(&service, 10_000, tests::history_checker::random_seed())?;
     let after = series(&service)?;
     let new: Vec<_> = after.difference(&before).collect();
     ensure!(

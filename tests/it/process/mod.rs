@@ -1,4 +1,5 @@
-//! The built binary as a process: its start, its end, its configuration, and what it does when something is away.
+//! The built binary as a process: how it starts and ends, its configuration, and what it does when a dependency is
+//! unavailable.
 
 mod commands;
 mod configuration;
@@ -6,10 +7,10 @@ mod faults;
 mod jobs;
 mod lifecycle;
 mod metrics;
-mod postgres_away;
+mod postgres_unavailable;
 mod readme;
-mod redis_away;
 mod redis_modes;
+mod redis_unavailable;
 mod support;
 mod telemetry;
 mod tls;

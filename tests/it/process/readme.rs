@@ -1,4 +1,4 @@
-//! What the README promises of the configuration and the API is what the code has.
+//! The README's configuration and API are those of the code.
 
 use std::path::Path;
 

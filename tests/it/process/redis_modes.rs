@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use serde_json::json;
 use tests::{Redis, RedisOptions, Scratch};
 
-use super::support::{Answer, Database, Service, Start, avoid_the_minutes_edge, eventually};
+use super::support::{Database, Response, Service, Start, eventually, start_in_one_minute};
 
 struct Cluster {
     nodes: Vec<Redis>,
@@ -28,7 +28,7 @@ fn cluster() -> Result<Cluster> {
 }
 
 impl Cluster {
-    /// Waits until every node sees all slots served.
+    /// Waits until every node reports that all slots are served.
     fn is_whole(&self) -> Result<()> {
         let whole =
             |node: &Redis| node.cli(&["CLUSTER", "INFO"]).is_ok_and(|info| info.contains("cluster_state:ok"));
@@ -41,18 +41,13 @@ impl Cluster {
     }
 }
 
-/// Talks in many conversations, reads each from the window, and returns when all of that has worked.
+/// Sends messages in several conversations, and reads each from its window.
 fn windows_are_used(service: &Service, round: &str) -> Result<()> {
     let ana = service.user(&format!("ana.{round}"))?;
     for number in 0..6 {
         let peer = service.user(&format!("peer.{round}.{number}"))?;
         service.send(&ana, &peer, "first")?.expect(201)?;
-        let hits = service.metric("chat_cache_lookups_total{outcome=\"hit\"}")?;
-        eventually("a read from the window", || {
-            let contents = service.contents(&peer, &ana, 5).expect("a page");
-            assert_eq!(contents, ["first"]);
-            service.metric("chat_cache_lookups_total{outcome=\"hit\"}").ok().filter(|now| *now > hits)
-        })?;
+        ensure!(service.hit(&peer, &ana, 5)?.contents()? == ["first"]);
         service.send(&peer, &ana, "second")?.expect(201)?;
         ensure!(service.contents(&ana, &peer, 5)? == ["second", "first"]);
     }
@@ -75,12 +70,12 @@ fn redis_mode_cluster_spreads_conversations_over_the_nodes() -> Result<()> {
     ensure!(doctor.stdout.lines().any(|line| line.starts_with("ok") && line.contains("redis")), "{doctor:?}");
 
     let limited = start.env("REGISTER_RATE_LIMIT_PER_MINUTE", "2").ready()?;
-    avoid_the_minutes_edge();
-    let tries = (0..3).map(|_| Ok(Answer::of(limited.post("/register", &json!({})))?.status));
+    start_in_one_minute();
+    let tries = (0..3).map(|_| Ok(Response::of(limited.post("/register", &json!({})))?.status));
     ensure!(tries.collect::<Result<Vec<_>>>()? == [422, 422, 429]);
     drop(limited);
 
-    // A third of the slots is gone: not a Redis to rely on, and nothing that needs a restart.
+    // Without a third of the slots Redis counts as unavailable, and the service needs no restart.
     cluster.nodes[1].kill()?;
     let (kim, leo) = (service.user("kim")?, service.user("leo")?);
     for number in 0..10 {
@@ -93,7 +88,7 @@ fn redis_mode_cluster_spreads_conversations_over_the_nodes() -> Result<()> {
     windows_are_used(&service, "after")
 }
 
-/// A master, a replica, and one sentinel whose word is enough.
+/// A master, a replica, and one sentinel, which decides alone.
 struct Watched {
     master: Redis,
     replica: Redis,
@@ -147,7 +142,7 @@ fn redis_mode_sentinel_follows_the_master_over_a_failover() -> Result<()> {
 }
 
 #[test]
-fn redis_sentinel_master_is_the_name_that_is_asked_for() -> Result<()> {
+fn redis_sentinel_master_is_the_name_of_the_master() -> Result<()> {
     let database = Database::create()?;
     let Watched { master, replica: _replica, sentinel, _scratch } = watched("chat")?;
     let start = Start::on(&database).env("REDIS_MODE", "sentinel").env("REDIS_URL", &sentinel.url(0));
@@ -157,6 +152,6 @@ fn redis_sentinel_master_is_the_name_that_is_asked_for() -> Result<()> {
     service.stop()?;
     let unknown = start.listen()?;
     unknown.becomes("degraded")?;
-    unknown.process.logs(&["WARN", "Redis is away"])?;
+    unknown.process.logs(&["WARN", "Redis is unavailable"])?;
     Ok(())
 }

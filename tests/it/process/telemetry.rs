@@ -1,4 +1,4 @@
-//! Traces reach a collector where one is named, and logs say enough, once, and nothing that is not theirs to say.
+//! Traces reach a collector if one is configured. Logs have one line per request, and disclose nothing.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -10,9 +10,11 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 use serde_json::json;
 
-use super::support::{Answer, Database, LIMIT, Service, Start, closed_port, eventually, within};
+use super::support::{
+    Database, LIMIT, Response, Service, Start, closed_port, eventually, has_none_of, within,
+};
 
-/// What was posted to it: the path, the head in lower case, and the body.
+/// A request to the collector: the path, the head in lower case, and the body.
 #[derive(Clone, Debug)]
 struct Export {
     path: String,
@@ -20,7 +22,7 @@ struct Export {
     body: Vec<u8>,
 }
 
-/// The least that an exporter takes for an OTLP collector.
+/// The least that an exporter accepts as an OTLP collector.
 struct Collector {
     url: String,
     exports: Arc<Mutex<Vec<Export>>>,
@@ -34,7 +36,7 @@ impl Collector {
         let kept = Arc::clone(&exports);
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                // A connection that breaks off is the exporter's to notice.
+                // When a connection breaks, the exporter notices it.
                 let _ = answer_all(stream, &kept);
             }
         });
@@ -45,7 +47,7 @@ impl Collector {
         self.exports.lock().expect("no panic").clone()
     }
 
-    /// Waits for an export with all of these in it.
+    /// Waits for an export with all of these parts.
     fn receives(&self, parts: &[&[u8]]) -> Result<Export> {
         eventually("an export", || {
             let all = |export: &Export| parts.iter().all(|part| contains(&export.body, part));
@@ -84,7 +86,7 @@ fn from_hex(text: &str) -> Result<Vec<u8>> {
     Ok(pairs.collect::<Result<_, _>>()?)
 }
 
-/// With a trace of every request.
+/// A service that traces every request.
 fn exporting(database: &Database, url: &str) -> Start {
     Start::on(database)
         .env("OTEL_EXPORTER_OTLP_ENDPOINT", url)
@@ -92,22 +94,22 @@ fn exporting(database: &Database, url: &str) -> Start {
         .env("OTEL_BSP_SCHEDULE_DELAY", "100")
 }
 
-/// The spans that have ended, or became what else the outcome says.
+/// How many spans had this outcome.
 fn spans(service: &Service, outcome: &str) -> Result<f64> {
     service.metric(&format!("chat_trace_spans_total{{outcome=\"{outcome}\"}}"))
 }
 
-/// Asks for something, as part of a trace of the caller's if one is given, and returns the line in the log.
+/// Sends a request, in the caller's trace if one is given, and returns its log line.
 fn ask(service: &Service, id: &str, traceparent: Option<&str>) -> Result<String> {
     let request = service.get("/me").bearer_auth("nonsense").header("x-request-id", id);
     let request =
         traceparent.into_iter().fold(request, |request, value| request.header("traceparent", value));
-    Answer::of(request)?.expect(401)?;
+    Response::of(request)?.expect(401)?;
     Ok(service.process.logs(&[id])?.remove(0))
 }
 
 #[test]
-fn a_tenth_of_the_requests_is_traced_and_a_callers_trace_as_its_caller_decided() -> Result<()> {
+fn a_tenth_of_the_requests_is_sampled_and_a_callers_trace_as_its_caller_decided() -> Result<()> {
     const REQUESTS: usize = 200;
     let database = Database::create()?;
     let collector = Collector::start()?;
@@ -117,9 +119,9 @@ fn a_tenth_of_the_requests_is_traced_and_a_callers_trace_as_its_caller_decided()
         let line = ask(&service, &format!("alone-{number}-"), None)?;
         ensure!(line.contains("trace_id="), "{line}");
     }
-    let alone = spans(&service, "ended")?;
+    let sampled = spans(&service, "ended")?;
     // Six standard deviations around a tenth.
-    ensure!((1.0..=46.0).contains(&alone), "{alone} of {REQUESTS}");
+    ensure!((1.0..=46.0).contains(&sampled), "{sampled} of {REQUESTS}");
 
     for (flag, counted) in [("00", 0.0), ("01", 20.0)] {
         let before = spans(&service, "ended")?;
@@ -131,12 +133,12 @@ fn a_tenth_of_the_requests_is_traced_and_a_callers_trace_as_its_caller_decided()
         let ended = spans(&service, "ended")? - before;
         ensure!(ended == counted, "{ended} with the flag {flag}");
     }
-    // What was not sampled is not missed at the other end.
-    let all = alone + 20.0;
+    // All sampled spans are exported, and no others.
+    let all = sampled + 20.0;
     eventually("the export", || spans(&service, "exported").ok().filter(|exported| *exported == all))?;
 
-    let share = exporting(&database, &collector.url).unset("OTEL_TRACES_SAMPLER");
-    let service = share.env("OTEL_TRACES_SAMPLER_ARG", "1").ready()?;
+    let always = exporting(&database, &collector.url).unset("OTEL_TRACES_SAMPLER");
+    let service = always.env("OTEL_TRACES_SAMPLER_ARG", "1").ready()?;
     ask(&service, "always", None)?;
     ensure!(spans(&service, "ended")? == 1.0);
     Ok(())
@@ -150,7 +152,7 @@ fn a_request_is_exported_under_its_route_and_continues_the_callers_trace() -> Re
     let (ana, ben) = service.two_users()?;
     let traceparent = format!("00-{TRACE_ID}-{PARENT_ID}-01");
     let request = service.get("/users/BEN").bearer_auth(&ana.token).header("traceparent", &traceparent);
-    Answer::of(request.header("x-request-id", "a-traced-request"))?.expect(200)?;
+    Response::of(request.header("x-request-id", "a-traced-request"))?.expect(200)?;
 
     let export = collector.receives(&[b"GET /users/{username}", &from_hex(TRACE_ID)?])?;
     ensure!(export.path == "/v1/traces", "{}", export.path);
@@ -164,7 +166,7 @@ fn a_request_is_exported_under_its_route_and_continues_the_callers_trace() -> Re
     let lines = service.process.logs(&["a-traced-request"])?;
     ensure!(lines.len() == 1 && lines[0].contains(TRACE_ID), "{lines:?}");
 
-    // Without a caller's trace each request begins one of its own.
+    // Without a caller's trace each request starts a new one.
     service.send(&ana, &ben, "a text for two")?.expect(201)?;
     let line = service.process.logs(&["route=\"/send\""])?.remove(0);
     let (_, id) = line.split_once("trace_id=").with_context(|| line.clone())?;
@@ -172,7 +174,7 @@ fn a_request_is_exported_under_its_route_and_continues_the_callers_trace() -> Re
     ensure!(id != TRACE_ID && id.bytes().any(|digit| digit != b'0'), "{line}");
     collector.receives(&[b"POST /send", &from_hex(id)?])?;
 
-    // No text, name, token or raw path leaves with a trace.
+    // Traces have no text, name, token or raw path.
     for export in collector.exports() {
         for secret in ["a text for two", "/users/BEN", &ana.token, "ana@example.com", &*ben.id] {
             ensure!(!contains(&export.body, secret.as_bytes()), "{secret} was exported");
@@ -185,7 +187,7 @@ fn a_request_is_exported_under_its_route_and_continues_the_callers_trace() -> Re
 fn the_last_spans_are_exported_before_the_process_ends() -> Result<()> {
     let database = Database::create()?;
     let collector = Collector::start()?;
-    // By itself it would wait for an hour.
+    // The next regular export is an hour away.
     let start = exporting(&database, &collector.url).env("OTEL_BSP_SCHEDULE_DELAY", "3600000");
     let service = start.ready()?;
     service.me("nonsense")?.expect(401)?;
@@ -247,8 +249,8 @@ fn nothing_is_exported_when_the_sdk_is_disabled_or_no_endpoint_is_set() -> Resul
     Ok(())
 }
 
-/// The service does all it does, however the collector behaves.
-fn is_not_harmed_by(collector: &str) -> Result<()> {
+/// The service works, whatever the collector does.
+fn works_despite(collector: &str) -> Result<()> {
     let database = Database::create()?;
     let start = exporting(&database, collector).env("OTEL_BSP_MAX_QUEUE_SIZE", "16");
     let mut service = start.env("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "8").ready()?;
@@ -259,7 +261,7 @@ fn is_not_harmed_by(collector: &str) -> Result<()> {
     }
     ensure!(service.contents(&ben, &ana, 1)? == ["59"]);
     ensure!(service.health()? == (200, "ok".to_owned()));
-    // The loss is told: more spans have ended than the queue holds, and none has arrived.
+    // The loss is visible: more spans have ended than the queue holds, and none was exported.
     let [ended, exported] = [spans(&service, "ended")?, spans(&service, "exported")?];
     ensure!(ended >= 60.0 && exported == 0.0, "{ended} ended, {exported} exported");
     service.process.signal(Signal::TERM)?;
@@ -268,15 +270,15 @@ fn is_not_harmed_by(collector: &str) -> Result<()> {
 }
 
 #[test]
-fn work_in_the_background_has_a_trace_with_its_calls() -> Result<()> {
+fn background_work_has_a_trace_with_its_calls() -> Result<()> {
     let database = Database::create()?;
     let collector = Collector::start()?;
-    // A replica without Redis suspends the windows of all.
+    // A replica without Redis suspends the windows of all replicas.
     let start = exporting(&database, &collector.url);
     let service = start.env("REDIS_URL", &format!("redis://127.0.0.1:{}", closed_port()?)).listen()?;
     service.becomes("degraded")?;
     collector.receives(&[b"suspend windows"])?;
-    // A call has a span only below another.
+    // A call has a span only as a child of another span.
     collector.receives(&[b"suspend_windows", b"postgresql"])?;
     Ok(())
 }
@@ -293,19 +295,19 @@ fn spans_that_were_exported_are_counted() -> Result<()> {
 }
 
 #[test]
-fn a_collector_that_is_away_harms_nothing() -> Result<()> {
-    is_not_harmed_by(&format!("http://127.0.0.1:{}", closed_port()?))
+fn an_unavailable_collector_does_no_harm() -> Result<()> {
+    works_despite(&format!("http://127.0.0.1:{}", closed_port()?))
 }
 
 #[test]
-fn a_collector_that_never_answers_harms_nothing() -> Result<()> {
-    // The kernel takes the connections, and nobody reads from them.
+fn a_collector_that_never_answers_does_no_harm() -> Result<()> {
+    // The kernel accepts the connections, but nothing reads from them.
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    is_not_harmed_by(&format!("http://{}", listener.local_addr()?))
+    works_despite(&format!("http://{}", listener.local_addr()?))
 }
 
 #[test]
-fn every_request_is_one_line_with_its_id_method_route_status_and_duration() -> Result<()> {
+fn every_request_has_one_log_line_with_its_id_method_route_status_and_duration() -> Result<()> {
     let database = Database::create()?;
     let service = Start::on(&database).ready()?;
     let (ana, ben) = service.two_users()?;
@@ -332,7 +334,7 @@ fn every_request_is_one_line_with_its_id_method_route_status_and_duration() -> R
     ];
     for (number, (request, method, route, status)) in cases.into_iter().enumerate() {
         let id = format!("request-{number}");
-        Answer::of(request.header("x-request-id", &id))?.expect(status)?;
+        Response::of(request.header("x-request-id", &id))?.expect(status)?;
         let lines = service.process.logs(&[&id])?;
         ensure!(lines.len() == 1, "{lines:#?}");
         let line = &lines[0];
@@ -348,7 +350,7 @@ fn every_request_is_one_line_with_its_id_method_route_status_and_duration() -> R
             ensure!(line.contains(&word), "no {word}: {line}");
         }
     }
-    // Probes on the operations port are not worth a line.
+    // Probes on the operations port are not logged.
     service.operations("/healthz")?;
     let said = service.stop()?;
     ensure!(!said.contains("/livez"), "{said}");
@@ -367,15 +369,11 @@ fn every_request_is_one_line_with_its_id_method_route_status_and_duration() -> R
         "\"ana\"",
         "127.0.0.1:0",
     ];
-    for secret in secrets {
-        let line = said.lines().find(|line| line.contains(secret));
-        ensure!(line.is_none(), "{secret} is told: {line:?}");
-    }
-    Ok(())
+    has_none_of(&said, secrets)
 }
 
 #[test]
-fn a_request_that_its_client_gave_up_is_logged_as_such() -> Result<()> {
+fn a_request_that_its_client_gave_up_is_logged_with_status_499() -> Result<()> {
     let database = Database::create()?;
     let service = Start::on(&database).ready()?;
     let (ana, ben) = service.two_users()?;

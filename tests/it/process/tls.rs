@@ -1,4 +1,4 @@
-//! TLS to Postgres and Redis, with certificates made on the spot.
+//! TLS to Postgres and Redis, with certificates that the tests make.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -23,7 +23,7 @@ fn certificate(scratch: &Scratch) -> Result<Certificate> {
     let mut command = Command::new(openssl);
     command.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]);
     command.args(["-days", "2", "-subj", "/CN=a test", "-addext", "subjectAltName=IP:127.0.0.1"]);
-    // rustls takes no authority's certificate for a server's.
+    // rustls refuses an authority's certificate as a server's.
     command.args(["-addext", "basicConstraints=critical,CA:FALSE"]);
     command.arg("-out").arg(&file).arg("-keyout").arg(&key);
     daemon::run_ok(command, Duration::from_secs(30))?;
@@ -31,7 +31,7 @@ fn certificate(scratch: &Scratch) -> Result<Certificate> {
     Ok(Certificate { certificate: certificate?, key: key?, file })
 }
 
-/// Puts a file where the server looks for it, as the server's own user.
+/// Writes a file into the server's directory as the server's user.
 fn write_as_postgres(postgres: &Postgres, name: &str, text: &str) -> Result<()> {
     let program = format!("umask 077; cat > {name}");
     let rows = text.trim_end().replace('\n', "'), ('");
@@ -76,7 +76,7 @@ fn encrypted(postgres: &Postgres) -> Result<Vec<Option<String>>> {
 }
 
 #[test]
-fn sslmode_decides_whether_postgres_is_reached_by_tls() -> Result<()> {
+fn sslmode_decides_whether_connections_to_postgres_use_tls() -> Result<()> {
     let TlsPostgres { postgres, certificate, _scratch } = postgres_with_tls()?;
     let database = Database::on(&postgres)?;
     let root = format!("sslrootcert={}", certificate.file.display());
@@ -97,13 +97,13 @@ fn sslmode_decides_whether_postgres_is_reached_by_tls() -> Result<()> {
 }
 
 #[test]
-fn an_unknown_certificate_of_postgres_is_refused_where_it_is_to_be_verified() -> Result<()> {
+fn an_unknown_certificate_of_postgres_is_refused_with_verify_full() -> Result<()> {
     let TlsPostgres { postgres, _scratch, .. } = postgres_with_tls()?;
     let database = Database::on(&postgres)?;
     let start = Start::on(&database).env("DATABASE_URL", &(database.url() + "?sslmode=verify-full"));
     let service = start.listen()?;
     service.becomes("unavailable")?;
-    let line = service.process.logs(&["WARN", "Postgres is away"])?.remove(0);
+    let line = service.process.logs(&["WARN", "Postgres is unavailable"])?.remove(0);
     ensure!(line.to_lowercase().contains("certificate"), "{line}");
     let report = start.args(&["doctor"]).run()?;
     ensure!(report.code == 1 && report.stdout.to_lowercase().contains("certificate"), "{report:?}");
@@ -111,14 +111,14 @@ fn an_unknown_certificate_of_postgres_is_refused_where_it_is_to_be_verified() ->
 }
 
 #[test]
-fn sslmode_require_against_a_server_without_tls_fails_clearly() -> Result<()> {
+fn sslmode_require_with_a_server_without_tls_fails_and_names_the_cause() -> Result<()> {
     let scratch = Scratch::new("plain")?;
     let postgres = Postgres::start(&scratch.path().join("postgres"), PostgresOptions::fast())?;
     let database = Database::on(&postgres)?;
     let start = Start::on(&database).env("DATABASE_URL", &(database.url() + "?sslmode=require"));
     let service = start.listen()?;
     service.becomes("unavailable")?;
-    let line = service.process.logs(&["WARN", "Postgres is away"])?.remove(0);
+    let line = service.process.logs(&["WARN", "Postgres is unavailable"])?.remove(0);
     ensure!(line.contains("TLS"), "{line}");
     for subcommand in ["doctor", "migrate"] {
         let ended = start.clone().args(&[subcommand]).run()?;
@@ -128,12 +128,12 @@ fn sslmode_require_against_a_server_without_tls_fails_clearly() -> Result<()> {
 }
 
 #[test]
-fn rediss_is_tls_with_an_authority_that_ssl_cert_file_names() -> Result<()> {
+fn rediss_uses_tls_and_trusts_the_authority_of_ssl_cert_file() -> Result<()> {
     let database = Database::create()?;
     let scratch = Scratch::new("rediss")?;
     let certificate = certificate(&scratch)?;
     let redis = Redis::start(&scratch.path().join("redis"), RedisOptions::default())?;
-    // Its own directory is the one that it can read wherever this runs.
+    // The server can always read its own directory.
     let home = redis.log().parent().context("a directory")?.to_owned();
     let [server, key] = ["server.crt", "server.key"].map(|name| home.join(name));
     std::fs::write(&server, &certificate.certificate)?;
@@ -162,12 +162,12 @@ fn rediss_is_tls_with_an_authority_that_ssl_cert_file_names() -> Result<()> {
     let service = start.clone().env("SSL_CERT_FILE", &text(&certificate.file)).ready()?;
     let (ana, ben) = service.two_users()?;
     service.send(&ana, &ben, "hello")?.expect(201)?;
-    ensure!(redis.cli(&["KEYS", "*"])?.contains("chat:"), "it was not used");
+    ensure!(redis.cli(&["KEYS", "*"])?.contains("chat:"), "Redis was not used");
     service.stop()?;
 
     let distrustful = start.listen()?;
     distrustful.becomes("degraded")?;
-    let line = distrustful.process.logs(&["WARN", "Redis is away"])?.remove(0);
+    let line = distrustful.process.logs(&["WARN", "Redis is unavailable"])?.remove(0);
     ensure!(line.to_lowercase().contains("certificate"), "{line}");
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! What a request does, as a real OpenTelemetry Collector has it. `cargo xtask test` builds the collector where Go is, and
-//! runs these; one alone: `cargo xtask test -- --test it -- --ignored NAME`.
+//! The spans of a request, as a real OpenTelemetry Collector receives them. `cargo xtask test` builds the collector where Go
+//! is installed, and runs these tests; a single one: `cargo xtask test -- --test it -- --ignored NAME`.
 
 use std::path::Path;
 use std::thread;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tests::Scratch;
 use tests::servers::collector::{Collector, Spans};
 
-use super::support::{Answer, Database, PASSWORD, Service, Start, User, eventually};
+use super::support::{Database, PASSWORD, Response, Service, Start, User, eventually};
 
 const TRACE_ID: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT_ID: &str = "00f067aa0ba902b7";
@@ -26,7 +26,7 @@ struct Traced {
     _scratch: Scratch,
 }
 
-/// A span, with what is asked of it.
+/// A span as OTLP's JSON.
 #[derive(Clone, Debug)]
 struct Span(Value);
 
@@ -47,7 +47,7 @@ impl Span {
         Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned))
     }
 
-    /// The spans that it is linked with.
+    /// The ids of the linked spans.
     fn links(&self) -> Vec<&str> {
         let links = self.0["links"].as_array().map_or(&[][..], Vec::as_slice);
         links.iter().filter_map(|link| link["spanId"].as_str()).collect()
@@ -61,7 +61,7 @@ impl Span {
         Ok(())
     }
 
-    /// Begun and ended while the other was open.
+    /// It started and ended while the other was open.
     fn is_within(&self, outer: &Self) -> bool {
         let time = |span: &Self, field| span.text(field).parse::<u64>().unwrap_or_default();
         let [start, end] = ["startTimeUnixNano", "endTimeUnixNano"];
@@ -85,7 +85,7 @@ impl Traced {
         Ok(Self { service: start.ready()?, collector, database, _scratch: scratch })
     }
 
-    /// The spans of a trace, once the request's own is there: it ends last.
+    /// The spans of a trace, once the request's own span has arrived: it ends last.
     fn trace(&self, id: &str) -> Result<Vec<Span>> {
         let mut found = Vec::new();
         let complete = eventually("the request's span", || {
@@ -97,10 +97,10 @@ impl Traced {
         Ok(found)
     }
 
-    fn post(&self, path: &str, body: &Value, by: Option<&User>, traceparent: &str) -> Result<Answer> {
+    fn post(&self, path: &str, body: &Value, by: Option<&User>, traceparent: &str) -> Result<Response> {
         let request = self.service.post(path, body).header("traceparent", traceparent);
         let request = request.header("tracestate", "vendor=opaque");
-        Answer::of(match by {
+        Response::of(match by {
             Some(user) => request.bearer_auth(&user.token),
             None => request,
         })
@@ -111,11 +111,11 @@ fn traceparent(sampled: bool) -> String {
     format!("00-{TRACE_ID}-{PARENT_ID}-0{}", u8::from(sampled))
 }
 
-/// The only span of this name below the other.
+/// The only child span of this name.
 fn child<'a>(spans: &'a [Span], parent: &Span, name: &str) -> Result<&'a Span> {
     let below = |span: &&Span| span.text("parentSpanId") == parent.text("spanId") && span.name() == name;
     let found: Vec<_> = spans.iter().filter(below).collect();
-    ensure!(found.len() == 1, "{} spans {name} below {} in {spans:#?}", found.len(), parent.name());
+    ensure!(found.len() == 1, "{} child spans {name} of {} in {spans:#?}", found.len(), parent.name());
     ensure!(found[0].is_within(parent), "{name} is not within {}: {spans:#?}", parent.name());
     Ok(found[0])
 }
@@ -175,11 +175,11 @@ fn one_send_is_one_tree_from_the_request_to_the_commit() -> Result<()> {
 
 #[test]
 #[ignore = "needs a collector: cargo xtask test"]
-fn a_batch_is_linked_with_every_send_in_it_and_they_with_it() -> Result<()> {
+fn a_batch_and_its_sends_are_linked_with_one_another() -> Result<()> {
     let traced = Traced::start(&[("DB_POOL_MAX", "4"), ("OTEL_TRACES_SAMPLER", "always_on")])?;
     let (ana, ben) = traced.service.two_users()?;
     traced.service.send(&ana, &ben, "first")?.expect(201)?;
-    // While the conversation is locked one send is being written; those behind it become one batch.
+    // While the conversation is locked, one send is being written; those that wait become one batch.
     let held = traced.database.hold_conversations()?;
     thread::scope(|scope| -> Result<()> {
         let send = |content: &'static str| traced.service.send(&ana, &ben, content);
@@ -218,7 +218,7 @@ fn a_batch_is_linked_with_every_send_in_it_and_they_with_it() -> Result<()> {
 
 #[test]
 #[ignore = "needs a collector: cargo xtask test"]
-fn hashing_and_faults_of_the_database_are_in_the_trace() -> Result<()> {
+fn password_hashing_and_database_errors_are_in_the_trace() -> Result<()> {
     let traced = Traced::start(&[("DB_STATEMENT_TIMEOUT_MS", "300")])?;
     let body = json!({"username": "ana", "email": "ana@example.com", "password": PASSWORD});
     traced.post("/register", &body, None, &traceparent(true))?.expect(201)?;
@@ -235,7 +235,7 @@ fn hashing_and_faults_of_the_database_are_in_the_trace() -> Result<()> {
     let held = traced.database.hold("LOCK TABLE users")?;
     let id = "0af7651916cd43dd8448eb211c80319c";
     let request = traced.service.get("/me").bearer_auth(token);
-    Answer::of(request.header("traceparent", format!("00-{id}-{PARENT_ID}-01")))?.is_unavailable()?;
+    Response::of(request.header("traceparent", format!("00-{id}-{PARENT_ID}-01")))?.is_unavailable()?;
     drop(held);
     let spans = traced.trace(id)?;
     let server = spans.iter().find(|span| span.name() == "GET /me").context("the request")?;
@@ -249,13 +249,13 @@ fn hashing_and_faults_of_the_database_are_in_the_trace() -> Result<()> {
 
 #[test]
 #[ignore = "needs a collector: cargo xtask test"]
-fn what_the_caller_does_not_sample_is_not_exported() -> Result<()> {
+fn a_trace_that_the_caller_does_not_sample_is_not_exported() -> Result<()> {
     let traced = Traced::start(&[])?;
     let (ana, ben) = traced.service.two_users()?;
     let body = json!({"recipient_id": ben.id, "content": "hello"});
     let answer = traced.post("/send", &body, Some(&ana), &traceparent(false))?.expect(201)?;
     ensure!(answer.header("traceresponse").is_empty(), "{answer:?}");
-    // Its log line names the caller's trace all the same.
+    // Its log line still has the caller's trace id.
     traced.service.process.logs(&["route=\"/send\"", TRACE_ID])?;
     let later = "0af7651916cd43dd8448eb211c80319c";
     traced.post("/send", &body, Some(&ana), &format!("00-{later}-{PARENT_ID}-01"))?.expect(201)?;

@@ -1,4 +1,4 @@
-//! Requests and their answers. Every answer is checked for what the contract says of all of them.
+//! Requests and their responses. Every response is checked for what the contract says of all of them.
 
 use std::net::SocketAddr;
 
@@ -10,23 +10,23 @@ use tokio::net::TcpStream;
 
 use super::{User, document};
 
-/// A request that was not sent yet.
+/// A request that is not sent yet.
 #[derive(Debug)]
-pub(crate) struct Call {
+pub(crate) struct Request {
     builder: RequestBuilder,
-    /// The operation that it belongs to, if the OpenAPI document should describe it.
+    /// Its operation, unless it is not documented.
     operation: Option<(Method, String)>,
 }
 
-/// An answer, read to its end.
+/// A whole response.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(crate) struct Response {
     pub(crate) status: u16,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Vec<u8>,
 }
 
-impl Call {
+impl Request {
     pub(super) fn new(builder: RequestBuilder, method: Method, path: &str) -> Self {
         let path = path.split('?').next().unwrap_or_default().to_owned();
         Self { builder, operation: Some((method, path)) }
@@ -51,17 +51,17 @@ impl Call {
         self
     }
 
-    /// A body as it is; its `content-type` is the test's to give.
+    /// A body, without a `content-type`.
     pub(crate) fn body(mut self, body: impl Into<Vec<u8>>) -> Self {
         self.builder = self.builder.body(body.into());
         self
     }
 
-    pub(crate) async fn answer(self) -> Answer {
+    pub(crate) async fn response(self) -> Response {
         let response = self.builder.send().await.expect("the service answers");
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let body = response.bytes().await.expect("a whole body").to_vec();
-        let answer = Answer { status, headers, body };
+        let answer = Response { status, headers, body };
         answer.check_request_id();
         if let Some((method, path)) = &self.operation {
             document::check(method, path, &answer);
@@ -70,8 +70,8 @@ impl Call {
     }
 }
 
-impl Answer {
-    /// A header's value, where it was sent and is text.
+impl Response {
+    /// A header's value, if the response has it and it is text.
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name)?.to_str().ok()
     }
@@ -82,26 +82,23 @@ impl Answer {
         text
     }
 
-    /// The body of an answer that must have this status, and be JSON.
+    /// The JSON body of a response that must have this status.
     pub(crate) fn json(&self, status: u16) -> Value {
         let text = self.text(status);
         assert_eq!(self.header("content-type"), Some("application/json"), "{text}");
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text}"))
     }
 
-    /// The problem that an error must be, as RFC 9457 and the contract describe it.
+    /// The body of an error, which must be as RFC 9457 and the contract describe it.
     pub(crate) fn problem(&self, status: u16) -> Value {
         let text = self.text(status);
         assert_eq!(self.header("content-type"), Some("application/problem+json"), "{text}");
         let problem: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text}"));
-        let mut members: Vec<&str> =
-            problem.as_object().expect("an object").keys().map(String::as_str).collect();
-        members.sort_unstable();
         let mut expected = vec!["detail", "request_id", "status", "title", "type"];
         if status == 422 {
             expected.insert(1, "errors");
         }
-        assert_eq!(members, expected, "{text}");
+        assert_eq!(super::members(&problem), expected, "{text}");
         assert_eq!(problem["type"], "about:blank");
         assert_eq!(problem["status"], status);
         let title = StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason());
@@ -115,7 +112,7 @@ impl Answer {
         problem
     }
 
-    /// The fields that a 422 names, in its order; each has a message, and `detail` tells them all.
+    /// The fields that a 422 names, in its order. Each has a message, and `detail` has all of them.
     pub(crate) fn invalid_fields(&self) -> Vec<String> {
         let problem = self.problem(422);
         let errors = problem["errors"].as_array().expect("a list of errors");
@@ -153,21 +150,21 @@ impl Answer {
 }
 
 /// Sends the bytes and reads until the service closes the connection.
-pub(super) async fn raw(address: SocketAddr, request: &[u8]) -> Answer {
+pub(super) async fn raw(address: SocketAddr, request: &[u8]) -> Response {
     let mut stream = TcpStream::connect(address).await.expect("the service listens");
-    // A service that answers before it has read everything may close early; what it said still counts.
+    // A service that answers before it has read everything may close early; its response still counts.
     stream.write_all(request).await.ok();
     let mut bytes = Vec::new();
     let reading = stream.read_to_end(&mut bytes);
     let outcome = tokio::time::timeout(std::time::Duration::from_secs(20), reading).await;
-    outcome.expect("an answer, and the end of the connection").ok();
+    outcome.expect("a response, and the end of the connection").ok();
     parse(&bytes)
 }
 
-fn parse(bytes: &[u8]) -> Answer {
+fn parse(bytes: &[u8]) -> Response {
     let lossy = String::from_utf8_lossy(bytes);
     let end = bytes.windows(4).position(|window| window == b"\r\n\r\n");
-    let end = end.unwrap_or_else(|| panic!("no HTTP answer: {lossy}"));
+    let end = end.unwrap_or_else(|| panic!("no HTTP response: {lossy}"));
     let head = std::str::from_utf8(&bytes[..end]).expect("a head in ASCII");
     let mut lines = head.lines();
     let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|status| status.parse().ok());
@@ -179,7 +176,7 @@ fn parse(bytes: &[u8]) -> Answer {
         })
         .collect();
     let body = bytes[end + 4..].to_vec();
-    let answer = Answer { status: status.unwrap_or_else(|| panic!("no status: {head}")), headers, body };
+    let answer = Response { status: status.unwrap_or_else(|| panic!("no status: {head}")), headers, body };
     answer.check_request_id();
     answer
 }

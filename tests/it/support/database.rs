@@ -1,16 +1,16 @@
-//! A database for one test: a copy of a template that is migrated once per run.
+//! A database for one test, copied from a template that is migrated once per run.
 
 use std::str::FromStr as _;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use chat_service::db;
+use chat_service::store::migrations;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tokio::sync::OnceCell;
 
 use super::{given, now_seconds};
 
-/// What a run that was killed left behind is dropped by a later one, this long after.
+/// A run drops what killed runs left behind this long ago.
 const LEFTOVER_SECONDS: u64 = 3600;
 
 static TEMPLATE: OnceCell<String> = OnceCell::const_new();
@@ -48,7 +48,7 @@ impl Database {
         PgConnectOptions::from_str(&self.url).expect("a URL of Postgres")
     }
 
-    /// A connection of the test's own.
+    /// A connection for the test itself.
     pub(crate) async fn connect(&self) -> PgConnection {
         PgConnection::connect_with(&self.options()).await.expect("the test's database answers")
     }
@@ -59,7 +59,7 @@ impl Database {
 }
 
 impl Drop for Database {
-    /// On a thread of its own, because the test's runtime is busy with the test's end.
+    /// On another thread, because the test's runtime is blocked by this drop.
     fn drop(&mut self) {
         let name = std::mem::take(&mut self.name);
         let dropped = std::thread::spawn(move || {
@@ -76,11 +76,11 @@ async fn template() -> String {
     let name = next_name();
     execute(&mut admin, format!("CREATE DATABASE {name}")).await;
     let options = PgConnectOptions::from_str(&url_of(&name)).expect("a URL of Postgres");
-    db::migrate(&options).await.expect("an empty database can be migrated");
+    migrations::migrate(&options).await.expect("an empty database can be migrated");
     name
 }
 
-/// The time is in the name, so that a later run knows what is left over.
+/// The name has the time, so that later runs recognise leftovers.
 fn next_name() -> String {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     format!("it_{}_{}_{number}", now_seconds(), std::process::id())

@@ -1,35 +1,42 @@
-//! Holds every answer that a test sees against the OpenAPI document: what the service answers must be declared
-//! there, and look as it is declared.
+//! Checks every response against the OpenAPI document: it must be documented, and have the documented form.
 
 use std::sync::LazyLock;
 
 use reqwest::Method;
 use serde_json::{Map, Value};
 
-use super::Answer;
+use super::Response;
 
-static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
-    let text = chat_service::openapi::json().expect("a document");
-    serde_json::from_str(&text).expect("the document is JSON")
-});
+/// The OpenAPI document that the service prints.
+pub(crate) fn document() -> &'static Value {
+    static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
+        let text = chat_service::http::routes::public_api().document_json().expect("a document");
+        serde_json::from_str(&text).expect("the document is JSON")
+    });
+    &DOCUMENT
+}
 
-/// Fails unless the document declares this answer of the operation. Paths and methods that the document does
-/// not have are none of its business.
-pub(super) fn check(method: &Method, path: &str, answer: &Answer) {
-    let paths = DOCUMENT["paths"].as_object().expect("paths");
+/// Fails unless the document has this response of the operation. Paths and methods that are not in the document are not
+/// checked.
+pub(super) fn check(method: &Method, path: &str, response: &Response) {
+    let paths = document()["paths"].as_object().expect("paths");
     let Some((template, item)) = paths.iter().find(|(template, _)| matches(template, path)) else { return };
     let Some(operation) = item.get(method.as_str().to_lowercase()) else { return };
-    let place = format!("{method} {template} {}", answer.status);
-    let response = operation["responses"].get(answer.status.to_string());
-    let response = response.unwrap_or_else(|| panic!("{place} is not in the OpenAPI document: {answer:?}"));
-    let content_type = answer.header("content-type").unwrap_or_default();
-    let content = response["content"].get(content_type);
+    let place = format!("{method} {template} {}", response.status);
+    let documented = operation["responses"].get(response.status.to_string());
+    let documented =
+        documented.unwrap_or_else(|| panic!("{place} is not in the OpenAPI document: {response:?}"));
+    let content_type = response.header("content-type").unwrap_or_default();
+    let content = documented["content"].get(content_type);
     let content = content.unwrap_or_else(|| panic!("{place} is not documented as {content_type}"));
-    let body: Value = serde_json::from_slice(&answer.body).expect("a JSON body");
+    let body: Value = serde_json::from_slice(&response.body).expect("a JSON body");
     check_schema(&body, &content["schema"], &place);
     for name in ["link", "warning", "idempotency-replayed", "www-authenticate", "retry-after"] {
-        if answer.headers.contains_key(name) {
-            assert!(response["headers"].get(name).is_some(), "{place}: the header {name} is not documented");
+        if response.headers.contains_key(name) {
+            assert!(
+                documented["headers"].get(name).is_some(),
+                "{place}: the header {name} is not documented"
+            );
         }
     }
 }
@@ -40,7 +47,7 @@ fn matches(template: &str, path: &str) -> bool {
         && template.iter().zip(path).all(|(part, given)| part.starts_with('{') || *part == given)
 }
 
-/// As much of JSON Schema as the document uses. An object may have no member that its schema does not name.
+/// Supports as much of JSON Schema as the document uses. Members that a schema does not name are errors.
 fn check_schema(value: &Value, schema: &Value, place: &str) {
     let schema = resolve(schema);
     let fits = match schema["type"].as_str() {
@@ -71,7 +78,7 @@ fn resolve(schema: &Value) -> &Value {
     match schema["$ref"].as_str() {
         Some(reference) => {
             let pointer = reference.strip_prefix('#').unwrap_or_default();
-            DOCUMENT.pointer(pointer).unwrap_or_else(|| panic!("{reference} points nowhere"))
+            document().pointer(pointer).unwrap_or_else(|| panic!("{reference} points nowhere"))
         }
         None => schema,
     }

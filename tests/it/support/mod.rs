@@ -3,6 +3,7 @@
 mod client;
 mod database;
 mod document;
+mod operations;
 mod redis;
 
 use std::collections::BTreeMap;
@@ -15,17 +16,17 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-pub(crate) use client::{Answer, Call};
+pub(crate) use client::{Request, Response};
 pub(crate) use database::Database;
+pub(crate) use document::document;
+pub(crate) use operations::{Operation, operations};
 pub(crate) use redis::RedisIndex;
+pub(crate) use tests::{PASSWORD, User};
 
-/// Long enough, and the same for everyone, because no test guesses it.
-pub(crate) const PASSWORD: &str = "correct horse battery";
-
-/// The key that the tests' services sign with.
+/// The signing key of the tests' services.
 pub(crate) const SECRET_KEY: &str = "a key for tests that is long enough";
 
-/// One replica of the service. It ends, and its database is dropped, with the last of its replicas.
+/// One replica of the service. Its database is dropped with the last of its replicas.
 pub(crate) struct TestApp {
     pub(crate) running: Running,
     pub(crate) database: Arc<Database>,
@@ -34,21 +35,13 @@ pub(crate) struct TestApp {
     client: reqwest::Client,
 }
 
-/// A registered user, and a token that the service accepts.
-#[derive(Clone, Debug)]
-pub(crate) struct User {
-    pub(crate) id: String,
-    pub(crate) username: String,
-    pub(crate) token: String,
-}
-
 impl TestApp {
-    /// A service without rate limits: most tests are not about them.
+    /// A service without rate limits, which most tests do not need.
     pub(crate) async fn start() -> Self {
         Self::with(&[]).await
     }
 
-    /// A service with these variables besides those that every test needs.
+    /// A service with these variables, in addition to those that every test needs.
     pub(crate) async fn with(variables: &[(&str, &str)]) -> Self {
         Self::on(Database::migrated().await, variables).await
     }
@@ -88,11 +81,10 @@ impl TestApp {
         database: Arc<Database>,
         redis: Arc<RedisIndex>,
     ) -> Self {
-        // As `main` does; every test but the first finds it done.
+        // As `main` does. Only the first test's call has an effect.
         rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
         let config = Config::from_variables(&variables).expect("a valid configuration");
         let running = serve::start(config).await.expect("the service starts");
-        // Nothing between a test and its own service.
         let client = reqwest::Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
@@ -101,40 +93,40 @@ impl TestApp {
         Self { running, database, redis, variables, client }
     }
 
-    /// A request to the public port. Its answer is held against the OpenAPI document.
-    pub(crate) fn request(&self, method: Method, path: &str) -> Call {
+    /// A request to the public port. Its response is checked against the OpenAPI document.
+    pub(crate) fn request(&self, method: Method, path: &str) -> Request {
         let url = format!("http://{}{path}", self.running.public);
-        Call::new(self.client.request(method.clone(), url), method, path)
+        Request::new(self.client.request(method.clone(), url), method, path)
     }
 
-    pub(crate) fn get(&self, path: &str) -> Call {
+    pub(crate) fn get(&self, path: &str) -> Request {
         self.request(Method::GET, path)
     }
 
-    pub(crate) fn post(&self, path: &str) -> Call {
+    pub(crate) fn post(&self, path: &str) -> Request {
         self.request(Method::POST, path)
     }
 
-    /// A request to the operations port, which no document describes.
-    pub(crate) fn get_operations(&self, path: &str) -> Call {
-        Call::undocumented(self.client.get(format!("http://{}{path}", self.running.operations)))
+    /// A request to the operations port, which is not documented.
+    pub(crate) fn get_operations(&self, path: &str) -> Request {
+        Request::undocumented(self.client.get(format!("http://{}{path}", self.running.operations)))
     }
 
-    /// Bytes as a client that is not well-behaved may send them. The connection must be closed by the request.
-    pub(crate) async fn raw(&self, request: &[u8]) -> Answer {
+    /// Sends these bytes. The request must close the connection.
+    pub(crate) async fn raw(&self, request: &[u8]) -> Response {
         client::raw(self.running.public, request).await
     }
 
-    /// Registers `name` and gives it a token, without the time that a log-in takes.
+    /// Registers `name` and issues a token, without the time that a login takes.
     pub(crate) async fn user(&self, name: &str) -> User {
         let answer = self.register(name, &format!("{name}@example.com"), PASSWORD).await;
         let user = answer.json(201);
         let id = text(&user, "id");
         let token = self.token(&id);
-        User { id, username: name.to_owned(), token }
+        User { id, name: name.to_owned(), token }
     }
 
-    /// Two users, whose names say nothing.
+    /// Two users with unique names.
     pub(crate) async fn pair(&self) -> (User, User) {
         let tag = &Uuid::new_v4().simple().to_string()[..12];
         (self.user(&format!("ana.{tag}")).await, self.user(&format!("ben.{tag}")).await)
@@ -145,36 +137,36 @@ impl TestApp {
         self.running.app.tokens.issue(id).expect("a token").0
     }
 
-    pub(crate) async fn register(&self, username: &str, email: &str, password: &str) -> Answer {
+    pub(crate) async fn register(&self, username: &str, email: &str, password: &str) -> Response {
         let body = json!({"username": username, "email": email, "password": password});
-        self.post("/register").json(&body).answer().await
+        self.post("/register").json(&body).response().await
     }
 
-    pub(crate) async fn login(&self, username: &str, password: &str) -> Answer {
-        self.post("/login").json(&json!({"username": username, "password": password})).answer().await
+    pub(crate) async fn login(&self, username: &str, password: &str) -> Response {
+        self.post("/login").json(&json!({"username": username, "password": password})).response().await
     }
 
-    /// A message to be sent, with a header or not.
-    pub(crate) fn send(&self, from: &User, to: &User, content: &str) -> Call {
+    /// A request to send a message.
+    pub(crate) fn send(&self, from: &User, to: &User, content: &str) -> Request {
         self.post("/send").by(from).json(&json!({"recipient_id": to.id, "content": content}))
     }
 
     /// Sends a message that must be accepted.
     pub(crate) async fn sent(&self, from: &User, to: &User, content: &str) -> Value {
-        self.send(from, to, content).answer().await.json(201)
+        self.send(from, to, content).response().await.json(201)
     }
 
-    /// `n` messages of one direction, with their numbers as content.
+    /// `n` messages in one direction, with their numbers as content.
     pub(crate) async fn sent_many(&self, from: &User, to: &User, n: usize) {
         for number in 1..=n {
             self.sent(from, to, &number.to_string()).await;
         }
     }
 
-    /// A page of the conversation; `query` is what follows the peer.
-    pub(crate) async fn messages(&self, reader: &User, peer: &User, query: &str) -> Answer {
+    /// A page of the conversation. `query` follows the peer's id.
+    pub(crate) async fn messages(&self, reader: &User, peer: &User, query: &str) -> Response {
         let query = if query.is_empty() { String::new() } else { format!("&{query}") };
-        self.get(&format!("/messages?peer_id={}{query}", peer.id)).by(reader).answer().await
+        self.get(&format!("/messages?peer_id={}{query}", peer.id)).by(reader).response().await
     }
 
     /// The `seq`s of a page.
@@ -182,8 +174,8 @@ impl TestApp {
         self.messages(reader, peer, query).await.seqs()
     }
 
-    /// A page that the window answered, as the metrics say: the first reads only fill it.
-    pub(crate) async fn hit(&self, reader: &User, peer: &User, query: &str) -> Answer {
+    /// A page that was answered from the window, as the metrics say: the first reads only fill it.
+    pub(crate) async fn hit(&self, reader: &User, peer: &User, query: &str) -> Response {
         let deadline = std::time::Instant::now() + Duration::from_secs(20);
         loop {
             let before = self.metric("chat_cache_lookups_total{outcome=\"hit\"}").await;
@@ -191,14 +183,14 @@ impl TestApp {
             if self.metric("chat_cache_lookups_total{outcome=\"hit\"}").await > before {
                 return answer;
             }
-            assert!(std::time::Instant::now() < deadline, "the window never answers");
+            assert!(std::time::Instant::now() < deadline, "no read is answered from the window");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
-    /// A number from the operations port, by its name and labels.
+    /// The value of a metric, by its name with its labels.
     pub(crate) async fn metric(&self, name: &str) -> f64 {
-        let text = self.get_operations("/metrics").answer().await.text(200);
+        let text = self.get_operations("/metrics").response().await.text(200);
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no metric {name} in\n{text}"))
     }
@@ -221,13 +213,26 @@ pub(crate) fn members(value: &Value) -> Vec<&str> {
     names
 }
 
-/// Runs all of them at once; their outcomes come in the order that they were given in.
+/// Runs them all at once. The outcomes are in the order of the futures.
 pub(crate) async fn together<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
     futures_util::future::join_all(futures).await
 }
 
 pub(crate) fn now_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
+}
+
+/// How long to wait until a minute of the wall clock, in which rate limits count, has 20 s left.
+pub(crate) fn wait_for_a_minute() -> Duration {
+    let left = 60 - now_seconds() % 60;
+    Duration::from_secs(if left < 20 { left } else { 0 })
+}
+
+/// The claims of a token that the service signed with this key.
+pub(crate) fn claims(token: &str, key: &str) -> Value {
+    let key = jsonwebtoken::DecodingKey::from_secret(key.as_bytes());
+    let validation = jsonwebtoken::Validation::new(jsonwebtoken::Algorithm::HS256);
+    jsonwebtoken::decode::<Value>(token, &key, &validation).expect("an HS256 token of this service").claims
 }
 
 /// The value of a variable that `cargo xtask test` sets.

@@ -6,7 +6,7 @@ use deadpool_redis::redis;
 
 use super::given;
 
-/// The server has this many; the first one keeps the number that was last given out.
+/// The server has this many. The first one keeps the number that was claimed last.
 const INDEXES: i64 = 4096;
 
 pub(crate) struct RedisIndex {
@@ -14,7 +14,7 @@ pub(crate) struct RedisIndex {
 }
 
 impl RedisIndex {
-    /// The next index, empty. The server itself counts, so that no two test runs ever share one.
+    /// The next index, emptied. The server counts, so that no two test runs share one.
     pub(crate) async fn claim() -> Self {
         let base = given("TEST_REDIS_URL");
         let base = match base.rsplit_once('/') {
@@ -33,7 +33,7 @@ impl RedisIndex {
         &self.url
     }
 
-    /// Loses everything.
+    /// Deletes all data.
     pub(crate) async fn flush(&self) {
         self.run::<()>(redis::cmd("FLUSHDB").arg("SYNC")).await;
     }

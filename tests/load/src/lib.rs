@@ -1,5 +1,5 @@
-//! A cheap load generator: prepared requests over kept-alive HTTP/1.1 connections, one thread, and no parsing beyond
-//! the status and the length of an answer.
+//! A cheap load generator: prepared requests over kept-alive HTTP/1.1 connections, on one thread. Of a response it parses
+//! only the status and the length.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,28 +12,28 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// A live service answers within this time.
+/// No response of a live service takes longer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What one connection sends, over and over.
+/// What one connection sends repeatedly.
 #[derive(Clone, Debug)]
 pub struct Script {
     pub address: SocketAddr,
     pub requests: Vec<Vec<u8>>,
 }
 
-/// The outcome.
+/// The outcome of a run.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     pub elapsed: Duration,
-    /// Answers by status; 0 counts connections that broke.
+    /// Responses by status; 0 counts connections that broke.
     pub statuses: BTreeMap<u16, u64>,
     /// Sorted.
     pub latencies: Vec<Duration>,
 }
 
 impl Script {
-    /// `GET path`, as the bearer of a token.
+    /// `GET path` with a token.
     pub fn get(address: SocketAddr, path: &str, token: &str) -> Self {
         let head = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nauthorization: Bearer {token}\r\n\r\n");
         Self { address, requests: vec![head.into_bytes()] }
@@ -64,24 +64,24 @@ impl Report {
         self.statuses.get(&status).copied().unwrap_or(0)
     }
 
-    /// The latency that `share` of the answers did not exceed.
+    /// The latency that `share` of the responses did not exceed.
     pub fn quantile(&self, share: f64) -> Duration {
         let last = self.latencies.len().saturating_sub(1);
         let index = (last as f64 * share).round() as usize;
         self.latencies.get(index).copied().unwrap_or_default()
     }
 
-    /// The report, if every answer had this status.
+    /// The report, if every response had this status.
     pub fn all(self, status: u16) -> Result<Self> {
         let others: Vec<_> = self.statuses.iter().filter(|(seen, _)| **seen != status).collect();
         if !others.is_empty() {
-            bail!("not all answers were {status}: {:?}", self.statuses);
+            bail!("not all responses were {status}: {:?}", self.statuses);
         }
         Ok(self)
     }
 }
 
-/// Runs every script on a connection of its own, for `duration`, on one thread.
+/// Runs each script on its own connection for `duration`, all on one thread.
 pub fn run(scripts: Vec<Script>, duration: Duration) -> Result<Report> {
     let stop = Arc::new(AtomicBool::new(false));
     run_until(scripts, duration, &stop)
@@ -142,7 +142,7 @@ async fn drive(
     (statuses, latencies)
 }
 
-/// Sends a request and reads its answer; returns the status.
+/// Sends a request and reads its response; returns the status.
 async fn exchange(stream: &mut TcpStream, request: &[u8], buffer: &mut Vec<u8>) -> Result<u16> {
     stream.write_all(request).await?;
     buffer.clear();
@@ -152,7 +152,7 @@ async fn exchange(stream: &mut TcpStream, request: &[u8], buffer: &mut Vec<u8>) 
         }
         let Some(head) = find(buffer, b"\r\n\r\n") else { continue };
         let status = std::str::from_utf8(buffer.get(9..12).unwrap_or_default())?.parse()?;
-        let length = content_length(&buffer[..head]).context("an answer without content-length")?;
+        let length = content_length(&buffer[..head]).context("a response without content-length")?;
         while buffer.len() < head + 4 + length {
             if stream.read_buf(buffer).await? == 0 {
                 bail!("the connection was closed");

@@ -8,16 +8,16 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use harness::{install, places};
-use tests::history::{self, Options, Report, check};
+use tests::history_checker::{self, Options, Report, check};
 
 use common::args::Soak as Args;
 use common::signals;
 use common::steps::{Progress, Tally, step};
 use common::workspace::offline_cargo;
 
-/// Every way to break the service that `service/src/sabotage.rs` knows. The first ones are found within seconds;
+/// Every way to break the service that `service/src/failpoints.rs` knows. The first ones are found within seconds;
 /// the others only where a fault meets a window in use.
-const SABOTAGES: [&str; 8] = [
+const FAILPOINTS: [&str; 8] = [
     "skip-invalidation",
     "ack-before-commit",
     "ignore-key",
@@ -37,7 +37,7 @@ const GROWTH_MAX: f64 = 0.1;
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     install::ensure_programs(|line| println!("{line}"))?;
-    let seed = args.seed.unwrap_or_else(history::random_seed);
+    let seed = args.seed.unwrap_or_else(history_checker::random_seed);
     if args.self_check {
         let mut tally = Tally::default();
         self_check(&mut tally, seed);
@@ -56,7 +56,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     println!("  seed {seed}");
     let options = Options { seed, duration, binary, environment: Vec::new() };
-    let report = step("history", |progress| history::run(&options, follow(progress, duration)))?;
+    let report = step("history", |progress| history_checker::run(&options, follow(progress, duration)))?;
     print_report(seed, &report);
     Ok(ExitCode::from(u8::from(!report.violations.is_empty())))
 }
@@ -67,16 +67,16 @@ pub(crate) fn self_check(tally: &mut Tally, seed: u64) {
     if tally.check("broken build", "", broken_build).is_none() {
         return;
     }
-    for sabotage in SABOTAGES {
+    for failpoint in FAILPOINTS {
         let fix = format!("cargo xtask soak --self-check --seed {seed}");
-        tally.check(sabotage, &fix, |progress| find(progress, sabotage, seed));
+        tally.check(failpoint, &fix, |progress| find(progress, failpoint, seed));
     }
 }
 
 /// Builds the service with the ways to break it, as a file of its own.
 fn broken_build(progress: &Progress) -> Result<()> {
     let build = |more: &[&str]| offline_cargo(&[&["build", "-p", "chat-service"], more].concat());
-    progress.run(build(&["--features", "sabotage"]))?;
+    progress.run(build(&["--features", "failpoints"]))?;
     let copied = std::fs::copy(places::target_dir()?.join("debug/chat-service"), broken_binary()?);
     // Whatever came of the copy, the sound one goes back to where others look for it.
     progress.run(build(&[]))?;
@@ -87,28 +87,28 @@ fn broken_build(progress: &Progress) -> Result<()> {
 fn broken_binary() -> Result<PathBuf> {
     let dir = places::target_dir()?.join("xtask");
     std::fs::create_dir_all(&dir)?;
-    Ok(dir.join("chat-service-sabotage"))
+    Ok(dir.join("chat-service-failpoints"))
 }
 
 /// Fails unless the checker finds what is wrong with a build that was broken in this way.
-fn find(progress: &Progress, sabotage: &str, seed: u64) -> Result<()> {
-    let environment = vec![("CHAT_SABOTAGE".to_owned(), sabotage.to_owned())];
+fn find(progress: &Progress, failpoint: &str, seed: u64) -> Result<()> {
+    let environment = vec![("CHAT_FAILPOINT".to_owned(), failpoint.to_owned())];
     let options = Options { seed, duration: SELF_CHECK_LIMIT, binary: broken_binary()?, environment };
-    let report = history::run(&options, follow(progress, SELF_CHECK_LIMIT))?;
+    let report = history_checker::run(&options, follow(progress, SELF_CHECK_LIMIT))?;
     signals::check()?;
     // A broken build may also answer 500, which needs no checker to be noticed.
     let noticed = report.violations.iter().find(|violation| violation.rule != check::WRONG_ANSWER);
     let Some(violation) = noticed else {
         bail!("the checker noticed nothing within {} s, seed {seed}", SELF_CHECK_LIMIT.as_secs());
     };
-    progress.note(&format!("{sabotage} after {:.0} s: {violation}", report.elapsed.as_secs_f64()));
+    progress.note(&format!("{failpoint} after {:.0} s: {violation}", report.elapsed.as_secs_f64()));
     Ok(())
 }
 
 /// What stands in the line of a running history; ends it on Ctrl-C.
-fn follow(progress: &Progress, duration: Duration) -> impl FnMut(&history::Progress) -> bool {
+fn follow(progress: &Progress, duration: Duration) -> impl FnMut(&history_checker::Progress) -> bool {
     move |now| {
-        let history::Progress { elapsed, operations, last_fault } = now;
+        let history_checker::Progress { elapsed, operations, last_fault } = now;
         let (elapsed, all) = (elapsed.as_secs(), duration.as_secs());
         progress.say(&format!("{elapsed} of {all} s, {operations} operations, last fault: {last_fault}"));
         !signals::asked_to_end()
@@ -117,7 +117,7 @@ fn follow(progress: &Progress, duration: Duration) -> impl FnMut(&history::Progr
 
 fn memory(binary: &Path, duration: Duration) -> Result<ExitCode> {
     let memory = step("memory", |progress| {
-        history::memory(binary, duration, |elapsed, kib| {
+        history_checker::overload(binary, duration, |elapsed, kib| {
             progress.say(&format!("{} of {} s, {} MiB", elapsed.as_secs(), duration.as_secs(), kib / 1024));
             !signals::asked_to_end()
         })
@@ -161,5 +161,5 @@ fn print_report(seed: u64, report: &Report) {
     table("faults", &report.faults);
     println!("  resident MiB by 10 s: {}", by_ten_seconds(&report.resident_kib, 1));
     row("violations", &report.violations.len());
-    print!("{}", history::verdict(seed, report));
+    print!("{}", history_checker::describe_violations(seed, report));
 }

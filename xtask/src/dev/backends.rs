@@ -9,7 +9,6 @@ use harness::servers::{ports, programs};
 use harness::{Postgres, PostgresOptions, Redis, RedisOptions, install};
 
 use super::container::{Container, Engine};
-use super::embedded;
 use super::settings::Settings;
 use common::steps::{Progress, step};
 
@@ -110,13 +109,10 @@ pub(crate) fn start_postgres(dir: &Path, engine: Option<&Engine>, progress: &Pro
         if let Some(engine) = engine {
             return engine.postgres(progress).map(Backend::Container);
         }
-        let Some(bin_dir) = embedded::postgres(dir, progress)? else {
-            bail!(
-                "Postgres is not installed, and there is no way to get it from here. Install by hand:\n{}",
-                install::ADVICE
-            );
-        };
-        options.bin_dir = Some(bin_dir);
+        bail!(
+            "Postgres is not installed, and there is no way to get it from here. Install by hand:\n{}",
+            install::ADVICE
+        );
     }
     let wanted = dir.join(POSTGRES_DIR);
     let postgres = Postgres::start(&wanted, options)?;

@@ -1,4 +1,4 @@
-//! Postgres and Redis as containers, where their programs are not installed and an engine answers.
+//! Postgres and Redis as containers, where their programs are not installed and an engine really answers.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use harness::places::stable_hash;
-use harness::servers::sql::{self, Login};
 use harness::servers::{daemon, ports, programs, redis};
 
 use super::backends::{DATABASE, POSTGRES_PORT, REDIS_PORT};
@@ -35,7 +34,6 @@ pub(crate) struct Engine {
 pub(crate) struct Container {
     program: PathBuf,
     name: String,
-    port: u16,
     url: String,
 }
 
@@ -54,7 +52,6 @@ impl Engine {
     pub(crate) fn postgres(&self, progress: &Progress) -> Result<Container> {
         let port = port(POSTGRES_PORT)?;
         let volume = format!("{}:/var/lib/postgresql/data", name("postgres"));
-        // The harness's small client only knows plain passwords.
         let options = [
             "-p",
             &format!("127.0.0.1:{port}:5432"),
@@ -64,14 +61,11 @@ impl Engine {
             &format!("POSTGRES_PASSWORD={PASSWORD}"),
             "-e",
             &format!("POSTGRES_DB={DATABASE}"),
-            "-e",
-            "POSTGRES_HOST_AUTH_METHOD=password",
             POSTGRES_IMAGE,
         ];
         let url = format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}/{DATABASE}");
-        let login =
-            Login { host: "127.0.0.1", port, user: "postgres", password: PASSWORD, database: DATABASE };
-        self.start("postgres", &options, (port, url), progress, || sql::query(login, "SELECT 1").is_ok())
+        let ready = |container: &Container| container.psql("SELECT 1").is_ok();
+        self.start("postgres", &options, url, progress, ready)
     }
 
     pub(crate) fn redis(&self, progress: &Progress) -> Result<Container> {
@@ -79,7 +73,7 @@ impl Engine {
         let publish = format!("127.0.0.1:{port}:6379");
         let options = ["-p", &publish, REDIS_IMAGE, "redis-server", "--save", ""];
         let url = format!("redis://127.0.0.1:{port}/0");
-        self.start("redis", &options, (port, url), progress, || redis::answers(port))
+        self.start("redis", &options, url, progress, |_| redis::answers(port))
     }
 
     /// Grafana in the host's network, because Prometheus listens on its loopback address alone.
@@ -107,17 +101,17 @@ impl Engine {
         options.push(GRAFANA_IMAGE);
         let url = format!("http://127.0.0.1:{port}");
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let ready = || TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok();
-        self.start("grafana", &options, (port, url), progress, ready)
+        let ready = |_: &Container| TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok();
+        self.start("grafana", &options, url, progress, ready)
     }
 
     fn start(
         &self,
         what: &str,
         options: &[&str],
-        (port, url): (u16, String),
+        url: String,
         progress: &Progress,
-        ready: impl Fn() -> bool,
+        ready: impl Fn(&Container) -> bool,
     ) -> Result<Container> {
         let name = name(what);
         // A run that was killed leaves its container.
@@ -125,10 +119,10 @@ impl Engine {
         let mut command = Command::new(&self.program);
         command.args(["run", "--detach", "--rm", "--name", &name]).args(options);
         progress.run(command)?;
-        let container = Container { program: self.program.clone(), name, port, url };
+        let container = Container { program: self.program.clone(), name, url };
         let answered = daemon::poll(READY_LIMIT, || {
             signals::check()?;
-            Ok(ready().then_some(()))
+            Ok(ready(&container).then_some(()))
         })?;
         if answered.is_none() {
             let mut logs = Command::new(&self.program);
@@ -142,12 +136,13 @@ impl Engine {
 }
 
 impl Container {
-    pub(crate) fn port(&self) -> u16 {
-        self.port
-    }
-
-    pub(crate) fn password(&self) -> &'static str {
-        PASSWORD
+    /// The rows of a statement, a line each, from the `psql` inside. By TCP, for while the image makes its data directory
+    /// a first server answers on the socket alone.
+    pub(crate) fn psql(&self, sql: &str) -> Result<String> {
+        let mut exec = Command::new(&self.program);
+        exec.args(["exec", "--env", &format!("PGPASSWORD={PASSWORD}"), &self.name, "psql"]);
+        exec.args(["-h", "127.0.0.1", "-U", "postgres", "-d", DATABASE, "-X", "-q", "-A", "-t", "-c", sql]);
+        daemon::run_ok(exec, PROBE_LIMIT)
     }
 
     pub(crate) fn url(&self) -> &str {
@@ -155,7 +150,7 @@ impl Container {
     }
 
     pub(crate) fn stop(self) -> Result<()> {
-        // Gracefully, so that Postgres need not recover; --rm and the drop remove it.
+        // In order, so that Postgres need not recover; --rm removes it, and so does the drop.
         let mut stop = Command::new(&self.program);
         stop.args(["stop", &self.name]);
         daemon::run_ok(stop, END_LIMIT).map(drop)
@@ -168,7 +163,7 @@ impl Drop for Container {
     }
 }
 
-/// Removes this clone's container and volume from every engine.
+/// Removes this clone's container and volume from every engine that is there.
 pub(crate) fn reset() -> Result<()> {
     for program in ["docker", "podman"].into_iter().filter_map(programs::in_path) {
         let mut info = Command::new(&program);
@@ -190,7 +185,7 @@ fn remove(program: &PathBuf, name: &str) -> Result<()> {
     daemon::run_ok(command, END_LIMIT).map(drop)
 }
 
-/// One per clone, so that two clones work at once.
+/// One per clone, for two clones can be worked in at once.
 fn name(what: &str) -> String {
     let clone = stable_hash(workspace::root().as_os_str().as_encoded_bytes());
     format!("chat-service-dev-{what}-{:08x}", clone >> 32)

@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use harness::servers::sql::{self, Login};
+use anyhow::Result;
 
 use super::backends::{Backend, Backends, DATABASE};
 use super::observe::Observers;
@@ -63,18 +63,17 @@ curl -sS "$api/messages?peer_id=$ben_id" -H "Authorization: Bearer $ana"; echo
 
 /// What makes the two names new: nothing in an empty database, else the first number that is free.
 fn suffix(postgres: &Backend) -> String {
-    let (port, password) = match postgres {
-        Backend::Postgres(postgres) => (postgres.port(), postgres.password()),
-        Backend::Container(container) => (container.port(), container.password()),
+    const TAKEN: &str = "SELECT lower(username) FROM users WHERE username ~* '^(ana|ben)[0-9]*$'";
+    let taken: Result<Vec<String>> = match postgres {
+        Backend::Postgres(postgres) => {
+            postgres.query(DATABASE, TAKEN).map(|rows| rows.into_iter().flatten().flatten().collect())
+        }
+        Backend::Container(container) => {
+            container.psql(TAKEN).map(|names| names.lines().map(str::to_owned).collect())
+        }
         _ => return clock(),
     };
-    let login = Login { host: "127.0.0.1", port, user: "postgres", password, database: DATABASE };
-    let Ok(rows) =
-        sql::query(login, "SELECT lower(username) FROM users WHERE username ~* '^(ana|ben)[0-9]*$'")
-    else {
-        return clock();
-    };
-    let taken: Vec<String> = rows.into_iter().flatten().flatten().collect();
+    let Ok(taken) = taken else { return clock() };
     let is_free =
         |suffix: &String| ["ana", "ben"].iter().all(|name| !taken.contains(&format!("{name}{suffix}")));
     let numbers = (2..).map(|number: u32| number.to_string());

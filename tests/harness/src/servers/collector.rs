@@ -1,4 +1,4 @@
-//! An OpenTelemetry Collector on a loopback port, and what it has received.
+//! An OpenTelemetry Collector on a loopback port, and the spans that it received.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -13,10 +13,10 @@ use super::ports;
 
 const READY_LIMIT: Duration = Duration::from_secs(30);
 
-/// What is done with the spans that come.
+/// What happens with received spans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spans {
-    /// Written into a file, one export a line.
+    /// Written to a file, one export per line.
     Kept,
     /// Dropped: for measuring what it costs to send them.
     Dropped,
@@ -49,7 +49,7 @@ impl Collector {
         Ok(collector)
     }
 
-    /// What `OTEL_EXPORTER_OTLP_ENDPOINT` is set to.
+    /// The value for `OTEL_EXPORTER_OTLP_ENDPOINT`.
     pub fn endpoint(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }

@@ -1,4 +1,4 @@
-//! Child processes that outlive neither their use nor their parent, and waits that end.
+//! Child processes that end with their use or their parent, and waits with limits.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -16,7 +16,7 @@ use super::programs;
 
 const POLL: Duration = Duration::from_millis(10);
 
-/// Asks again and again until there is an answer or the time is over (`None`).
+/// Asks repeatedly until there is an answer, or until the time is over (`None`).
 pub fn poll<T>(limit: Duration, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<Option<T>> {
     let deadline = Instant::now() + limit;
     loop {
@@ -30,8 +30,8 @@ pub fn poll<T>(limit: Duration, mut ask: impl FnMut() -> Result<Option<T>>) -> R
     }
 }
 
-/// A command whose process gets `signal` when we die, however we die. Only Linux can promise that; elsewhere the next
-/// start clears what is left.
+/// A command whose process gets `signal` when we die, even when we are killed. Only Linux can do that; elsewhere the next
+/// start clears the leftovers.
 pub fn dies_with_us(program: &Path, signal: &str) -> Command {
     static SETPRIV: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
         let setpriv = programs::in_path("setpriv")?;
@@ -48,17 +48,17 @@ pub fn dies_with_us(program: &Path, signal: &str) -> Command {
     }
 }
 
-/// Starts the command in a process group of its own, so that Ctrl-C reaches us alone and we end things in order.
+/// Starts the command in its own process group, so that Ctrl-C reaches only us, and we shut down gracefully.
 ///
 /// The kernel sends the death signal when the *thread* that started the child ends, and tests run on short-lived
-/// threads: one thread that never ends starts them all.
+/// threads. So one thread that never ends starts them all.
 pub fn spawn(mut command: Command) -> io::Result<Child> {
     type Job = (Command, mpsc::Sender<io::Result<Child>>);
     static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
         let (sender, jobs) = mpsc::channel::<Job>();
         thread::spawn(move || {
             for (mut command, reply) in jobs {
-                // The asker waits below, so the reply has a reader.
+                // The caller waits below, so the reply has a receiver.
                 let _ = reply.send(command.spawn());
             }
         });
@@ -71,14 +71,14 @@ pub fn spawn(mut command: Command) -> io::Result<Child> {
     answer.recv().map_err(gone)?
 }
 
-/// Runs a short command to its end, or ends it with everything it started when the limit is over.
+/// Runs a short command. At the limit, kills it with everything that it started.
 pub fn run(mut command: Command, limit: Duration) -> Result<Output> {
     let name = command.get_program().to_string_lossy().into_owned();
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = spawn(command).with_context(|| format!("start {name}"))?;
     let pid = Pid::from_child(&child);
     let (done, output) = mpsc::channel();
-    // `wait_with_output` reads both pipes at once, so a chatty command cannot block on a full one.
+    // `wait_with_output` reads both pipes at once, so that the command cannot block on a full one.
     thread::spawn(move || done.send(child.wait_with_output()));
     match output.recv_timeout(limit) {
         Ok(output) => output.with_context(|| format!("run {name}")),
@@ -89,31 +89,31 @@ pub fn run(mut command: Command, limit: Duration) -> Result<Output> {
     }
 }
 
-/// As [`run`], and a failure carries what the command said.
+/// As [`run`], but a failed command is an error with its output.
 pub fn run_ok(command: Command, limit: Duration) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = run(command, limit)?;
     if !output.status.success() {
-        let said = [output.stdout, output.stderr].concat();
-        bail!("{name} failed ({}):\n{}", output.status, tail(&String::from_utf8_lossy(&said), 20));
+        let printed = [output.stdout, output.stderr].concat();
+        bail!("{name} failed ({}):\n{}", output.status, tail(&String::from_utf8_lossy(&printed), 20));
     }
     Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
 }
 
-/// The last lines, indented to stand out below the error's own line.
+/// The last lines, indented below the error's own line.
 pub fn tail(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.trim_end().lines().collect();
     let from = all.len().saturating_sub(lines);
     all[from..].iter().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n")
 }
 
-/// Whether the process exists and is more than a corpse.
+/// Whether the process exists and is not a zombie.
 pub fn is_alive(pid: i32) -> bool {
     let Some(pid) = Pid::from_raw(pid) else { return false };
     test_kill_process(pid).is_ok() && !stat(pid.as_raw_nonzero().get()).is_some_and(|stat| stat.zombie)
 }
 
-/// The command line of a running process, by which its pid file is told from a stale one.
+/// The command line of a running process, which shows whether a pid file is stale.
 pub fn command_line(pid: i32) -> Option<String> {
     if let Ok(raw) = fs::read(format!("/proc/{pid}/cmdline")) {
         return Some(String::from_utf8_lossy(&raw).replace('\0', " "));
@@ -123,7 +123,7 @@ pub fn command_line(pid: i32) -> Option<String> {
     run_ok(ps, Duration::from_secs(5)).ok()
 }
 
-/// Ends a process that a killed run left behind, if it is still what we think: its command line names `mark`.
+/// Ends a process that a killed run left behind, if its command line has `mark`: the id may belong to another process now.
 pub(crate) fn stop_leftover(pid: i32, mark: &str, gentle: Signal) -> Result<()> {
     let is_ours = || is_alive(pid) && command_line(pid).is_some_and(|line| line.contains(mark));
     let Some(target) = Pid::from_raw(pid) else { return Ok(()) };
@@ -163,18 +163,18 @@ impl Daemon {
         self.child.id()
     }
 
-    /// Waits until the server is ready; its end or the limit is an error that shows its last words.
+    /// Waits until the server is ready. Its early end, or the limit, is an error with the end of its log.
     pub fn await_ready(&mut self, limit: Duration, mut ready: impl FnMut() -> bool) -> Result<()> {
         let log = self.log.clone();
         let answer = poll(limit, || match self.child.try_wait()? {
             Some(status) => Ok(Some(Err(status))),
             None => Ok(ready().then_some(Ok(()))),
         })?;
-        let words = || tail(&fs::read_to_string(&log).unwrap_or_default(), 12);
+        let log_end = || tail(&fs::read_to_string(&log).unwrap_or_default(), 12);
         match answer {
             Some(Ok(())) => Ok(()),
-            Some(Err(status)) => bail!("it ended at once ({status}), its last words:\n{}", words()),
-            None => bail!("it was not ready after {} s, its last words:\n{}", limit.as_secs(), words()),
+            Some(Err(status)) => bail!("it ended early ({status}), the end of its log:\n{}", log_end()),
+            None => bail!("it was not ready after {} s, the end of its log:\n{}", limit.as_secs(), log_end()),
         }
     }
 
@@ -183,7 +183,7 @@ impl Daemon {
     }
 
     pub fn signal(&self, signal: Signal) {
-        // It may just have ended; whoever signals waits for that anyway.
+        // It may have ended already, which the next wait reports.
         let _ = kill_process(Pid::from_child(&self.child), signal);
     }
 
@@ -191,7 +191,7 @@ impl Daemon {
         poll(limit, || Ok(self.child.try_wait()?))
     }
 
-    /// Sends each signal in turn, with the time that the process gets to follow it.
+    /// Sends each signal in turn, and waits for the process to end until the limit after it.
     pub(crate) fn end(&mut self, signals: &[(Signal, Duration)]) -> Result<()> {
         self.resume();
         for (signal, limit) in signals {
@@ -203,14 +203,14 @@ impl Daemon {
         bail!("process {} does not end", self.id())
     }
 
-    /// Lets it end in order, for so long, and kills it then.
+    /// Asks it to end, and kills it after `limit`.
     pub fn stop(&mut self, limit: Duration) -> Result<()> {
         self.end(&[(Signal::TERM, limit), (Signal::KILL, Duration::from_secs(10))])
     }
 
-    /// Kills it and its children in one go, as a power failure does.
+    /// Kills it and its children at once, like a power failure.
     pub(crate) fn kill_all(&mut self) -> Result<()> {
-        // Stopped first, it cannot start another child behind our back.
+        // Stopped first, it cannot start another child meanwhile.
         self.pause();
         let children = children(self.id());
         self.signal(Signal::KILL);
@@ -259,7 +259,7 @@ struct Stat {
     zombie: bool,
 }
 
-/// What Linux tells of a process; `None` elsewhere or when it is gone.
+/// What /proc says about a process; `None` without /proc, or when the process is gone.
 fn stat(pid: i32) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may itself hold spaces and parentheses: the fields begin after the last one.

@@ -24,7 +24,7 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    /// Makes the directory, or its stand-in where the server's user cannot reach it, such as below a closed `/root`.
+    /// Makes the directory, or its stand-in when the server's user cannot reach it, such as below a closed `/root`.
     pub(crate) fn prepare(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         let dir = dir.canonicalize()?;
@@ -34,7 +34,7 @@ impl Home {
             })?;
             return Ok(Self { path: dir, owner: None });
         }
-        // Files of an earlier run by another user go on belonging to that user.
+        // Files of an earlier run by another user still belong to that user.
         let earlier = dir.metadata().ok().filter(|meta| meta.uid() != 0);
         let owner =
             earlier.map(|meta| Owner { uid: meta.uid(), gid: meta.gid() }).unwrap_or_else(unprivileged);
@@ -49,7 +49,7 @@ impl Home {
         &self.path
     }
 
-    /// Lets the command run as the home's owner, in the home.
+    /// Makes the command run in this directory, as its owner.
     pub(crate) fn inhabit(&self, command: &mut Command) {
         command.current_dir(&self.path);
         if let Some(owner) = self.owner {
@@ -69,7 +69,7 @@ impl Home {
     }
 }
 
-/// Where a server of this directory may live: the directory and its stand-in.
+/// The two directories that a server may use: the given one and its stand-in.
 pub(crate) fn places(dir: &Path) -> Vec<PathBuf> {
     let real = dir.canonicalize();
     [dir.to_owned()].into_iter().chain(real.map(|real| stand_in_path(&real))).collect()
@@ -88,7 +88,7 @@ pub(crate) fn remove(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// `postgres` where a package made that user, else `nobody`.
+/// `postgres` if a package made that user, else `nobody`.
 fn unprivileged() -> Owner {
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let find = |name: &str| {
@@ -99,7 +99,7 @@ fn unprivileged() -> Owner {
     find("postgres").or_else(|| find("nobody")).unwrap_or(Owner { uid: 65_534, gid: 65_534 })
 }
 
-/// Whether the user may walk down to the directory, which itself will be given to it.
+/// Whether the user may enter all parents of the directory. The directory itself will be its own.
 fn reachable(dir: &Path, owner: Owner) -> bool {
     dir.ancestors().skip(1).all(|parent| {
         parent.metadata().is_ok_and(|meta| {
@@ -124,10 +124,10 @@ fn stand_in(dir: &Path, owner: Owner) -> Result<PathBuf> {
     match DirBuilder::new().mode(0o700).create(&path) {
         Ok(()) => {}
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            // Anyone may create a name in /var/tmp: we only go where we, or the server's user, have been before.
+            // Any user may create a name in /var/tmp: we use it only if we, or the server's user, made it.
             let meta = path.symlink_metadata()?;
             if !meta.is_dir() || ![0, owner.uid].contains(&meta.uid()) {
-                bail!("{} belongs to somebody else; remove it", path.display());
+                bail!("{} belongs to another user; remove it", path.display());
             }
         }
         Err(error) => return Err(error).with_context(|| format!("create {}", path.display())),

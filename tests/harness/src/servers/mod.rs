@@ -1,5 +1,5 @@
-//! Private servers as child processes on loopback ports, under one discipline: every wait has a limit, a server
-//! dies with whoever started it, and what a killed run left behind is cleared before the next start.
+//! Private servers as child processes on loopback ports. Every wait has a limit, a server dies with the process that
+//! started it, and the leftovers of a killed run are cleared before the next start.
 
 pub mod collector;
 pub mod daemon;

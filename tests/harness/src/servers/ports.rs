@@ -10,7 +10,7 @@ use anyhow::{Result, anyhow};
 const FIRST: u16 = 20_000;
 const COUNT: u16 = 12_000;
 
-/// Nobody listens there, at least at this moment.
+/// Whether nothing listens there at this moment.
 pub fn is_free(port: u16) -> bool {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
 }
@@ -20,10 +20,10 @@ pub fn is_free_everywhere(port: u16) -> bool {
     TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
 }
 
-/// A port that nobody listens on and that this process has not handed out just before.
+/// A port on which nothing listens, and which this process has not handed out recently.
 pub fn free() -> Result<u16> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Each process begins elsewhere, so that two of them rarely race for one port.
+    // Each process starts at another port, so that two of them rarely race for one.
     let start = (std::process::id().wrapping_mul(97) % u32::from(COUNT)) as u16;
     (0..COUNT)
         .map(|_| FIRST + (start.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed))) % COUNT)

@@ -1,4 +1,4 @@
-//! A private Postgres: its own data directory, its own loopback port, a password of its own.
+//! A private Postgres with its own data directory, loopback port and password.
 
 use std::fs;
 use std::io::Read;
@@ -17,13 +17,13 @@ use super::{ports, programs};
 /// A crash recovery of a busy data directory takes seconds; a wait of this length means that something is wrong.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 const INITDB_LIMIT: Duration = Duration::from_secs(120);
-/// How often another port is tried when somebody takes the one we found in the moment before the server binds it.
+/// How many ports are tried: another process may take the one we found before the server binds it.
 const PORT_TRIES: usize = 5;
 const USER: &str = "postgres";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
-    /// Commits reach the disk and the data outlives the instance: for development and for benchmarks.
+    /// Commits reach the disk, and the data outlives the instance: for development and for benchmarks.
     Durable,
     /// No fsync, and dropping the instance removes its directory: for tests.
     Fast,
@@ -35,21 +35,13 @@ pub struct PostgresOptions {
     pub port: Option<u16>,
     pub durability: Durability,
     pub max_connections: u16,
-    /// Where its programs are, when they are not installed like others.
-    pub bin_dir: Option<PathBuf>,
-    /// More settings, as for `postgres -c name=value`.
+    /// Additional settings, as for `postgres -c name=value`.
     pub settings: Vec<(String, String)>,
 }
 
 impl PostgresOptions {
     pub fn fast() -> Self {
-        Self {
-            port: None,
-            durability: Durability::Fast,
-            max_connections: 300,
-            bin_dir: None,
-            settings: Vec::new(),
-        }
+        Self { port: None, durability: Durability::Fast, max_connections: 300, settings: Vec::new() }
     }
 
     pub fn durable() -> Self {
@@ -86,11 +78,11 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts an instance that lives in `dir`, which is made, and initialised, when it is not there.
+    /// Starts an instance in `dir`, which is created and initialised if it does not exist.
     pub fn start(dir: &Path, options: PostgresOptions) -> Result<Self> {
         let home = Home::prepare(dir)?;
         stop_earlier(home.path())?;
-        let bin_dir = matching_bin_dir(&home, options.bin_dir.clone())?;
+        let bin_dir = matching_bin_dir(&home)?;
         let password = password(&home)?;
         let mut postgres =
             Self { dir: dir.to_owned(), home, bin_dir, port: 0, password, daemon: None, options };
@@ -122,12 +114,11 @@ impl Postgres {
         format!("postgres://{USER}:{}@127.0.0.1:{}/{database}", self.password, self.port)
     }
 
-    /// Where its files really are: elsewhere, when the user that it runs as cannot reach the wanted directory.
+    /// Where its files are: in another directory, if the user that it runs as cannot reach the wanted one.
     pub fn home(&self) -> &Path {
         self.home.path()
     }
 
-    /// The server's log, for those who look for the cause of a failure.
     pub fn log(&self) -> PathBuf {
         self.home.path().join("postgres.log")
     }
@@ -160,14 +151,14 @@ impl Postgres {
         Ok(())
     }
 
-    /// Shuts down in order: sessions are ended, everything is written.
+    /// Shuts down cleanly: sessions are ended, and all data is written.
     pub fn stop(&mut self) -> Result<()> {
         let Some(mut daemon) = self.daemon.take() else { return Ok(()) };
         let steps = [(Signal::INT, 30), (Signal::QUIT, 10), (Signal::KILL, 10)];
         daemon.end(&steps.map(|(signal, seconds)| (signal, Duration::from_secs(seconds))))
     }
 
-    /// Ends every process of it at once, as a power failure does: the next start has to recover.
+    /// Kills all its processes at once, like a power failure: the next start has to recover.
     pub fn kill(&mut self) -> Result<()> {
         self.daemon.take().map_or(Ok(()), |mut daemon| daemon.kill_all())
     }
@@ -196,7 +187,7 @@ impl Postgres {
     }
 
     fn initialise(&self) -> Result<()> {
-        // Renamed when it is whole: an initdb that was killed half-way is not taken for a database.
+        // Renamed when it is complete: an interrupted initdb must not look like a database.
         let unfinished = self.home.path().join("data.unfinished");
         if unfinished.exists() {
             fs::remove_dir_all(&unfinished)?;
@@ -213,7 +204,7 @@ impl Postgres {
     }
 
     fn launch(&mut self) -> Result<()> {
-        // INT is the fast shutdown: what the death of its parent leaves behind is clean.
+        // INT is the fast shutdown, which leaves clean data when our death triggers it.
         let mut command = dies_with_us(&self.bin_dir.join("postgres"), "INT");
         command.arg("-D").arg(self.data());
         for (name, value) in self.settings() {
@@ -221,7 +212,7 @@ impl Postgres {
         }
         self.home.inhabit(&mut command);
         let log = self.log();
-        // One start's words: an error must not quote those of an earlier one.
+        // The log of one start: an error must not quote an earlier one.
         let _ = fs::remove_file(&log);
         let mut daemon = Daemon::start(command, &log)?;
         let pid_file = self.data().join("postmaster.pid");
@@ -229,7 +220,7 @@ impl Postgres {
         let ready = || {
             let text = fs::read_to_string(&pid_file).unwrap_or_default();
             let mut lines = text.lines();
-            // The first line is the process, the eighth its state: a file of an earlier run tells nothing.
+            // The first line is the process id, the eighth its state. The file may be of an earlier run.
             lines.next() == Some(&pid) && lines.nth(6).is_some_and(|state| state.trim() == "ready")
         };
         daemon
@@ -252,7 +243,7 @@ impl Postgres {
             ("log_timezone", "UTC"),
         ];
         if self.options.durability == Durability::Fast {
-            // Not synchronous_commit: without it a killed server forgets what it acknowledged, which tests look for.
+            // Not synchronous_commit: without it a killed server loses acknowledged messages, which tests check for.
             settings.extend([("fsync", "off"), ("full_page_writes", "off")]);
         }
         let own = settings.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned()));
@@ -267,7 +258,7 @@ impl Drop for Postgres {
             return;
         }
         if let Some(mut daemon) = self.daemon.take() {
-            // The immediate shutdown writes nothing, but gives its shared memory back; a kill would leave that.
+            // The immediate shutdown writes nothing, but frees its shared memory, which a kill would leave.
             let seconds = Duration::from_secs;
             let _ = daemon.end(&[(Signal::QUIT, seconds(10)), (Signal::KILL, seconds(10))]);
         }
@@ -280,13 +271,13 @@ pub(super) fn stop_earlier(home: &Path) -> Result<()> {
     let data = home.join("data");
     let pid_file = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
     let Some(pid) = pid_file.lines().next().and_then(|line| line.trim().parse().ok()) else { return Ok(()) };
-    // The data directory is on its command line, so another process with a reused id is not mistaken for it.
+    // Its command line has the data directory, which tells it from another process with a reused id.
     daemon::stop_leftover(pid, &data.display().to_string(), Signal::INT)
 }
 
 /// The programs of the version that made the data; any version for new data.
-fn matching_bin_dir(home: &Home, named: Option<PathBuf>) -> Result<PathBuf> {
-    let dirs = named.map_or_else(programs::postgres_bin_dirs, |dir| vec![dir]);
+fn matching_bin_dir(home: &Home) -> Result<PathBuf> {
+    let dirs = programs::postgres_bin_dirs();
     let first =
         dirs.first().cloned().ok_or_else(|| anyhow!("the programs postgres and initdb are not installed"))?;
     let Ok(made_by) = fs::read_to_string(home.path().join("data/PG_VERSION")) else { return Ok(first) };
@@ -298,7 +289,7 @@ fn matching_bin_dir(home: &Home, named: Option<PathBuf>) -> Result<PathBuf> {
     })
 }
 
-/// Made once per instance. Without one, every user of the machine could connect as superuser and have the server
+/// Generated once per instance. Without a password, every user of the machine could connect as superuser and have the server
 /// run programs as its own user.
 fn password(home: &Home) -> Result<String> {
     let file = home.path().join("password");

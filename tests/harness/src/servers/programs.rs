@@ -1,4 +1,4 @@
-//! Where the server programs are: the override, `PATH`, then the places where distributions hide them.
+//! Where the server programs are: the override, `PATH`, then the directories that distributions use.
 
 use std::env;
 use std::ffi::OsStr;
@@ -41,14 +41,14 @@ pub fn postgres_bin_dirs() -> Vec<PathBuf> {
     found
 }
 
-/// The major version, as `postgres --version` says it.
+/// The major version in the output of `postgres --version`.
 pub fn postgres_major(bin_dir: &Path) -> Option<u32> {
     let output = Command::new(bin_dir.join("postgres")).arg("--version").output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     leading_number(text.split_whitespace().nth(2)?)
 }
 
-/// `redis-server`, or Valkey's, which speaks the same.
+/// `redis-server`, or Valkey's, which has the same protocol.
 pub fn redis_server() -> Option<PathBuf> {
     find_any(&["redis-server", "valkey-server"])
 }
@@ -63,15 +63,15 @@ pub fn prometheus() -> Option<PathBuf> {
     find_any(&["prometheus"])
 }
 
-/// What judges rules and metrics; it comes with the server.
+/// The checker of rules and metrics, which comes with the server.
 pub fn promtool() -> Option<PathBuf> {
     find_any(&["promtool"])
 }
 
-/// Major and minor version, as either of the two says it: `prometheus, version 2.42.0+ds (...)`.
+/// Major and minor version, from the output of either program: `prometheus, version 2.42.0+ds (...)`.
 pub fn prometheus_version(program: &Path) -> Option<(u32, u32)> {
     let output = Command::new(program).arg("--version").output().ok()?;
-    // Versions before 2.46 say it on stderr.
+    // Versions before 2.46 print it to stderr.
     let text = String::from_utf8([output.stdout, output.stderr].concat()).ok()?;
     let mut numbers = text.split_once(", version ")?.1.split('.');
     Some((leading_number(numbers.next()?)?, leading_number(numbers.next()?)?))

@@ -22,9 +22,9 @@ const PORT_TRIES: usize = 5;
 pub struct RedisOptions {
     /// This port or failure; `None` takes any free one.
     pub port: Option<u16>,
-    /// More lines of the configuration file, such as `cluster-enabled yes`; they win over the harness's own.
+    /// Additional lines of the configuration file, such as `cluster-enabled yes`; they override the harness's own.
     pub config: Vec<String>,
-    /// Run as a sentinel: the lines above name what it watches.
+    /// Run as a sentinel: the lines above name the master that it watches.
     pub sentinel: bool,
 }
 
@@ -102,7 +102,7 @@ impl Redis {
         daemon.end(&[(Signal::TERM, Duration::from_secs(10)), (Signal::KILL, Duration::from_secs(10))])
     }
 
-    /// Ends it at once: connections are reset, and what was in memory is gone.
+    /// Kills it: connections are reset, and its data is lost.
     pub fn kill(&mut self) -> Result<()> {
         self.daemon.take().map_or(Ok(()), |mut daemon| daemon.kill_all())
     }
@@ -130,7 +130,7 @@ impl Redis {
     fn configuration(&self) -> String {
         let home = self.home.path().display();
         let own = format!(
-            // A database for each test that runs at the same time.
+            // One database per test that runs at the same time.
             "bind 127.0.0.1\nport {}\ndir \"{home}\"\npidfile \"{home}/redis.pid\"\ndatabases 4096\nsave \"\"\n",
             self.port
         );
@@ -167,8 +167,8 @@ fn says_ready(log: &Path) -> bool {
     fs::read_to_string(log).is_ok_and(|text| text.contains("Ready to accept connections"))
 }
 
-/// Whether a Redis on this loopback port is ready. Loading data, it says so instead of PONG; with a password set,
-/// refusing is answer enough.
+/// Whether a Redis on this loopback port is ready. While it loads data it answers something else than PONG; if it needs a
+/// password, its refusal counts as an answer.
 pub fn answers(port: u16) -> bool {
     let limit = Duration::from_millis(500);
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));

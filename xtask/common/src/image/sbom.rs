@@ -1,5 +1,8 @@
 //! What the binary is made of, in CycloneDX 1.5: the crates that are linked, by `cargo tree`, with their checksums from
 //! Cargo.lock, and the C library, which is linked statically.
+//!
+//! Not by cargo-cyclonedx or cargo-sbom: both follow `cargo metadata`, which also lists what no feature of this binary
+//! turns on (ring, SQLite, QUIC) and what only runs in the compiler. A scanner would report their advisories.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

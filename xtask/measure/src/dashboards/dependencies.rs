@@ -15,11 +15,11 @@ pub(super) fn dashboard() -> Dashboard {
 fn reachable() -> Row {
     Row {
         title: "Reachable",
-        answers: "Do Postgres and Redis answer, for every replica?",
+        answers: "Does every replica reach Postgres and Redis?",
         panels: vec![
-            states("Postgres and Redis", "Whether each answers the replica. Without Postgres a replica is unready and answers 503; without Redis everything works, more slowly.")
+            states("Postgres and Redis", "Whether the replica reaches each of them. Without Postgres a replica is unready and answers 503; without Redis it works, but more slowly.")
                 .query("{{dependency}} {{pod}}", "max by (dependency, pod) (chat_dependency_up{OURS})")
-                .zero_one("unavailable", "answers")
+                .zero_one("unavailable", "available")
                 .runbook("ChatServicePostgresDown")
                 .runbook("ChatServiceRedisDown")
                 .width(24)
@@ -36,14 +36,14 @@ fn postgres() -> Row {
             stack(
                 "Statements",
                 "ops",
-                "Statements per second by what they are for. One `store_messages` writes a whole batch.",
+                "Statements per second by operation. One `store_messages` writes a whole batch.",
             )
             .query("{{db_operation_name}}", &operations("postgresql"))
             .width(8),
             lines(
-                "Slowest 1 % of statements",
+                "p99 of statements",
                 "s",
-                "99 % of a kind of statement end within this time, the wait for a connection not included.",
+                "99 % of an operation's statements end within this time, without the wait for a connection.",
             )
             .query("{{db_operation_name}}", &slowest("postgresql"))
             .from(0.25, "red")
@@ -51,7 +51,7 @@ fn postgres() -> Row {
             heatmap(
                 "Statements by duration",
                 "s",
-                "How many statements took how long. A second band is a lock, a cold cache or a slow disk.",
+                "Distribution of the durations. A second band means a lock, a cold cache or a slow disk.",
             )
             .query("{{le}}", &durations("postgresql"))
             .width(8),
@@ -82,16 +82,16 @@ fn pool() -> Row {
         title: "Connection pool",
         answers: "Do requests wait for a connection?",
         panels: vec![
-            stack("Connections", "none", "Connections to Postgres of all replicas together: what Postgres's `max_connections` has to hold.")
+            stack("Connections", "none", "Postgres connections of all replicas together. They must fit into Postgres's `max_connections`.")
                 .query("{{db_client_connection_state}}", "sum by (db_client_connection_state) (db_client_connection_count{OURS})")
                 .width(8),
-            lines("Pool in use", "percentunit", "Share of a replica's connections that are in use. At 100 % requests wait.")
+            lines("Pool utilization", "percentunit", "Share of a replica's connections that are in use. At 100 % requests wait.")
                 .query("{{pod}}", "max by (pod) (instance:db_client_connection:utilization{OURS})")
                 .max(1.0)
                 .from(0.9, "red")
                 .runbook("ChatServicePoolExhausted")
                 .width(8),
-            lines("Waits that ran out of time", "ops", "Requests that got no connection in time, and were answered with 503.")
+            lines("Connection timeouts", "ops", "Requests per second that got no connection in time, and so got 503.")
                 .query("{{pod}}", "sum by (pod) (rate(db_client_connection_timeouts_total{OURS}[$__rate_interval]))")
                 .from(0.1, "red")
                 .width(8),
@@ -102,17 +102,17 @@ fn pool() -> Row {
 fn outbox() -> Row {
     Row {
         title: "Outbox",
-        answers: "Are messages written as fast as they come?",
+        answers: "Are messages stored as fast as they arrive?",
         panels: vec![
-            lines("Messages waiting", "none", "Messages that wait for a writer. A full queue refuses with 503 at once.")
+            lines("Messages waiting", "none", "Messages that wait for a writer. If the queue is full, sends get 503 immediately.")
                 .query("{{pod}}", "sum by (pod) (chat_outbox_queue_depth{OURS})")
                 .query("capacity of one replica", "max(chat_outbox_queue_capacity{OURS})")
                 .runbook("ChatServiceOutboxBackingUp")
                 .width(8),
-            lines("Messages in one statement", "none", "How many messages a statement writes, on average. It grows with the load, which is what keeps the queue short.")
+            lines("Batch size", "none", "Messages that one statement writes, on average. Batches grow with the load, which keeps the queue short.")
                 .query("{{pod}}", "sum by (pod) (rate(chat_outbox_batch_rows_sum{OURS}[$__rate_interval])) / sum by (pod) (rate(chat_outbox_batch_rows_count{OURS}[$__rate_interval]))")
                 .width(8),
-            heatmap("Statements by number of messages", "none", "How many statements wrote how many messages. All at the upper end: the writers are the limit.")
+            heatmap("Statements by batch size", "none", "Distribution of the batch sizes. If all are at the upper end, the writers are the bottleneck.")
                 .query("{{le}}", "sum by (le) (increase(chat_outbox_batch_rows_bucket{OURS}[$__rate_interval]))")
                 .width(8),
         ],
@@ -122,16 +122,20 @@ fn outbox() -> Row {
 fn redis() -> Row {
     Row {
         title: "Redis",
-        answers: "Is Redis slow, and for what?",
+        answers: "Is Redis slow, and for which operation?",
         panels: vec![
-            stack("Commands", "ops", "Round trips per second by what they are for.")
+            stack("Commands", "ops", "Round trips per second by operation.")
                 .query("{{db_operation_name}}", &operations("redis"))
                 .width(8),
-            lines("Slowest 1 % of commands", "s", "99 % of a kind of round trip end within this time. Redis is given up on after half a second.")
-                .query("{{db_operation_name}}", &slowest("redis"))
-                .from(0.1, "red")
-                .width(8),
-            heatmap("Commands by duration", "s", "How many round trips took how long.")
+            lines(
+                "p99 of commands",
+                "s",
+                "99 % of an operation's round trips end within this time. The timeout is half a second.",
+            )
+            .query("{{db_operation_name}}", &slowest("redis"))
+            .from(0.1, "red")
+            .width(8),
+            heatmap("Commands by duration", "s", "Distribution of the durations of round trips.")
                 .query("{{le}}", &durations("redis"))
                 .width(8),
         ],
@@ -141,15 +145,15 @@ fn redis() -> Row {
 fn cache() -> Row {
     Row {
         title: "Cache of recent messages",
-        answers: "How many reads does Postgres not see?",
+        answers: "How many reads does the cache save Postgres?",
         panels: vec![
-            stat("Hits", "percentunit", "Share of look-ups that were answered from the window. Below a half the cache earns little: raise CACHE_TTL_SECONDS or Redis's memory.")
+            stat("Hit ratio", "percentunit", "Share of lookups answered from the cached window. Below a half the cache helps little: raise CACHE_TTL_SECONDS or Redis's memory.")
                 .query("hits", r#"sum(rate(chat_cache_lookups_total{OURS, outcome="hit"}[$__rate_interval])) / sum(rate(chat_cache_lookups_total{OURS}[$__rate_interval]))"#)
                 .base("orange")
                 .from(0.5, "green")
                 .width(6)
                 .height(8),
-            stack("Lookups", "ops", "Lookups per second by outcome. `bypass`: no window could answer, because the page was too deep or Redis was unavailable.")
+            stack("Lookups", "ops", "Lookups per second by outcome. `bypass`: no window can answer, because the page is too old or Redis is unavailable.")
                 .query("{{outcome}}", "sum by (outcome) (rate(chat_cache_lookups_total{OURS}[$__rate_interval]))")
                 .width(18),
         ],
@@ -166,7 +170,7 @@ fn volume() -> Row {
                 .from(0.8, "orange")
                 .from(0.9, "red"),
             usage(
-                "Used in four days, at the pace of the last six hours",
+                "Forecast for four days, from the last six hours",
                 "{{persistentvolumeclaim}}",
                 VOLUME_FORECAST,
             )
@@ -179,7 +183,7 @@ fn usage(title: &'static str, legend: &'static str, expr: &str) -> Panel {
     lines(
         title,
         "percentunit",
-        "Share of the volume that is in use. A full one stops Postgres, and with it every write.",
+        "Share of the volume that is in use. When it is full, Postgres stops and every write fails.",
     )
     .query(legend, expr)
     .needs("the kubelet's metrics")

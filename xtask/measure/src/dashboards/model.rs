@@ -306,7 +306,7 @@ impl Dashboard {
                 {
                     "type": "dashboards", "title": "chat-service", "tags": [TAG], "asDropdown": false,
                     "includeVars": true, "keepTime": true, "targetBlank": false, "icon": "external link",
-                    "tooltip": "The other dashboards, of the same time and pods", "url": "",
+                    "tooltip": "The other dashboards, with the same time range and pods", "url": "",
                 },
                 {
                     "type": "link", "title": "Runbooks", "tags": [], "asDropdown": false, "includeVars": false,

@@ -8,7 +8,7 @@ pub(super) fn dashboard() -> Dashboard {
     Dashboard {
         name: "overview",
         title: "chat-service / Overview and SLO",
-        description: "Whether the service works, how much of its error budget is left, and what is full.",
+        description: "Whether the service works, how much of its error budget is left, and which resources are saturated.",
         rows: vec![now(), objectives(), routes(), latency(), saturation()],
     }
 }
@@ -16,9 +16,9 @@ pub(super) fn dashboard() -> Dashboard {
 fn now() -> Row {
     Row {
         title: "Now",
-        answers: "Does it work at this moment, and is anybody alarmed?",
+        answers: "Does it work now, and do alerts fire?",
         panels: vec![
-            stat("Replicas ready", "none", "Replicas whose `/healthz` answers 200. Those that are scraped and not ready get no traffic.")
+            stat("Replicas ready", "none", "Replicas whose `/healthz` answers 200. Only ready replicas get traffic.")
                 .query("ready", "sum(chat_ready{OURS})")
                 .base("red")
                 .from(1.0, "green")
@@ -33,15 +33,15 @@ fn now() -> Row {
             stat("Requests", "reqps", "Requests per second on the public port, probes included.")
                 .query("requests", "sum(rate(http_server_request_duration_seconds_count{OURS}[$__rate_interval]))")
                 .base("blue"),
-            stat("Failed requests", "percentunit", "Share of the API's requests that ended with a status of 500 and above: the service's own fault, not the client's.")
+            stat("Failed requests", "percentunit", "Share of the API's requests that ended with a 5xx: the service failed, not the client.")
                 .query("failed", &failed_share())
                 .from(0.001, "orange")
                 .from(0.01, "red"),
-            stat("Slowest 1 %", "s", "99 % of the API's requests are answered within this time, logins and registrations left out.")
+            stat("p99 latency", "s", "99 % of the API's requests are answered within this time, without logins and registrations.")
                 .query("p99", &format!("histogram_quantile(0.99, sum by (le) (rate(http_server_request_duration_seconds_bucket{{OURS, {TIMED}}}[$__rate_interval])))"))
                 .from(0.25, "orange")
                 .from(1.0, "red"),
-            stat("Alerts firing", "none", "Alerts on the service that fire now in the chosen namespaces; each has a runbook.")
+            stat("Alerts firing", "none", "Alerts of the service that fire now in the selected namespaces. Each has a runbook.")
                 .query("firing", r#"count(ALERTS{CLUSTER, alertname=~"ChatService.+", alertstate="firing"}) or vector(0)"#)
                 .from(1.0, "red"),
         ],
@@ -64,29 +64,29 @@ fn failed_share() -> String {
 fn objectives() -> Row {
     Row {
         title: "Objectives: 99.9 % do not fail, 99 % within 250 ms",
-        answers: "How much of the error budget is left, and how fast does it go?",
+        answers: "How much of the error budget is left, and how fast does it burn?",
         panels: vec![
-            budget_left("Availability budget left", "What is left of the failures that 30 days may have: 0.1 % of the requests. Each hour with traffic weighs the same. Below 0 the objective is missed.", "failed", "0.001")
+            budget_left("Availability budget left", "Share of the 30-day budget that is left. The budget is 0.1 % failed requests. Each hour with traffic weighs the same. Below 0 the objective is missed.", "failed", "0.001")
                 .runbook("ChatServiceErrorBudgetBurn"),
-            stat("Did not fail", "percentunit", "Share of the API's requests that did not end with a 5xx, over the time that is shown.")
-                .query("did not fail", &format!(r#"
+            stat("Availability", "percentunit", "Share of the API's requests that did not end with a 5xx, over the selected time range.")
+                .query("availability", &format!(r#"
                     1 - sum(increase(http_server_request_duration_seconds_count{{OURS, {API}, http_response_status_code=~"5.."}}[$__range]))
                     / sum(increase(http_server_request_duration_seconds_count{{OURS, {API}}}[$__range]))"#))
                 .base("red")
                 .from(0.999, "green")
                 .height(7),
-            burn_rates("Availability burn rate", "How fast the budget goes, by the window that is looked at: at 1 it lasts 30 days, at 14.4 two. An alert fires when a long window and its short one are both above their line: 1 h and 5 m at 14.4, 6 h and 30 m at 6, 1 d and 2 h at 3, 3 d and 6 h at 1.", "failed", "0.001")
+            burn_rates("Availability burn rate", "How fast the budget burns, by window: at 1 it lasts 30 days, at 14.4 two days. An alert fires when a long window and its short one are both above the threshold: 1 h and 5 m at 14.4, 6 h and 30 m at 6, 1 d and 2 h at 3, 3 d and 6 h at 1.", "failed", "0.001")
                 .runbook("ChatServiceErrorBudgetBurn"),
-            budget_left("Latency budget left", "What is left of the slow answers that 30 days may have: 1 % of those that did not fail. Logins and registrations do not count, since hashing is slow by intent. Each hour with traffic weighs the same.", "slow", "0.01")
+            budget_left("Latency budget left", "Share of the 30-day budget that is left. The budget is 1 % slow responses among those that did not fail. Logins and registrations do not count, since hashing is slow by design. Each hour with traffic weighs the same.", "slow", "0.01")
                 .runbook("ChatServiceLatencyBudgetBurn"),
-            stat("Within 250 ms", "percentunit", "Share of the API's answers within 250 ms, over the time that is shown; without failures, logins and registrations.")
+            stat("Within 250 ms", "percentunit", "Share of the API's responses within 250 ms, over the selected time range, without failures, logins and registrations.")
                 .query("within 250 ms", &format!(r#"
                     sum(increase(http_server_request_duration_seconds_bucket{{OURS, {TIMED}, http_response_status_code!~"5..", le="0.25"}}[$__range]))
                     / sum(increase(http_server_request_duration_seconds_count{{OURS, {TIMED}, http_response_status_code!~"5.."}}[$__range]))"#))
                 .base("red")
                 .from(0.99, "green")
                 .height(7),
-            burn_rates("Latency burn rate", "As above, for answers that took longer than 250 ms.", "slow", "0.01")
+            burn_rates("Latency burn rate", "As above, for responses that took longer than 250 ms.", "slow", "0.01")
                 .runbook("ChatServiceLatencyBudgetBurn"),
         ],
     }
@@ -120,29 +120,29 @@ fn burn_rates(title: &'static str, description: &'static str, what: &str, budget
 fn routes() -> Row {
     Row {
         title: "Routes",
-        answers: "Which route has the traffic, the errors, the slow answers?",
+        answers: "Which route has the traffic, the errors, the slow responses?",
         panels: vec![
-            stack("Requests by route", "reqps", "Requests per second. Paths that are none of the service's share one route.")
+            stack("Requests by route", "reqps", "Requests per second. All unknown paths share one route.")
                 .query("{{http_route}}", "sum by (http_route) (rate(http_server_request_duration_seconds_count{OURS}[$__rate_interval]))")
                 .width(8),
-            lines("Failures by route and status", "reqps", "Answers of 500 and above per second. 503 is a refusal, with Retry-After: Postgres is unavailable or a queue is full. 500 is a defect.")
+            lines("Failures by route and status", "reqps", "5xx responses per second. 503, with Retry-After, means that Postgres is unavailable or a queue is full. 500 is a bug.")
                 .query(
                     "{{http_route}} {{http_response_status_code}}",
                     r#"sum by (http_route, http_response_status_code) (rate(http_server_request_duration_seconds_count{OURS, http_response_status_code=~"5.."}[$__rate_interval]))"#,
                 )
                 .runbook("ChatServiceInternalErrors")
                 .width(8),
-            lines("Slowest 1 % by route", "s", "99 % of a route's requests are answered within this time. A login takes 15 ms of hashing by design.")
+            lines("p99 latency by route", "s", "99 % of a route's requests are answered within this time. A login takes 15 ms of hashing by design.")
                 .query(
                     "{{http_route}}",
                     "histogram_quantile(0.99, sum by (le, http_route) (rate(http_server_request_duration_seconds_bucket{OURS}[$__rate_interval])))",
                 )
                 .from(0.25, "red")
                 .width(8),
-            table("Routes over the whole time", "Each route over the time that is shown: requests, the share that failed, the share that clients are to blame for, and how long they took.")
+            table("Routes in the selected time range", "Each route over the selected time range: requests, the share of 5xx, the share of 4xx, and latency.")
                 .column("Requests", "short", "sum by (http_route) (increase(http_server_request_duration_seconds_count{OURS}[$__range]))")
                 .column("Failed", "percentunit", &share_of_route("5.."))
-                .column("Refused (4xx)", "percentunit", &share_of_route("4.."))
+                .column("Client errors (4xx)", "percentunit", &share_of_route("4.."))
                 .column("p50", "s", "histogram_quantile(0.5, sum by (le, http_route) (rate(http_server_request_duration_seconds_bucket{OURS}[$__range])))")
                 .column("p99", "s", "histogram_quantile(0.99, sum by (le, http_route) (rate(http_server_request_duration_seconds_bucket{OURS}[$__range])))"),
         ],
@@ -159,11 +159,11 @@ fn share_of_route(statuses: &str) -> String {
 fn latency() -> Row {
     Row {
         title: "Latency",
-        answers: "How are the times distributed: slow for all, or for a few?",
+        answers: "Are all requests slow, or only a few?",
         panels: vec![
-            heatmap("Requests by duration", "s", "How many requests took how long. Two bands are two kinds of requests, such as reads from the window and logins; a band that climbs is a queue.")
+            heatmap("Requests by duration", "s", "Distribution of the durations. Two bands are two kinds of requests, such as cached reads and logins. A rising band is a queue.")
                 .query("{{le}}", "sum by (le) (increase(http_server_request_duration_seconds_bucket{OURS}[$__rate_interval]))"),
-            lines("Duration", "s", "The time within which half, 90 % and 99 % of the requests are answered. The dashed line is the objective for 99 %.")
+            lines("Duration", "s", "Percentiles of the durations of all requests. The dashed line is the objective for 99 %.")
                 .query("p50", &quantile("0.5"))
                 .query("p90", &quantile("0.9"))
                 .query("p99", &quantile("0.99"))
@@ -181,20 +181,20 @@ fn quantile(share: &str) -> String {
 fn saturation() -> Row {
     Row {
         title: "Saturation",
-        answers: "What is full, or will be soon?",
+        answers: "Which resource is saturated, or will be soon?",
         panels: vec![
             fullness(),
             lines(
                 "Requests in flight",
                 "none",
-                "Requests that a replica is at. It grows when answers come more slowly than requests.",
+                "Requests that a replica is processing. The number grows when requests arrive faster than responses leave.",
             )
             .query("{{pod}}", "sum by (pod) (http_server_active_requests{OURS})")
             .width(8),
             lines(
-                "Processor",
+                "CPU",
                 "none",
-                "Cores in use by a replica. Hashing passwords takes most of it; see Runtime and rollout.",
+                "Cores in use by a replica. Most of it is password hashing; see Runtime and rollout.",
             )
             .query("{{pod}}", "sum by (pod) (rate(process_cpu_seconds_total{OURS}[$__rate_interval]))")
             .width(8),
@@ -204,7 +204,7 @@ fn saturation() -> Row {
 
 /// Everything that has an end, of the replica that is nearest to it.
 fn fullness() -> Panel {
-    bars("In use of what there is", "percentunit", "The fullest replica's share of each bounded resource. What is full refuses with 503: a queue at once, the pool after a wait.")
+    bars("Utilization", "percentunit", "Share of each bounded resource in use, on the fullest replica. At 100 % requests get 503: from a queue immediately, from the pool after a timeout.")
         .query("Postgres pool", "max(instance:db_client_connection:utilization{OURS})")
         .query("Outbox", "max(instance:chat_outbox_queue:utilization{OURS})")
         .query("Hashing", "max(instance:chat_password_queue:utilization{OURS})")

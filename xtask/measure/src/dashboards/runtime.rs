@@ -13,7 +13,7 @@ pub(super) fn dashboard() -> Dashboard {
     Dashboard {
         name: "runtime",
         title: "chat-service / Runtime and rollout",
-        description: "Versions, rollouts, the schema, restarts, and what the processes use.",
+        description: "Versions, rollouts, the schema, restarts, and the resources of the processes.",
         rows: vec![versions(), rollout(), process(), container(), telemetry()],
     }
 }
@@ -21,24 +21,24 @@ pub(super) fn dashboard() -> Dashboard {
 fn versions() -> Row {
     Row {
         title: "Versions",
-        answers: "Which version runs where, and does the schema fit it?",
+        answers: "Which versions run, and does the schema match them?",
         panels: vec![
-            stack("Replicas by version", "none", "Running processes by version and revision. Two at once is a rollout; for longer than minutes, one that is stuck.")
+            stack("Replicas by version", "none", "Running processes by version and revision. Two versions mean a rollout; for longer than minutes, a stuck one.")
                 .query("{{version}} {{revision}}", "count by (version, revision) (chat_build_info{OURS})")
                 .width(8),
-            states("Ready", "Whether the replica's `/healthz` answers 200: Postgres answers, the schema is current, and it is not ending.")
+            states("Ready", "Whether the replica's `/healthz` answers 200: it reaches Postgres, the schema is current, and it is not shutting down.")
                 .query("{{pod}}", "max by (pod) (chat_ready{OURS})")
                 .zero_one("not ready", "ready")
                 .runbook("ChatServiceNotReady")
                 .runbook("ChatServiceReplicaNotReady")
                 .width(8),
-            stat("Schema too old", "none", "Replicas that know a newer schema than the database has. They wait, live and unready, for the migration Job.")
+            stat("Schema too old", "none", "Replicas that need a newer schema than the database has. They wait for the migration Job, live and unready.")
                 .query("replicas", "count(chat_schema_version{OURS} < chat_schema_version_expected{OURS}) or vector(0)")
                 .from(1.0, "red")
                 .runbook("ChatServiceSchemaBehind")
                 .width(4)
                 .height(8),
-            table("Schema version", "The newest migration that is applied, and the newest that the binary knows, of each replica.")
+            table("Schema version", "For each replica, the newest migration in the database, and the newest that the binary needs.")
                 .column("Applied", "none", "max by (pod) (chat_schema_version{OURS})")
                 .column("Expected", "none", "max by (pod) (chat_schema_version_expected{OURS})")
                 .width(4),
@@ -49,9 +49,9 @@ fn versions() -> Row {
 fn rollout() -> Row {
     Row {
         title: "Rollout",
-        answers: "Does the rollout get on, did the migration succeed, does the autoscaler have room?",
+        answers: "Does the rollout proceed, did the migration succeed, can the autoscaler add replicas?",
         panels: vec![
-            lines("Replicas of the Deployment", "none", "Wanted, updated to the newest template, and available. They meet at the end of a rollout.")
+            lines("Replicas of the Deployment", "none", "Replicas that are wanted, updated to the newest template, and available. All three are equal after a rollout.")
                 .query("wanted", r#"sum(kube_deployment_spec_replicas{CLUSTER, deployment=~"$deployment"})"#)
                 .query("updated", r#"sum(kube_deployment_status_replicas_updated{CLUSTER, deployment=~"$deployment"})"#)
                 .query("available", r#"sum(kube_deployment_status_replicas_available{CLUSTER, deployment=~"$deployment"})"#)
@@ -59,7 +59,7 @@ fn rollout() -> Row {
                 .runbook("ChatServiceReplicasUnavailable")
                 .needs("kube-state-metrics")
                 .width(8),
-            lines("Autoscaler", "none", "Replicas that the HorizontalPodAutoscaler runs and wants, and its limits. At the upper limit more load is more latency.")
+            lines("Autoscaler", "none", "Replicas that the HorizontalPodAutoscaler runs and wants, and its limits. At the upper limit more load increases latency.")
                 .query("running", r#"sum(kube_horizontalpodautoscaler_status_current_replicas{CLUSTER, horizontalpodautoscaler=~"$deployment"})"#)
                 .query("wanted", r#"sum(kube_horizontalpodautoscaler_status_desired_replicas{CLUSTER, horizontalpodautoscaler=~"$deployment"})"#)
                 .query("most", r#"sum(kube_horizontalpodautoscaler_spec_max_replicas{CLUSTER, horizontalpodautoscaler=~"$deployment"})"#)
@@ -67,27 +67,27 @@ fn rollout() -> Row {
                 .runbook("ChatServiceHpaAtLimit")
                 .needs("kube-state-metrics, and `autoscaling.enabled`")
                 .width(8),
-            lines("Migration Job", "none", "Pods of the migration Job that run, succeeded and failed. The Job goes some minutes after it is done.")
+            lines("Migration Job", "none", "Running, succeeded and failed pods of the migration Job. Kubernetes deletes the Job some minutes after it has finished.")
                 .query("running {{job_name}}", r#"sum by (job_name) (kube_job_status_active{CLUSTER, job_name=~".+-migrate-[0-9a-f]{8}"})"#)
                 .query("succeeded {{job_name}}", r#"sum by (job_name) (kube_job_status_succeeded{CLUSTER, job_name=~".+-migrate-[0-9a-f]{8}"})"#)
                 .query("failed {{job_name}}", r#"sum by (job_name) (kube_job_status_failed{CLUSTER, job_name=~".+-migrate-[0-9a-f]{8}"})"#)
                 .runbook("ChatServiceMigrationFailed")
                 .needs("kube-state-metrics")
                 .width(8),
-            lines("Starts of the process", "none", "How often the replica's process was started anew in the last ten minutes, as Prometheus saw it.")
+            lines("Process starts", "none", "How often the replica's process restarted in the last ten minutes, by its start time.")
                 .query("{{pod}}", "sum by (pod) (changes(process_start_time_seconds{OURS}[10m]))")
                 .from(3.0, "red")
                 .width(8),
-            lines("Restarts of containers", "none", "How often the kubelet restarted the container in the last ten minutes.")
+            lines("Container restarts", "none", "How often the kubelet restarted the container in the last ten minutes.")
                 .query("{{pod}}", concat!("sum by (pod) (increase(", pods!("kube_pod_container_status_restarts_total"), "}[10m]))"))
                 .from(3.0, "red")
                 .runbook("ChatServiceCrashLooping")
                 .needs("kube-state-metrics")
                 .width(8),
-            stack("Why containers wait or ended", "none", "Containers by the reason for which they wait, such as CrashLoopBackOff, or last ended, such as OOMKilled.")
+            stack("Waiting and terminated containers", "none", "Containers by the reason why they wait, such as CrashLoopBackOff, or last terminated, such as OOMKilled.")
                 .query("waiting: {{reason}}", concat!("sum by (reason) (", pods!("kube_pod_container_status_waiting_reason"), "})"))
                 .query("ended: {{reason}}", concat!("sum by (reason) (", pods!("kube_pod_container_status_last_terminated_reason"), "})"))
-                .needs("kube-state-metrics, and something that went wrong")
+                .needs("kube-state-metrics, and has data only after a failure")
                 .width(8),
         ],
     }
@@ -96,29 +96,29 @@ fn rollout() -> Row {
 fn process() -> Row {
     Row {
         title: "Process",
-        answers: "What does a replica use?",
+        answers: "Which resources does a replica use?",
         panels: vec![
             lines(
-                "Processor",
+                "CPU",
                 "none",
-                "Cores in use. A login costs 15 ms of one, by design; everything else tens of microseconds.",
+                "Cores in use. A login costs 15 ms of CPU, by design; any other request tens of microseconds.",
             )
             .query("{{pod}}", "sum by (pod) (rate(process_cpu_seconds_total{OURS}[$__rate_interval]))")
             .width(8),
             lines(
                 "Resident memory",
                 "bytes",
-                "Memory that the process holds. 19 MiB come with each password that is being hashed.",
+                "Resident set of the process. Each password that is being hashed takes 19 MiB.",
             )
             .query("{{pod}}", "sum by (pod) (process_resident_memory_bytes{OURS})")
             .width(8),
-            lines("File descriptors", "none", "Open files and connections; each client connection is one.")
+            lines("File descriptors", "none", "Open files and connections. Each client connection takes one.")
                 .query("{{pod}}", "sum by (pod) (process_open_fds{OURS})")
                 .width(8),
             lines(
-                "Passwords being hashed, or waiting",
+                "Password queue",
                 "none",
-                "Logins and registrations in the hashing queue. Over its capacity they are refused with 503.",
+                "Passwords that are being hashed or wait for it. Above the capacity, logins and registrations get 503.",
             )
             .query("{{pod}}", "sum by (pod) (chat_password_queue_depth{OURS})")
             .query("capacity of one replica", "max(chat_password_queue_capacity{OURS})")
@@ -127,11 +127,11 @@ fn process() -> Row {
             lines(
                 "Threads",
                 "none",
-                "Threads of the process: the runtime's, one per core for hashing, and a few more.",
+                "Threads of the process: the runtimes (one per core, eight at most), one per core for hashing, and a few more.",
             )
             .query("{{pod}}", "sum by (pod) (process_threads{OURS})")
             .width(8),
-            lines("Running since", "s", "Age of the process. A fall to 0 is a restart.")
+            lines("Uptime", "s", "Age of the process. A drop to 0 is a restart.")
                 .query("{{pod}}", "max by (pod) (time() - process_start_time_seconds{OURS})")
                 .width(8),
         ],
@@ -141,9 +141,9 @@ fn process() -> Row {
 fn container() -> Row {
     Row {
         title: "Container",
-        answers: "Do the requests and limits fit?",
+        answers: "Are the resource requests and limits right?",
         panels: vec![
-            lines("Memory of its limit", "percentunit", "Working set as a share of the limit. At 100 % the kernel kills the container.")
+            lines("Memory utilization", "percentunit", "Working set as a share of the limit. At 100 % the kernel kills the container.")
                 .query(
                     "{{pod}}",
                     concat!(
@@ -155,7 +155,7 @@ fn container() -> Row {
                 .from(0.9, "red")
                 .needs("cAdvisor's metrics and kube-state-metrics")
                 .width(8),
-            lines("Processor of its request", "percentunit", "Cores in use as a share of those requested, which is what the autoscaler goes by.")
+            lines("CPU utilization", "percentunit", "Cores in use as a share of the request. The autoscaler scales on this.")
                 .query(
                     "{{pod}}",
                     concat!(
@@ -165,7 +165,7 @@ fn container() -> Row {
                 )
                 .needs("cAdvisor's metrics and kube-state-metrics")
                 .width(8),
-            lines("Throttled", "percentunit", "Share of the scheduler's periods in which a limit of the processor held the container back. The chart sets no such limit.")
+            lines("CPU throttling", "percentunit", "Share of the scheduler's periods in which a CPU limit throttled the container. The chart sets no CPU limit.")
                 .query(
                     "{{pod}}",
                     concat!(
@@ -175,7 +175,7 @@ fn container() -> Row {
                 )
                 .max(1.0)
                 .from(0.25, "red")
-                .needs("cAdvisor's metrics, and a limit of the processor")
+                .needs("cAdvisor's metrics, and a CPU limit")
                 .width(8),
         ],
     }
@@ -184,23 +184,23 @@ fn container() -> Row {
 fn telemetry() -> Row {
     Row {
         title: "Telemetry",
-        answers: "Can these dashboards be believed: are metrics scraped and traces exported?",
+        answers: "Are these dashboards reliable: are metrics scraped and traces exported?",
         panels: vec![
-            states("Scraped", "Whether Prometheus reaches the replica's operations port. What is not scraped is missing in every other panel.")
+            states("Scraped", "Whether Prometheus reaches the replica's operations port. A replica that is not scraped is missing in every other panel.")
                 .query("{{pod}}", "max by (pod) (up{OURS})")
                 .zero_one("not scraped", "scraped")
                 .runbook("ChatServiceReplicaDown")
                 .width(8),
-            lines("Duration of a scrape", "s", "How long the replica takes to answer a scrape.")
+            lines("Scrape duration", "s", "How long the replica takes to export its metrics.")
                 .query("{{pod}}", "max by (pod) (scrape_duration_seconds{OURS})")
                 .from(1.0, "red")
                 .width(8),
-            lines("Samples of a scrape", "none", "How many series a replica has. It does not grow with users or paths; if it does, a label is wrong.")
+            lines("Samples per scrape", "none", "Number of series of a replica. It must not grow with users or paths; if it does, a label is wrong.")
                 .query("{{pod}}", "max by (pod) (scrape_samples_scraped{OURS})")
                 .width(8),
-            lines("Trace spans", "ops", "Spans per second that ended, were exported, or failed to be. All are 0 where no collector is configured.")
+            lines("Trace spans", "ops", "Spans per second that ended, were exported, or could not be exported. All are 0 without a configured collector.")
                 .query("{{outcome}}", "sum by (outcome) (rate(chat_trace_spans_total{OURS}[$__rate_interval]))"),
-            lines("Trace spans lost", "percentunit", "Share of the spans of the last ten minutes that ended and did not reach the collector: it failed, or the queue was full.")
+            lines("Lost trace spans", "percentunit", "Share of the spans of the last ten minutes that did not reach the collector: the export failed, or the queue was full.")
                 .query("{{pod}}", r#"
                     clamp_min(1 - sum by (pod) (increase(chat_trace_spans_total{OURS, outcome="exported"}[10m]))
                     / (sum by (pod) (increase(chat_trace_spans_total{OURS, outcome="ended"}[10m])) > 0), 0)"#)

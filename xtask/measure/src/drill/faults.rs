@@ -10,7 +10,7 @@ use harness::Replica;
 use harness::servers::daemon;
 use load::Script;
 use serde_json::json;
-use tests::history::proxy::Line;
+use tests::proxy::Link;
 
 use super::scene::{DATABASE, Scene, lock};
 
@@ -104,11 +104,11 @@ pub(super) const DRILLS: [Drill; 13] = [
         fault: "one replica cut off from Postgres",
         alerts: &["ChatServiceReplicaNotReady"],
         inject: |scene| {
-            scene.to_postgres[1].set(Line::Cut);
+            scene.to_postgres[1].set(Link::Cut);
             Ok(())
         },
         heal: |scene| {
-            scene.to_postgres[1].set(Line::Open);
+            scene.to_postgres[1].set(Link::Open);
             Ok(())
         },
     },
@@ -232,11 +232,11 @@ pub(super) const DRILLS: [Drill; 13] = [
             "ChatServiceLatencyBudgetBurn 3d",
         ],
         inject: |scene| {
-            scene.lines_to_postgres(Line::Slow(Duration::from_millis(200)));
+            scene.links_to_postgres(Link::Slow(Duration::from_millis(200)));
             Ok(())
         },
         heal: |scene| {
-            scene.lines_to_postgres(Line::Open);
+            scene.links_to_postgres(Link::Open);
             Ok(())
         },
     },

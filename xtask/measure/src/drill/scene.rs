@@ -13,7 +13,7 @@ use harness::http::Client;
 use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, User};
 use load::Script;
 use serde_json::{Value, json};
-use tests::history::proxy::{Line, Proxy};
+use tests::proxy::{Link, Proxy};
 use tokio::runtime::Runtime;
 
 use super::collector::Collector;
@@ -139,8 +139,8 @@ impl Scene {
         lock(&self.postgres).query(DATABASE, statements).map(drop)
     }
 
-    pub(super) fn lines_to_postgres(&self, line: Line) {
-        self.to_postgres.iter().for_each(|to_postgres| to_postgres.set(line));
+    pub(super) fn links_to_postgres(&self, link: Link) {
+        self.to_postgres.iter().for_each(|to_postgres| to_postgres.set(link));
     }
 
     /// Runs a script on so many connections per replica, until the fault is healed.

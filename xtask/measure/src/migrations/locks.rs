@@ -1,270 +1,177 @@
-//! What a migration may do to a table that is in use, read from its SQL by a parser. A statement that breaks a rule
-//! passes with a reason above it: `-- reason: the table has ten rows`.
+//! What a migration may do to a table that is in use: squawk's rules, and the few that it lacks. A statement that breaks
+//! one passes with a reason above it: `-- reason: the table has ten rows`.
 
-use std::collections::BTreeSet;
-
-use sqlparser::ast::{
-    AlterColumnOperation, AlterTableOperation, ColumnDef, ColumnOption, DataType, Expr, ObjectName,
-    Statement, TableConstraint,
-};
-use sqlparser::dialect::PostgreSqlDialect;
-use sqlparser::parser::Parser;
-use sqlparser::tokenizer::{Token, Tokenizer};
+use squawk_linter::{Linter, LinterSettings, Rule, Violation};
+use squawk_syntax::SourceFile;
+use squawk_syntax::ast::{self, AstNode as _};
 
 /// What sqlx looks for at a script's beginning.
 const NO_TRANSACTION: &str = "-- no-transaction";
 const REASON: &str = "reason:";
 
+/// Rules that squawk has and does not check unless asked to: an upsert of the old binary may name the index.
+const MORE: [Rule; 1] = [Rule::BanDropIndex];
+const LESS: [Rule; 3] = [
+    // The first scripts set no timeouts, and a script is never edited.
+    Rule::RequireLockTimeout,
+    Rule::RequireStatementTimeout,
+    // sqlx applies a script once. IF NOT EXISTS would keep the invalid index that a failed CONCURRENTLY leaves.
+    Rule::PreferRobustStmts,
+];
+
 /// The rules that a script breaks without giving a reason: each with its line, and what to do instead.
 pub(super) fn broken(sql: &str) -> Vec<String> {
     let lines: Vec<&str> = sql.lines().collect();
-    let statements = match statements(sql) {
-        Ok(statements) => statements,
-        Err(_) if has_reason_anywhere(&lines) => return Vec::new(),
-        Err(error) => {
-            return vec![format!(
-                "the parser does not know this SQL ({error}): put `-- reason: ...` above it that says which locks \
-                 it takes, and for how long"
-            )];
+    if let Some(at) = lines.iter().position(|line| line.contains("squawk-ignore")) {
+        return vec![format!("line {}: `-- reason: ...` instead, which says why", at + 1)];
+    }
+    let script = SourceFile::parse(sql);
+    if let Some(error) = script.errors().first() {
+        if lines.iter().any(|line| gives_reason(line)) {
+            return Vec::new();
         }
-    };
-    let created: BTreeSet<String> = statements
-        .iter()
-        .filter_map(|(_, statement)| match statement {
-            Statement::CreateTable(table) => Some(key(&table.name)),
-            _ => None,
-        })
-        .collect();
+        return vec![format!(
+            "the parser does not know this SQL ({error}): put `-- reason: ...` above it that says which locks it takes, \
+             and for how long"
+        )];
+    }
     let outside = sql.trim_start().starts_with(NO_TRANSACTION);
+    let mut linter = Linter::with_rules(&MORE, &LESS);
+    linter.settings = LinterSettings { assume_in_transaction: !outside, ..LinterSettings::default() };
+    let violations = linter.lint(&script, sql);
+    let statements: Vec<ast::Stmt> = script.tree().stmts().collect();
+    let alone = outside && statements.len() == 1;
     let mut broken = Vec::new();
-    for (line, statement) in &statements {
-        if let Some(fault) = concurrently(statement, outside, statements.len()) {
-            broken.push(format!("line {line}: {fault}"));
+    for statement in &statements {
+        let range = statement.syntax().text_range();
+        let line = sql[..usize::from(range.start())].matches('\n').count() + 1;
+        let mut faults = Vec::new();
+        if !has_reason(&lines, line) {
+            let of_statement = |found: &&Violation| range.contains_range(found.text_range);
+            faults.extend(violations.iter().filter(of_statement).map(text));
+            faults.extend(unknown_to_squawk(statement).map(str::to_owned));
         }
-        if has_reason(&lines, *line) {
-            continue;
+        // No reason makes Postgres take it.
+        if !alone && is_concurrent(statement) {
+            faults.push(
+                "CONCURRENTLY cannot run in a transaction: alone in a file that begins with `-- no-transaction`"
+                    .to_owned(),
+            );
         }
-        broken.extend(faults(statement, &created).into_iter().map(|fault| format!("line {line}: {fault}")));
+        broken.extend(faults.into_iter().map(|fault| format!("line {line}: {fault}")));
     }
     broken
 }
 
-/// The statements, each with the line that it begins on.
-fn statements(sql: &str) -> Result<Vec<(usize, Statement)>, String> {
-    let dialect = PostgreSqlDialect {};
-    let tokens = Tokenizer::new(&dialect, sql).tokenize_with_location().map_err(|error| error.to_string())?;
-    let mut parser = Parser::new(&dialect).with_tokens_with_locations(tokens);
-    let mut found = Vec::new();
-    loop {
-        while parser.consume_token(&Token::SemiColon) {}
-        let next = parser.peek_token();
-        if next.token == Token::EOF {
-            return Ok(found);
-        }
-        let line = next.span.start.line as usize;
-        found.push((line, parser.parse_statement().map_err(|error| error.to_string())?));
-    }
+fn text(Violation { code, message, help, .. }: &Violation) -> String {
+    let help = help.as_ref().map(|help| format!(" {help}")).unwrap_or_default();
+    format!("{message}{help} (squawk's {code})")
 }
 
 /// Whether the comment right above the line gives a reason.
 fn has_reason(lines: &[&str], line: usize) -> bool {
-    let above = lines[..line.saturating_sub(1)].iter().rev();
+    let above = lines[..line - 1].iter().rev();
     above.take_while(|line| line.trim_start().starts_with("--")).any(|line| gives_reason(line))
 }
 
-fn has_reason_anywhere(lines: &[&str]) -> bool {
-    lines.iter().any(|line| line.trim_start().starts_with("--") && gives_reason(line))
-}
-
 /// A word or two is none, and neither is a comment that only speaks of reasons.
-fn gives_reason(comment: &str) -> bool {
-    let text = comment.trim_start().trim_start_matches('-').trim_start();
-    text.strip_prefix(REASON).is_some_and(|reason| reason.split_whitespace().count() >= 3)
+fn gives_reason(line: &str) -> bool {
+    let comment = line.trim_start().strip_prefix("--").map(|text| text.trim_start_matches('-').trim_start());
+    let reason = comment.and_then(|text| text.strip_prefix(REASON));
+    reason.is_some_and(|reason| reason.split_whitespace().count() >= 3)
 }
 
-/// Postgres builds an index concurrently only outside a transaction, which several statements together are, too.
-fn concurrently(statement: &Statement, outside: bool, statements: usize) -> Option<&'static str> {
-    let Statement::CreateIndex(index) = statement else { return None };
-    if !index.concurrently {
-        return None;
-    }
-    if !outside {
-        return Some("CONCURRENTLY cannot run in a transaction: begin the file with `-- no-transaction`");
-    }
-    (statements > 1).then_some("CONCURRENTLY has to be the only statement of its file")
-}
-
-fn faults(statement: &Statement, created: &BTreeSet<String>) -> Vec<String> {
-    let is_new = |name: &ObjectName| created.contains(&key(name));
+fn is_concurrent(statement: &ast::Stmt) -> bool {
     match statement {
-        Statement::CreateIndex(index) if !index.concurrently && !is_new(&index.table_name) => vec![format!(
-            "CREATE INDEX stops every write to {} until it is built: CREATE INDEX CONCURRENTLY, alone in a file that \
-             begins with `-- no-transaction`",
-            index.table_name
-        )],
-        Statement::AlterTable(alter) if !is_new(&alter.name) => {
-            let faults = alter.operations.iter().filter_map(alteration);
-            faults.map(|fault| format!("{}: {fault}", alter.name)).collect()
-        }
-        Statement::Drop { object_type, names, .. } => {
-            let names: Vec<String> = names.iter().map(ToString::to_string).collect();
-            vec![format!(
-                "DROP {object_type} {}: the old binary may still use it; drop it in the release after the one that \
-                 stops using it, and say so",
-                names.join(", ")
-            )]
-        }
-        Statement::Truncate(_) => {
-            vec!["TRUNCATE locks out readers, and what is lost does not come back".to_owned()]
-        }
-        Statement::Lock(_) => vec!["LOCK TABLE holds requests up until the migration ends".to_owned()],
-        Statement::Update(update) if update.selection.is_none() => vec![
-            "UPDATE without WHERE locks and rewrites every row in one transaction: do it in batches"
-                .to_owned(),
-        ],
-        Statement::Delete(delete) if delete.selection.is_none() => {
-            vec!["DELETE without WHERE locks every row in one transaction: do it in batches".to_owned()]
-        }
-        _ => Vec::new(),
+        ast::Stmt::CreateIndex(index) => index.concurrently_token().is_some(),
+        ast::Stmt::DropIndex(index) => index.concurrently_token().is_some(),
+        _ => false,
     }
 }
 
-/// What an alteration of a table in use does wrong.
-fn alteration(operation: &AlterTableOperation) -> Option<String> {
-    use AlterTableOperation as Alter;
-    let fault = match operation {
-        Alter::AddColumn { column_def, .. } => return added(column_def),
-        Alter::AddConstraint { constraint, not_valid } => return constrained(constraint, *not_valid),
-        Alter::DropColumn { .. } => {
-            "DROP COLUMN breaks the old binary's statements: drop it in the release after the one that stops using it"
+/// Whole tables locked, which squawk lets pass.
+fn unknown_to_squawk(statement: &ast::Stmt) -> Option<&'static str> {
+    match statement {
+        ast::Stmt::Truncate(_) => Some("TRUNCATE locks out readers, and what is lost does not come back"),
+        ast::Stmt::Lock(_) => Some("LOCK TABLE holds requests up until the migration ends"),
+        ast::Stmt::Update(update) if update.where_clause_or_current_of().is_none() => {
+            Some("UPDATE without WHERE locks and rewrites every row in one transaction: do it in batches")
         }
-        Alter::RenameColumn { .. } | Alter::RenameTable { .. } => {
-            "RENAME breaks the old binary's statements: add the new name, write both, drop the old one a release later"
+        ast::Stmt::Delete(delete) if delete.where_clause_or_current_of().is_none() => {
+            Some("DELETE without WHERE locks every row in one transaction: do it in batches")
         }
-        Alter::AlterColumn { op: AlterColumnOperation::SetNotNull, .. } => {
-            "SET NOT NULL reads the whole table under an exclusive lock: first a CHECK (... IS NOT NULL) NOT VALID and \
-             VALIDATE CONSTRAINT, which Postgres then believes"
-        }
-        Alter::AlterColumn { op: AlterColumnOperation::SetDataType { .. }, .. } => {
-            "a new type rewrites the table under an exclusive lock: add a column, fill it in batches, switch over"
-        }
-        Alter::AlterColumn { op: AlterColumnOperation::AddGenerated { .. }, .. } => {
-            "ADD GENERATED needs NOT NULL, and the old binary does not know of it"
-        }
-        Alter::DropConstraint { .. } | Alter::DropPrimaryKey { .. } => {
-            "dropping a constraint may break the old binary: ON CONFLICT and error handling name constraints"
-        }
-        Alter::AttachPartitionOf { .. } => {
-            "ATTACH PARTITION reads the whole partition unless a CHECK proves its bounds"
-        }
-        _ => return None,
-    };
-    Some(fault.to_owned())
-}
-
-fn added(column: &ColumnDef) -> Option<String> {
-    let name = &column.name;
-    let options: Vec<&ColumnOption> = column.options.iter().map(|option| &option.option).collect();
-    let default = options.iter().find_map(|option| match option {
-        ColumnOption::Default(value) => Some(value),
+        ast::Stmt::Cluster(_) => Some("CLUSTER rewrites the table under an exclusive lock"),
+        ast::Stmt::Do(_) => Some("what DO runs is not looked into: write the statements out"),
+        ast::Stmt::AlterTable(alter) => alter.actions().find_map(|action| match action {
+            ast::AlterTableAction::SetTablespace(_)
+            | ast::AlterTableAction::SetAccessMethod(_)
+            | ast::AlterTableAction::SetLogged(_)
+            | ast::AlterTableAction::SetUnlogged(_) => {
+                Some("ALTER TABLE ... SET TABLESPACE, ACCESS METHOD, LOGGED, UNLOGGED rewrite it under an exclusive lock")
+            }
+            ast::AlterTableAction::AttachPartition(_) => {
+                Some("ATTACH PARTITION reads the whole partition unless a CHECK proves its bounds")
+            }
+            ast::AlterTableAction::AddColumn(column) => {
+                let mut constraints = column.constraints();
+                constraints.any(|one| matches!(one, ast::Constraint::CheckConstraint(_))).then_some(
+                    "ADD COLUMN with a CHECK reads the table under an exclusive lock: add the constraint NOT VALID, and \
+                     VALIDATE it in the next migration",
+                )
+            }
+            _ => None,
+        }),
         _ => None,
-    });
-    let is_serial = matches!(&column.data_type, DataType::Custom(name, _)
-        if name.to_string().to_lowercase().ends_with("serial"));
-    let is_rewritten = is_serial
-        || options
-            .iter()
-            .any(|option| matches!(option, ColumnOption::Generated { .. } | ColumnOption::Identity(_)))
-        || default.is_some_and(is_volatile);
-    if is_rewritten {
-        return Some(format!(
-            "ADD COLUMN {name} gives every row a value of its own, which rewrites the table under an exclusive lock: \
-             add it without a default, set the default after, fill the rows in batches"
-        ));
     }
-    if options.iter().any(|option| matches!(option, ColumnOption::NotNull)) && default.is_none() {
-        return Some(format!(
-            "ADD COLUMN {name} NOT NULL without a default fails where there are rows, and so do the old binary's \
-             INSERTs: give it a default"
-        ));
-    }
-    let is_constrained = |option: &&&ColumnOption| {
-        matches!(
-            option,
-            ColumnOption::Unique(_)
-                | ColumnOption::PrimaryKey(_)
-                | ColumnOption::ForeignKey(_)
-                | ColumnOption::Check(_)
-        )
-    };
-    options.iter().find(is_constrained).map(|_| {
-        format!(
-            "ADD COLUMN {name} with a constraint reads the table under an exclusive lock: add the constraint NOT VALID, \
-             or a unique index CONCURRENTLY, in a migration of its own"
-        )
-    })
-}
-
-/// Postgres evaluates a default once when it cannot change within the statement. Of the functions only the time's are
-/// taken for such.
-fn is_volatile(default: &Expr) -> bool {
-    let text = default.to_string().to_lowercase();
-    let plain = text.replace("now()", "").replace("current_timestamp()", "");
-    // Text between quotes is no call.
-    plain.split('\'').step_by(2).any(|code| code.contains('('))
-}
-
-fn constrained(constraint: &TableConstraint, not_valid: bool) -> Option<String> {
-    let fault = match constraint {
-        TableConstraint::ForeignKey(_) | TableConstraint::Check(_) if !not_valid => {
-            "ADD CONSTRAINT reads the whole table under a lock: add it NOT VALID, and VALIDATE CONSTRAINT in the next \
-             migration"
-        }
-        TableConstraint::Unique(_) | TableConstraint::PrimaryKey(_) => {
-            "ADD CONSTRAINT builds an index under an exclusive lock: CREATE UNIQUE INDEX CONCURRENTLY first, then ADD \
-             CONSTRAINT ... USING INDEX"
-        }
-        _ => return None,
-    };
-    Some(fault.to_owned())
-}
-
-/// A table's name without its schema and quotes.
-fn key(name: &ObjectName) -> String {
-    let text = name.to_string();
-    text.rsplit('.').next().unwrap_or(&text).trim_matches('"').to_lowercase()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// A statement, and a word of the complaint.
-    const BAD: [(&str, &str); 20] = [
-        ("CREATE INDEX i ON messages (sender_id)", "CONCURRENTLY"),
-        ("CREATE UNIQUE INDEX ON public.messages (id)", "CONCURRENTLY"),
+    /// A statement, and the rule of squawk that it breaks or a word of our own complaint.
+    const BAD: [(&str, &str); 30] = [
+        ("CREATE INDEX i ON messages (sender_id)", "require-concurrent-index-creation"),
+        ("CREATE UNIQUE INDEX ON public.messages (id)", "require-concurrent-index-creation"),
         ("CREATE INDEX CONCURRENTLY i ON messages (id)", "no-transaction"),
-        ("ALTER TABLE messages ADD COLUMN tag uuid DEFAULT gen_random_uuid()", "rewrites"),
-        ("ALTER TABLE messages ADD COLUMN at timestamptz DEFAULT clock_timestamp()", "rewrites"),
-        ("ALTER TABLE messages ADD COLUMN n bigserial", "rewrites"),
-        ("ALTER TABLE messages ADD COLUMN n int GENERATED ALWAYS AS (seq * 2) STORED", "rewrites"),
-        ("ALTER TABLE messages ADD COLUMN note text NOT NULL", "default"),
-        ("ALTER TABLE messages ADD COLUMN note text UNIQUE", "constraint"),
-        ("ALTER TABLE messages ALTER COLUMN content SET NOT NULL", "NOT VALID"),
-        ("ALTER TABLE messages ALTER COLUMN seq TYPE numeric", "type"),
-        ("ALTER TABLE messages DROP COLUMN content", "old binary"),
-        ("ALTER TABLE messages RENAME COLUMN content TO body", "old binary"),
-        ("ALTER TABLE messages RENAME TO posts", "old binary"),
-        ("ALTER TABLE messages ADD CONSTRAINT c CHECK (seq > 0)", "NOT VALID"),
-        ("ALTER TABLE messages ADD CONSTRAINT u UNIQUE (id)", "USING INDEX"),
-        ("DROP TABLE messages", "old binary"),
+        ("ALTER TABLE messages ADD COLUMN tag uuid DEFAULT gen_random_uuid()", "adding-field-with-default"),
+        (
+            "ALTER TABLE messages ADD COLUMN at timestamptz DEFAULT clock_timestamp()",
+            "adding-field-with-default",
+        ),
+        ("ALTER TABLE messages ADD COLUMN n bigserial", "prefer-identity"),
+        (
+            "ALTER TABLE messages ADD COLUMN n bigint GENERATED ALWAYS AS (seq * 2) STORED",
+            "adding-field-with-default",
+        ),
+        ("ALTER TABLE messages ADD COLUMN note text NOT NULL", "adding-required-field"),
+        ("ALTER TABLE messages ADD COLUMN note text UNIQUE", "disallowed-unique-constraint"),
+        ("ALTER TABLE messages ADD COLUMN note text CHECK (note <> '')", "ADD COLUMN with a CHECK"),
+        ("ALTER TABLE messages ALTER COLUMN content SET NOT NULL", "adding-not-nullable-field"),
+        ("ALTER TABLE messages ALTER COLUMN seq TYPE numeric", "changing-column-type"),
+        ("ALTER TABLE messages ATTACH PARTITION p DEFAULT", "ATTACH PARTITION"),
+        ("ALTER TABLE messages DROP COLUMN content", "ban-drop-column"),
+        ("ALTER TABLE messages DROP CONSTRAINT c", "ban-drop-constraint"),
+        ("ALTER TABLE messages RENAME COLUMN content TO body", "renaming-column"),
+        ("ALTER TABLE messages RENAME TO posts", "renaming-table"),
+        ("ALTER TABLE messages ADD CONSTRAINT c CHECK (seq > 0)", "constraint-missing-not-valid"),
+        ("ALTER TABLE messages ADD CONSTRAINT u UNIQUE (id)", "disallowed-unique-constraint"),
+        ("DROP TABLE messages", "ban-drop-table"),
+        ("DROP INDEX i", "ban-drop-index"),
         ("TRUNCATE messages", "TRUNCATE"),
         ("LOCK TABLE messages IN ACCESS EXCLUSIVE MODE", "LOCK"),
         ("UPDATE messages SET content = ''", "batches"),
+        ("DELETE FROM messages", "batches"),
+        ("CLUSTER messages USING i", "rewrites"),
+        ("ALTER TABLE messages SET TABLESPACE other", "rewrite"),
+        ("DO $$ BEGIN EXECUTE 'DROP TABLE messages'; END $$", "not looked into"),
+        // What the rules before squawk's did not find.
+        ("REINDEX INDEX i", "require-concurrent-reindex"),
+        ("ALTER TABLE messages ADD COLUMN at timestamp", "prefer-timestamp-tz"),
     ];
 
     const GOOD: [&str; 9] = [
-        "CREATE TABLE t (id uuid PRIMARY KEY, n int NOT NULL CHECK (n > 0)); CREATE INDEX ON t (n)",
+        "CREATE TABLE t (id uuid PRIMARY KEY, n bigint NOT NULL CHECK (n > 0)); CREATE INDEX ON t (n)",
         "ALTER TABLE messages ADD COLUMN note text",
         "ALTER TABLE messages ADD COLUMN note text NOT NULL DEFAULT 'none (yet)'",
         "ALTER TABLE messages ADD COLUMN at timestamptz NOT NULL DEFAULT now()",
@@ -279,8 +186,8 @@ mod tests {
     fn what_locks_or_breaks_a_table_in_use_is_named_with_its_line_and_the_way_out() {
         for (sql, word) in BAD {
             let found = broken(&format!("-- What it is for.\n\n{sql};\n"));
-            assert_eq!(found.len(), 1, "{sql}: {found:?}");
-            assert!(found[0].starts_with("line 3: ") && found[0].contains(word), "{sql}: {found:?}");
+            assert!(found.iter().any(|fault| fault.contains(word)), "{sql}: {found:?}");
+            assert!(found.iter().all(|fault| fault.starts_with("line 3: ")), "{sql}: {found:?}");
         }
     }
 
@@ -293,11 +200,13 @@ mod tests {
 
     #[test]
     fn a_reason_right_above_the_statement_lets_it_pass_and_no_other() {
-        let sql = "TRUNCATE messages;\n-- Old.\n-- reason: the table is empty in every installation\nDROP TABLE old;\n";
+        let sql = "TRUNCATE messages;\n-- Old.\n-- reason: the table is empty in every installation\nDROP TABLE\nold;\n";
         assert_eq!(broken(sql).len(), 1, "{:?}", broken(sql));
-        assert!(broken("-- reason: because\nDROP TABLE old;")[0].contains("DROP TABLE old"), "too short");
+        assert!(broken("-- reason: because\nDROP TABLE old;")[0].contains("ban-drop-table"), "too short");
         assert_eq!(broken("-- It needs `-- reason: ...` above it, one says.\nDROP TABLE old;").len(), 1);
         assert_eq!(broken("DROP TABLE old;\n-- reason: that is far below it\n").len(), 1);
+        let ignored = broken("-- squawk-ignore ban-drop-table\nDROP TABLE old;");
+        assert!(ignored[0].contains("-- reason: ..."), "{ignored:?}");
     }
 
     #[test]

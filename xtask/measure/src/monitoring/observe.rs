@@ -66,7 +66,7 @@ fn look(progress: &Progress, child: &mut Daemon, log: &Path, port: u16) -> Resul
     let watch = port_in(&said, "  alerts    http://127.0.0.1:")?;
     let rules = evaluated(watch)?;
     let service = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    ensure!(http::get(service, "/me", http::PATIENCE)?.status == 401, "/me");
+    ensure!(http::get(service, "/me", http::REQUEST_TIMEOUT)?.status == 401, "/me");
     let file = said.lines().find_map(|line| line.strip_prefix("  traces    ")?.split_once(','));
     let file = workspace::root().join(file.context("no line about traces")?.0);
     let traced = || fs::read_to_string(&file).unwrap_or_default().contains("\"GET /me\"").then_some(());

@@ -1,0 +1,257 @@
+//! Reading a conversation. [`History::page`] is the only way to a page of messages, so that no caller can show one
+//! that is stale.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::message::{Message, Pair, RenderedMessage};
+use super::recent::{Found, Lookup, Miss, Recent};
+use crate::failpoints::{self, Failpoint};
+use crate::store::health::Health;
+use crate::store::operation::Operation;
+use crate::store::postgres::{Database, is_unavailable};
+use crate::telemetry::metrics::{CacheOutcome, Metrics};
+
+/// Which messages a reader asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct PageRequest {
+    pub reader: Uuid,
+    pub peer: Uuid,
+    pub limit: i64,
+    pub position: Position,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Position {
+    /// After the newest `n`.
+    Offset(i64),
+    /// Below a seq.
+    Before(i64),
+    /// Directly above a seq.
+    After(i64),
+}
+
+/// A page, newest message first.
+#[derive(Debug)]
+pub struct Page {
+    pub messages: Vec<RenderedMessage>,
+    /// Where the next page begins: further back in time, or after `After` further forward.
+    pub next: Option<Position>,
+    /// True if Postgres is unavailable: the newest messages may be missing.
+    pub stale: bool,
+}
+
+#[derive(thiserror::Error, Debug)]
+pub enum HistoryError {
+    #[error("the reader was deleted")]
+    ReaderGone,
+    #[error("no such peer")]
+    NoSuchPeer,
+    #[error("Postgres is unavailable, and no window has the page")]
+    NotCached,
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+#[derive(Debug)]
+pub struct History {
+    database: Database,
+    recent: Arc<Recent>,
+    health: Arc<Health>,
+    metrics: Arc<Metrics>,
+}
+
+impl History {
+    pub fn new(database: Database, recent: Arc<Recent>, health: Arc<Health>, metrics: Arc<Metrics>) -> Self {
+        Self { database, recent, health, metrics }
+    }
+
+    /// The page that was asked for.
+    ///
+    /// It has every message of its range that was acknowledged before the call, and every message that an earlier
+    /// call on any replica returned, unless it is marked `stale`. Two rules ensure that:
+    ///
+    /// - A window answers only under a lease, which says that the window is complete.
+    /// - What was read in Postgres is returned only after [`Recent::settle`] has made sure that no window lacks it.
+    ///
+    /// `recent` argues why this suffices, also when Redis fails.
+    pub async fn page(&self, request: &PageRequest) -> Result<Page, HistoryError> {
+        let pair = Pair::new(request.reader, request.peer);
+        let limit = usize::try_from(request.limit).unwrap_or_default();
+        let miss = match request.position {
+            Position::Offset(offset) => {
+                // An offset that does not fit lies beyond any window.
+                let skip = usize::try_from(offset).unwrap_or(usize::MAX / 2);
+                match self.recent.look_up(pair, skip, limit).await {
+                    Lookup::Hit(messages) => {
+                        self.metrics.cache_lookup(CacheOutcome::Hit);
+                        return Ok(request.page(messages, None, false));
+                    }
+                    Lookup::Miss(miss) => miss,
+                }
+            }
+            Position::Before(_) | Position::After(_) => self.recent.bypass(),
+        };
+        // Boxed: the future of a query is large, and every read, hit or not, would otherwise allocate and move it.
+        Box::pin(self.page_from_postgres(request, pair, miss)).await
+    }
+
+    async fn page_from_postgres(
+        &self,
+        request: &PageRequest,
+        pair: Pair,
+        miss: Miss,
+    ) -> Result<Page, HistoryError> {
+        let may_fill = miss.may_fill();
+        self.metrics.cache_lookup(if may_fill { CacheOutcome::Miss } else { CacheOutcome::Bypass });
+        if self.health.postgres_is_unavailable() {
+            return request.stale_page(miss.unchecked);
+        }
+        // A reader that may fill the window reads all of it instead of the page.
+        let wanted = if may_fill {
+            PageRequest { limit: self.recent.window() as i64, position: Position::Offset(0), ..*request }
+        } else {
+            *request
+        };
+        let loaded = match load(&self.database, &wanted, pair, miss.known).await {
+            Ok(loaded) => loaded,
+            Err(error) if is_unavailable(&error) => return request.stale_page(miss.unchecked),
+            Err(error) => return Err(error.into()),
+        };
+        if !loaded.reader_exists {
+            return Err(HistoryError::ReaderGone);
+        }
+        if !loaded.peer_exists {
+            return Err(HistoryError::NoSuchPeer);
+        }
+        let same = miss.known == Some(loaded.last_seq);
+        let messages = if same { miss.unchecked.clone() } else { loaded.messages };
+        let suspended = loaded.suspended && !failpoints::is_on(Failpoint::IgnoreSuspension);
+        let found = match (may_fill && !suspended, same) {
+            (false, _) => Found::Other,
+            (true, true) => Found::Same,
+            (true, false) => Found::Newest(&messages),
+        };
+        self.recent.settle(pair, miss, loaded.last_seq, found).await;
+        let messages = if may_fill { request.slice(messages) } else { messages };
+        Ok(request.page(messages, Some(loaded.last_seq), false))
+    }
+}
+
+impl PageRequest {
+    /// `last_seq` is unknown after a hit: a window only knows its own messages.
+    fn page(&self, messages: Vec<RenderedMessage>, last_seq: Option<i64>, stale: bool) -> Page {
+        let ends = messages.first().zip(messages.last()).map(|(newest, oldest)| (newest.seq, oldest.seq));
+        let next = ends.and_then(|(newest, oldest)| match self.position {
+            Position::After(_) => {
+                last_seq.is_some_and(|last| newest < last).then_some(Position::After(newest))
+            }
+            // By `before`, so that messages that arrive meanwhile shift nothing.
+            Position::Offset(_) | Position::Before(_) => (oldest > 1).then_some(Position::Before(oldest)),
+        });
+        Page { messages, next, stale }
+    }
+
+    /// The page out of the window as it was last seen, if the window has all of it.
+    fn stale_page(&self, unchecked: Vec<RenderedMessage>) -> Result<Page, HistoryError> {
+        let head = unchecked.first().map_or(0, |message| message.seq);
+        let messages = self.slice(unchecked);
+        let Position::Offset(offset) = self.position else { return Err(HistoryError::NotCached) };
+        let full = self.limit.min(head - offset);
+        if full < 1 || messages.len() as i64 != full {
+            return Err(HistoryError::NotCached);
+        }
+        Ok(self.page(messages, None, true))
+    }
+
+    /// The page out of the newest messages.
+    fn slice(&self, mut newest: Vec<RenderedMessage>) -> Vec<RenderedMessage> {
+        if let Position::Offset(offset) = self.position {
+            newest.drain(..newest.len().min(usize::try_from(offset).unwrap_or(usize::MAX)));
+            newest.truncate(usize::try_from(self.limit).unwrap_or_default());
+        }
+        newest
+    }
+}
+
+struct Loaded {
+    reader_exists: bool,
+    peer_exists: bool,
+    suspended: bool,
+    last_seq: i64,
+    messages: Vec<RenderedMessage>,
+}
+
+/// One statement, one snapshot: whether both users exist, whether windows are suspended, the conversation's last seq,
+/// and the page, which is one range of the primary key whatever the offset. Without the messages where the last seq is
+/// `known`.
+async fn load(
+    database: &Database,
+    request: &PageRequest,
+    pair: Pair,
+    known: Option<i64>,
+) -> Result<Loaded, sqlx::Error> {
+    // The range ends at `top`, or `offset` below the last seq. It begins above `floor`, or `limit` below its end. No seq
+    // comes near the largest number, so half an offset is beyond all of them, too.
+    let (top, offset, floor) = match request.position {
+        Position::Offset(offset) => (None, offset.min(i64::MAX / 2), None),
+        Position::Before(seq) => (Some(seq - 1), 0, None),
+        Position::After(seq) => (Some(seq.saturating_add(request.limit)), 0, Some(seq)),
+    };
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query!(
+        r#"SELECT EXISTS (SELECT FROM users WHERE id = $1) AS "caller_exists!",
+                  EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
+                  EXISTS (SELECT FROM window_suspension WHERE suspended_until > clock_timestamp()) AS "suspended!",
+                  coalesce(c.last_seq, 0) AS "last_seq!",
+                  m.id AS "id?", m.seq AS "seq?", m.sender_id AS "sender_id?", m.content AS "content?",
+                  m.created_at AS "created_at?"
+           FROM (VALUES (1)) AS one
+           LEFT JOIN conversations c ON c.low_user = $3 AND c.high_user = $4
+           LEFT JOIN LATERAL (
+               SELECT id, seq, sender_id, content, created_at
+               FROM messages
+               WHERE conversation_id = c.id
+                 AND c.last_seq IS DISTINCT FROM $9
+                 AND seq <= least($5, c.last_seq - $6)
+                 AND seq > coalesce($7, least($5, c.last_seq - $6) - $8)
+               ORDER BY seq DESC
+           ) m ON true
+           ORDER BY m.seq DESC"#,
+        request.reader,
+        request.peer,
+        pair.low(),
+        pair.high(),
+        top,
+        offset,
+        floor,
+        request.limit,
+        known,
+    );
+    let rows = database.run(Operation::ReadMessages, query.fetch_all(&mut *connection)).await?;
+    // To settle the window, which follows, needs no connection.
+    drop(connection);
+    let mut loaded = Loaded {
+        reader_exists: false,
+        peer_exists: false,
+        suspended: true,
+        last_seq: 0,
+        messages: Vec::new(),
+    };
+    for row in rows {
+        loaded.reader_exists = row.caller_exists;
+        loaded.peer_exists = row.peer_exists;
+        loaded.suspended = row.suspended;
+        loaded.last_seq = row.last_seq;
+        let (Some(id), Some(seq), Some(sender_id), Some(content), Some(created_at)) =
+            (row.id, row.seq, row.sender_id, row.content, row.created_at)
+        else {
+            continue;
+        };
+        let recipient_id = if sender_id == request.reader { request.peer } else { request.reader };
+        let message = Message { id, seq, sender_id, recipient_id, content, created_at };
+        loaded.messages.push(message.render());
+    }
+    Ok(loaded)
+}

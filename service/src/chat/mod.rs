@@ -1,0 +1,7 @@
+//! Messages: how they are committed, and how a conversation is read without ever being stale.
+
+pub(crate) mod history;
+pub(crate) mod message;
+pub(crate) mod outbox;
+pub(crate) mod recent;
+pub(crate) mod sweep;

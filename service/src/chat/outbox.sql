@@ -1,0 +1,55 @@
+WITH input AS (
+    SELECT n, id, sender, recipient, content, key,
+           least(sender, recipient) AS low, greatest(sender, recipient) AS high
+    FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::text[])
+         WITH ORDINALITY AS t (id, sender, recipient, content, key, n)
+), replayed AS (
+    -- What was sent under the same key before, and whether it is the same message.
+    SELECT i.n, m.id, m.seq, m.created_at, (c.id IS NOT NULL AND m.content = i.content) AS same
+    FROM input i
+    JOIN idempotency_keys k ON k.sender_id = i.sender AND k.key = i.key
+    JOIN messages m ON m.conversation_id = k.conversation_id AND m.seq = k.seq
+    LEFT JOIN conversations c ON c.low_user = i.low AND c.high_user = i.high AND c.id = k.conversation_id
+), accepted AS (
+    SELECT i.*
+    FROM input i
+    JOIN users s ON s.id = i.sender
+    JOIN users r ON r.id = i.recipient
+    WHERE NOT EXISTS (SELECT FROM replayed p WHERE p.n = i.n)
+), touched AS (
+    -- Locks the conversations, always in this order, and continues their seq.
+    INSERT INTO conversations AS held (low_user, high_user, id, last_seq, last_at)
+    SELECT low, high, gen_random_uuid(), count(*), clock_timestamp()
+    FROM accepted
+    GROUP BY low, high
+    ORDER BY low, high
+    ON CONFLICT (low_user, high_user) DO UPDATE
+    SET last_seq = held.last_seq + excluded.last_seq,
+        last_at = greatest(held.last_at, clock_timestamp())
+    RETURNING id, low_user, high_user, last_seq, last_at
+), sent AS (
+    INSERT INTO messages (conversation_id, seq, id, sender_id, content, created_at)
+    SELECT t.id,
+           t.last_seq - count(*) OVER (PARTITION BY a.low, a.high)
+                      + row_number() OVER (PARTITION BY a.low, a.high ORDER BY a.n),
+           a.id, a.sender, a.content, t.last_at
+    FROM accepted a
+    JOIN touched t ON t.low_user = a.low AND t.high_user = a.high
+    RETURNING conversation_id, seq, id, created_at
+), keyed AS (
+    INSERT INTO idempotency_keys (sender_id, key, conversation_id, seq, created_at)
+    SELECT a.sender, a.key, s.conversation_id, s.seq, s.created_at
+    FROM accepted a
+    JOIN sent s ON s.id = a.id
+    WHERE a.key IS NOT NULL
+)
+-- The sender is looked for only where a message was not stored, to find out why.
+SELECT (s.id IS NOT NULL OR EXISTS (SELECT FROM users u WHERE u.id = i.sender)) AS "sender_exists!",
+       coalesce(s.id, p.id) AS "id?",
+       coalesce(s.seq, p.seq) AS "seq?",
+       coalesce(s.created_at, p.created_at) AS "created_at?",
+       p.same AS "replay?"
+FROM input i
+LEFT JOIN sent s ON s.id = i.id
+LEFT JOIN replayed p ON p.n = i.n
+ORDER BY i.n

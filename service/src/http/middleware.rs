@@ -1,0 +1,141 @@
+//! The middleware of every request: its id, span, timeout, log line and metrics, and the rendering of the framework's
+//! own errors.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::FutureExt as _;
+use salvo::http::header::{CONNECTION, HeaderName, HeaderValue};
+use salvo::http::{ResBody, StatusCode, Version};
+use salvo::{Depot, FlowCtrl, Handler, Request, Response, async_trait};
+
+use super::error::{Error, render_bare_status};
+use super::request_id::{RequestId, X_REQUEST_ID};
+use crate::app::App;
+use crate::telemetry::context::{CURRENT, RequestContext};
+use crate::telemetry::metrics::{Endpoint, InFlight};
+use crate::telemetry::trace::{self, Span};
+
+/// Names a sampled request's span to the caller, in the form of W3C's Trace Context.
+const TRACERESPONSE: HeaderName = HeaderName::from_static("traceresponse");
+
+/// The application, which the middleware adds to every request.
+pub(super) fn app(depot: &Depot) -> Result<&Arc<App>, Error> {
+    depot.get_typed::<Arc<App>>().map_err(|_| Error::internal("the request did not pass the middleware"))
+}
+
+/// Runs before everything else, also for 404 and 405.
+#[derive(Debug)]
+pub(super) struct Middleware {
+    app: Arc<App>,
+    /// False on the operations port, whose probes and scrapes are neither logged nor counted.
+    recorded: bool,
+}
+
+impl Middleware {
+    pub(super) fn new(app: Arc<App>) -> Self {
+        Self { app, recorded: true }
+    }
+
+    /// Without logs and metrics.
+    pub(super) fn unrecorded(app: Arc<App>) -> Self {
+        Self { app, recorded: false }
+    }
+
+    /// Runs the handler and its extractors. A panic and a timeout become errors like any other.
+    async fn answer(&self, req: &mut Request, depot: &mut Depot, res: &mut Response, ctrl: &mut FlowCtrl) {
+        let limit = self.app.config.request_timeout();
+        let outcome =
+            tokio::time::timeout(limit, AssertUnwindSafe(ctrl.call_next(req, depot, res)).catch_unwind())
+                .await;
+        let error = match outcome {
+            Ok(Ok(_)) => return,
+            Ok(Err(_)) => Error::internal("a handler panicked"),
+            Err(_) => Error::Unavailable("the request took too long: try again"),
+        };
+        ctrl.skip_rest();
+        res.headers_mut().clear();
+        error.render(RequestId::of(req), res);
+    }
+}
+
+#[async_trait]
+impl Handler for Middleware {
+    async fn handle(&self, req: &mut Request, depot: &mut Depot, res: &mut Response, ctrl: &mut FlowCtrl) {
+        let id = RequestId::assign(req);
+        depot.insert_typed(Arc::clone(&self.app));
+        let mut record = self.recorded.then(|| Record::open(&self.app, req, &id));
+        match &record {
+            None => self.answer(req, depot, res, ctrl).await,
+            Some(Record { context, span, .. }) => {
+                let work = CURRENT.scope(context.clone(), self.answer(req, depot, res, ctrl));
+                trace::under(span.as_ref(), work).await;
+            }
+        }
+        let status = *res.status_code.get_or_insert(StatusCode::OK);
+        if (status.is_client_error() || status.is_server_error()) && !has_body(res) {
+            render_bare_status(status, id.as_str(), res);
+        }
+        res.headers_mut().insert(X_REQUEST_ID, id.header());
+        // A draining process asks its clients to leave while it still answers: if it simply closed a connection, it
+        // could cut off the next request. HTTP/2 has GOAWAY for that.
+        if self.app.health.is_draining() && req.version() <= Version::HTTP_11 {
+            res.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        if let Some(record) = &mut record {
+            record.status = Some(status);
+            if let Some(header) = record.span.as_ref().and_then(Span::traceresponse) {
+                res.headers_mut().insert(TRACERESPONSE, header);
+            }
+        }
+    }
+}
+
+/// Logs and counts the request when it ends, also if the client has disconnected and the handler was dropped.
+struct Record<'a> {
+    app: &'a App,
+    endpoint: &'a Endpoint,
+    started: Instant,
+    context: RequestContext,
+    span: Option<Span>,
+    status: Option<StatusCode>,
+    _in_flight: InFlight,
+}
+
+impl<'a> Record<'a> {
+    fn open(app: &'a App, req: &Request, id: &RequestId) -> Self {
+        let endpoint = app.metrics.endpoint(req.method(), req.matched_path());
+        let traced = trace::request(req, endpoint);
+        let trace_id = traced.as_ref().map(|traced| traced.trace);
+        let context = RequestContext { request_id: id.header(), trace_id };
+        let span = traced.and_then(|traced| traced.span);
+        let _in_flight = app.metrics.request_started();
+        Self { app, endpoint, started: Instant::now(), context, span, status: None, _in_flight }
+    }
+}
+
+impl Drop for Record<'_> {
+    fn drop(&mut self) {
+        let duration = self.started.elapsed();
+        // nginx's status for a client that did not wait for the answer.
+        let status = self.status.or_else(|| StatusCode::from_u16(499).ok()).unwrap_or_default();
+        if let Some(span) = &self.span {
+            span.answered(status);
+        }
+        self.app.metrics.request_finished(self.endpoint, status, duration);
+        CURRENT.sync_scope(self.context.clone(), || {
+            tracing::info!(
+                method = self.endpoint.method,
+                route = &*self.endpoint.route,
+                status = status.as_u16(),
+                duration_ms = duration.as_micros() as f64 / 1000.0,
+                "request"
+            );
+        });
+    }
+}
+
+fn has_body(res: &Response) -> bool {
+    !matches!(res.body, ResBody::None | ResBody::Error(_))
+}

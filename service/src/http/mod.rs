@@ -1,0 +1,16 @@
+//! The HTTP API: routes, extractors, errors, and a file of handlers for each topic.
+
+mod body;
+mod caller;
+mod client_ip;
+mod error;
+mod health;
+mod messages;
+mod middleware;
+mod openapi;
+mod query;
+mod rate_limit;
+mod request_id;
+mod response;
+pub mod routes;
+mod users;

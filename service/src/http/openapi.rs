@@ -1,0 +1,77 @@
+//! The OpenAPI document, made from the endpoints' declarations, and the list of endpoints, made from the document.
+
+use salvo::Router;
+use salvo::http::StatusCode;
+use salvo_oapi::security::{Http, HttpAuthScheme};
+use salvo_oapi::{Info, License, OpenApi, PathItemType, RefOr, Response, SecurityScheme, Tag};
+
+use super::caller::SECURITY_SCHEME;
+use super::error::{self, PROBLEM_JSON, Problem};
+use super::request_id::X_REQUEST_ID;
+use crate::telemetry::metrics::EndpointName;
+
+const DESCRIPTION: &str = "\
+A 1:1 chat back end. Register two users, log in, find the other's id, send a message, read the conversation.
+
+- Ids are opaque strings. Times are RFC 3339 in UTC.
+- Every error, the framework's own included, is an RFC 9457 problem (`application/problem+json`).
+- Every response carries `x-request-id`: yours if you sent a sane one, else a new one.
+- An acknowledged message is committed. After a 201 every read shows it.";
+
+/// The document of a router's endpoints.
+pub(super) fn document(router: &Router) -> OpenApi {
+    let bearer = Http::new(HttpAuthScheme::Bearer)
+        .bearer_format("JWT")
+        .description("`access_token` from `POST /login`");
+    let mut document = OpenApi::with_info(
+        Info::new("chat-service", env!("CARGO_PKG_VERSION"))
+            .description(DESCRIPTION)
+            .license(License::new("Apache-2.0")),
+    )
+    .add_security_scheme(SECURITY_SCHEME, SecurityScheme::Http(bearer))
+    .tags([
+        Tag::new("users").description("Accounts and access tokens"),
+        Tag::new("messages").description("Sending and reading messages"),
+        Tag::new("operations").description("Health of the service"),
+    ])
+    .merge_router(router);
+    let operations = document.paths.values_mut().flat_map(|path| path.operations.values_mut());
+    for (status, response) in operations.flat_map(|operation| operation.responses.iter_mut()) {
+        if let RefOr::Type(response) = response {
+            complete(status, response);
+        }
+    }
+    document
+}
+
+/// Adds what every response has: the id's header, and an example to an error.
+fn complete(status: &str, response: &mut Response) {
+    response.headers.insert(X_REQUEST_ID.to_string(), error::header("The request's id, as in the log"));
+    if let Some(content) = response.contents.get_mut(PROBLEM_JSON) {
+        content.example = Some(Problem::example(status, &response.description));
+    }
+}
+
+/// Every operation of the document, with its status of success.
+pub(super) fn endpoints(document: &OpenApi) -> Vec<EndpointName> {
+    let operations = document.paths.iter().flat_map(|(path, item)| {
+        item.operations.iter().map(move |(method, operation)| (path, method, operation))
+    });
+    operations
+        .map(|(path, method, operation)| {
+            let statuses = operation.responses.keys().filter_map(|status| status.parse::<StatusCode>().ok());
+            EndpointName {
+                method: match method {
+                    PathItemType::Get => "GET",
+                    PathItemType::Post => "POST",
+                    PathItemType::Put => "PUT",
+                    PathItemType::Delete => "DELETE",
+                    PathItemType::Patch => "PATCH",
+                    _ => "_OTHER",
+                },
+                route: path.clone().into(),
+                success: statuses.min().unwrap_or(StatusCode::OK),
+            }
+        })
+        .collect()
+}

@@ -1,0 +1,114 @@
+//! The only place where paths and middleware are named.
+
+use std::sync::Arc;
+
+use salvo::http::StatusCode;
+use salvo::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue};
+use salvo::{Depot, FlowCtrl, Request, Response, Router, Service, handler};
+use salvo_oapi::OpenApi;
+use salvo_oapi::swagger_ui::SwaggerUi;
+
+use super::error::Error;
+use super::middleware::{Middleware, app};
+use super::{health, messages, openapi, users};
+use crate::app::App;
+use crate::telemetry::metrics::EndpointName;
+
+const DOCUMENT: &str = "/openapi.json";
+const DOCS: &str = "/docs/{**}";
+
+/// The public port's API, and all that is derived from it.
+#[derive(Debug)]
+pub struct PublicApi {
+    document: OpenApi,
+}
+
+pub fn public_api() -> PublicApi {
+    PublicApi { document: openapi::document(&api()) }
+}
+
+impl PublicApi {
+    /// The OpenAPI document as text.
+    pub fn document_json(&self) -> serde_json::Result<String> {
+        serde_json::to_string_pretty(&self.document)
+    }
+
+    /// Every endpoint of the public port, so that its metrics exist before its first request.
+    pub fn endpoints(&self) -> Vec<EndpointName> {
+        let mut endpoints = openapi::endpoints(&self.document);
+        endpoints.extend([DOCUMENT, DOCS].map(|route| EndpointName {
+            method: "GET",
+            route: route.into(),
+            success: StatusCode::OK,
+        }));
+        endpoints
+    }
+
+    /// The service of the public port.
+    pub fn service(self, app: &Arc<App>) -> Service {
+        let docs = SwaggerUi::new(DOCUMENT).title("chat-service");
+        let router = api()
+            .push(Router::with_path(DOCUMENT).get(self.document))
+            .push(Router::with_path(DOCS).hoop(docs_headers).get(docs));
+        Service::new(router).hoop(Middleware::new(Arc::clone(app)))
+    }
+}
+
+/// Every endpoint that the OpenAPI document describes. What else needs to know them (metrics, documents, tests) reads them
+/// from here.
+fn api() -> Router {
+    Router::new()
+        .hoop(api_headers)
+        .push(Router::with_path("/register").post(users::register))
+        .push(Router::with_path("/login").post(users::login))
+        .push(Router::with_path("/me").get(users::me))
+        .push(Router::with_path("/users/{username}").get(users::find))
+        .push(Router::with_path("/send").post(messages::send))
+        .push(Router::with_path("/messages").get(messages::list))
+        .push(Router::with_path("/healthz").get(health::readiness))
+}
+
+/// The service of the operations port, for probes and Prometheus. Its requests are neither logged nor counted: there would
+/// be more of them than of clients' requests.
+pub fn operations(app: &Arc<App>) -> Service {
+    let router = Router::new()
+        .push(Router::with_path("/metrics").get(metrics))
+        .push(Router::with_path("/livez").get(health::liveness))
+        .push(Router::with_path("/healthz").get(health::readiness));
+    Service::new(router).hoop(Middleware::unrecorded(Arc::clone(app)))
+}
+
+#[handler]
+async fn metrics(depot: &mut Depot, res: &mut Response) -> Result<(), Error> {
+    let app = app(depot)?;
+    let text = app.metrics.render(&app.gauges()).map_err(Error::internal)?;
+    res.headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
+    res.status_code(StatusCode::OK);
+    res.write_body(text).map_err(Error::internal)
+}
+
+const NOSNIFF: (HeaderName, HeaderValue) =
+    (HeaderName::from_static("x-content-type-options"), HeaderValue::from_static("nosniff"));
+
+/// Browsers must not cache, sniff or run the API's responses.
+#[handler]
+async fn api_headers(req: &mut Request, depot: &mut Depot, res: &mut Response, ctrl: &mut FlowCtrl) {
+    ctrl.call_next(req, depot, res).await;
+    let (name, value) = NOSNIFF;
+    res.headers_mut().insert(name, value);
+    res.headers_mut().entry("cache-control").or_insert(HeaderValue::from_static("no-store"));
+}
+
+/// Swagger UI starts from an inline script, so its pages need a policy of their own. Nothing else comes from outside.
+#[handler]
+async fn docs_headers(res: &mut Response) {
+    res.headers_mut().insert(
+        CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static(
+            "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; \
+             img-src 'self' data:; frame-ancestors 'none'",
+        ),
+    );
+    res.headers_mut().insert("cache-control", HeaderValue::from_static("no-cache"));
+}

@@ -1,0 +1,348 @@
+//! Users: register, log in, get the caller's user, find another.
+
+use std::borrow::Cow;
+
+use salvo::http::StatusCode;
+use salvo::{Depot, Request, Writer};
+use salvo_oapi::{ToSchema, endpoint};
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::body::{Body, Faults, Text};
+use super::caller::Caller;
+use super::error::{Error, Problem, USER_GONE};
+use super::middleware::app;
+use super::rate_limit::{LoginPermit, RegisterPermit};
+use super::response::JsonResponse;
+use crate::store::operation::Operation;
+use crate::store::postgres::{Database, violated_constraint};
+use crate::telemetry::metrics::AuthKind;
+
+#[derive(Deserialize, ToSchema, Debug)]
+#[salvo(schema(name = "Register"))]
+pub(super) struct Register {
+    /// Unique without regard to case.
+    #[serde(default)]
+    #[salvo(schema(value_type = String, required = true, min_length = 3, max_length = 32, pattern = "^[A-Za-z0-9_.-]+$", example = "ana"))]
+    username: Text,
+    /// Unique without regard to case.
+    #[serde(default)]
+    #[salvo(schema(value_type = String, required = true, max_length = 254, example = "ana@example.com"))]
+    email: Text,
+    #[serde(default)]
+    #[salvo(schema(value_type = String, required = true, min_length = 8, max_length = 128, example = "correct horse battery"))]
+    password: Text,
+}
+
+#[derive(Deserialize, ToSchema, Debug)]
+#[salvo(schema(name = "Login"))]
+pub(super) struct Login {
+    /// In any case.
+    #[serde(default)]
+    #[salvo(schema(value_type = String, required = true, example = "ana"))]
+    username: Text,
+    #[serde(default)]
+    #[salvo(schema(value_type = String, required = true, example = "correct horse battery"))]
+    password: Text,
+}
+
+#[derive(Serialize, ToSchema, Debug)]
+#[salvo(schema(name = "User"))]
+pub(super) struct User {
+    #[salvo(schema(value_type = String, example = "01920b1e-9f6a-7c7e-8f4e-0f6c1f4f2a11"))]
+    pub id: Uuid,
+    #[salvo(schema(example = "ana"))]
+    pub username: String,
+    #[salvo(schema(example = "ana@example.com"))]
+    pub email: String,
+    #[serde(with = "time::serde::rfc3339")]
+    #[salvo(schema(value_type = String, example = "2026-01-31T12:00:00.123456Z"))]
+    pub created_at: OffsetDateTime,
+}
+
+/// What other users may see of a user.
+#[derive(Serialize, ToSchema, Debug)]
+#[salvo(schema(name = "PublicUser"))]
+pub(super) struct PublicUser {
+    #[salvo(schema(value_type = String, example = "01920b1e-9f6a-7c7e-8f4e-0f6c1f4f2a12"))]
+    pub id: Uuid,
+    #[salvo(schema(example = "ben"))]
+    pub username: String,
+}
+
+#[derive(Serialize, ToSchema, Debug)]
+#[salvo(schema(name = "Token"))]
+pub(super) struct Token {
+    /// Send it as `Authorization: Bearer <access_token>`.
+    #[salvo(schema(example = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIwMTkyMGIxZSJ9.c2lnbmF0dXJl"))]
+    pub access_token: String,
+    #[salvo(schema(example = "bearer"))]
+    pub token_type: &'static str,
+    /// Seconds.
+    #[salvo(schema(example = 3600))]
+    pub expires_in: u64,
+}
+
+/// Create a user
+#[endpoint(
+    operation_id = "register",
+    tags("users"),
+    responses(
+        (status_code = 201, description = "The user", body = User),
+        (status_code = 409, description = "The username or the email is taken", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn register(
+    _permit: RegisterPermit,
+    body: Body<Register>,
+    depot: &mut Depot,
+) -> Result<JsonResponse, Error> {
+    let app = app(depot)?;
+    let Register { username, email, password } = body.0;
+    let mut faults = Faults::default();
+    let username = faults.take("username", username, valid_username);
+    let email = faults.take("email", email, valid_email);
+    let password = faults.take("password", password, valid_password);
+    faults.check()?;
+    // Before the expensive hash. The constraints decide in the end.
+    if let Some(taken) = find_taken(&app.database, &username, &email).await? {
+        app.metrics.auth_attempt(AuthKind::Register, false);
+        return Err(taken);
+    }
+    let password_hash = app.passwords.hash(password).await?;
+    let user = insert_user(&app.database, username, email, &password_hash).await;
+    app.metrics.auth_attempt(AuthKind::Register, user.is_ok());
+    JsonResponse::json(StatusCode::CREATED, &user?)
+}
+
+/// Exchange a username and a password for an access token
+#[endpoint(
+    operation_id = "login",
+    tags("users"),
+    responses(
+        (status_code = 200, description = "The token", body = Token),
+        (status_code = 401, description = "Wrong username or password", body = Problem, content_type = "application/problem+json", headers(("www-authenticate" = String, description = "The scheme to use: Bearer"))),
+    )
+)]
+pub async fn login(
+    _permit: LoginPermit,
+    body: Body<Login>,
+    depot: &mut Depot,
+) -> Result<JsonResponse, Error> {
+    let app = app(depot)?;
+    let Login { username, password } = body.0;
+    let mut faults = Faults::default();
+    // A name or password that no user can have is wrong, not an invalid request.
+    let username = faults.take("username", username, Ok);
+    let password = faults.take("password", password, Ok);
+    faults.check()?;
+    let known = find_credentials(&app.database, &username).await?;
+    let (id, hash) = known.map(|known| (known.id, known.password_hash)).unzip();
+    let matches = app.passwords.verify(password, hash).await?;
+    app.metrics.auth_attempt(AuthKind::Login, matches);
+    let Some(id) = id.filter(|_| matches) else {
+        return Err(Error::Unauthorized("wrong username or password"));
+    };
+    let (access_token, expires_in) = app.tokens.issue(id)?;
+    JsonResponse::json(StatusCode::OK, &Token { access_token, token_type: "bearer", expires_in })
+}
+
+/// The caller's own user
+#[endpoint(
+    operation_id = "me",
+    tags("users"),
+    responses((status_code = 200, description = "The user", body = User))
+)]
+pub async fn me(caller: Caller, depot: &mut Depot) -> Result<JsonResponse, Error> {
+    let user = find_user(&app(depot)?.database, caller.id).await?;
+    JsonResponse::json(StatusCode::OK, &user.ok_or(USER_GONE)?)
+}
+
+/// Find a user by name
+///
+/// This is how a client learns the id to send to.
+#[endpoint(
+    operation_id = "find_user",
+    tags("users"),
+    parameters(("username" = String, Path, description = "In any case", example = json!("ben"))),
+    responses(
+        (status_code = 200, description = "The user", body = PublicUser),
+        (status_code = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn find(caller: Caller, req: &mut Request, depot: &mut Depot) -> Result<JsonResponse, Error> {
+    let username = req.param::<String>("username").unwrap_or_default();
+    let (caller_exists, user) = find_by_username(&app(depot)?.database, caller.id, &username).await?;
+    if !caller_exists {
+        return Err(USER_GONE);
+    }
+    let user = user.ok_or(Error::NotFound(Cow::Borrowed("there is no user of this name")))?;
+    JsonResponse::json(StatusCode::OK, &user)
+}
+
+fn valid_username(username: String) -> Result<String, Cow<'static, str>> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+    if let Some(odd) = username.chars().find(|c| !allowed(*c)) {
+        return Err(format!("has {odd:?}: use letters a-z, digits, and _ . - only").into());
+    }
+    if !(3..=32).contains(&username.len()) {
+        return Err(format!("has {} characters: use 3 to 32", username.len()).into());
+    }
+    Ok(username)
+}
+
+fn valid_email(email: String) -> Result<String, Cow<'static, str>> {
+    // RFC 5321 bounds the whole address; the library checks the rest.
+    let options = email_address::Options::default().without_display_text().without_domain_literal();
+    match email_address::EmailAddress::parse_with_options(&email, options.with_required_tld()) {
+        Ok(_) if email.len() <= 254 && !email.contains('\0') => Ok(email),
+        Ok(_) => Err(Cow::Borrowed("is longer than 254 bytes: use a shorter address")),
+        Err(error) => Err(format!("is not an address ({error}): use one like ana@example.com").into()),
+    }
+}
+
+fn valid_password(password: String) -> Result<String, Cow<'static, str>> {
+    let length = password.chars().count();
+    if (8..=128).contains(&length) {
+        Ok(password)
+    } else {
+        Err(format!("has {length} characters: use 8 to 128").into())
+    }
+}
+
+struct Credentials {
+    id: Uuid,
+    password_hash: String,
+}
+
+async fn find_taken(database: &Database, username: &str, email: &str) -> Result<Option<Error>, Error> {
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query!(
+        r#"SELECT EXISTS (SELECT FROM users WHERE username_key = $1) AS "username!",
+                  EXISTS (SELECT FROM users WHERE email_key = $2) AS "email!""#,
+        username.to_lowercase(),
+        email.to_lowercase(),
+    );
+    let taken = database.run(Operation::CheckTaken, query.fetch_one(&mut *connection)).await?;
+    Ok(match (taken.username, taken.email) {
+        (true, _) => Some(USERNAME_TAKEN),
+        (_, true) => Some(EMAIL_TAKEN),
+        _ => None,
+    })
+}
+
+const USERNAME_TAKEN: Error = Error::Conflict("the username is taken: choose another");
+const EMAIL_TAKEN: Error = Error::Conflict("the email is taken: log in, or use another");
+
+async fn insert_user(
+    database: &Database,
+    username: String,
+    email: String,
+    password_hash: &str,
+) -> Result<User, Error> {
+    let id = Uuid::now_v7();
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query_scalar!(
+        "INSERT INTO users (id, username, username_key, email, email_key, password_hash)
+         VALUES ($1, $2, $3, $4, $5, $6) RETURNING created_at",
+        id,
+        username,
+        username.to_lowercase(),
+        email,
+        email.to_lowercase(),
+        password_hash,
+    );
+    match database.run(Operation::InsertUser, query.fetch_one(&mut *connection)).await {
+        Ok(created_at) => Ok(User { id, username, email, created_at }),
+        Err(error) => Err(match violated_constraint(&error) {
+            Some("users_username_taken") => USERNAME_TAKEN,
+            Some("users_email_taken") => EMAIL_TAKEN,
+            _ => error.into(),
+        }),
+    }
+}
+
+async fn find_credentials(database: &Database, username: &str) -> Result<Option<Credentials>, sqlx::Error> {
+    // Postgres refuses NUL in a text; no username has one.
+    if username.contains('\0') {
+        return Ok(None);
+    }
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query_as!(
+        Credentials,
+        "SELECT id, password_hash FROM users WHERE username_key = $1",
+        username.to_lowercase()
+    );
+    database.run(Operation::FindCredentials, query.fetch_optional(&mut *connection)).await
+}
+
+async fn find_user(database: &Database, id: Uuid) -> Result<Option<User>, sqlx::Error> {
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query_as!(User, "SELECT id, username, email, created_at FROM users WHERE id = $1", id);
+    database.run(Operation::FindUser, query.fetch_optional(&mut *connection)).await
+}
+
+/// Whether the caller still exists, and the user of that name.
+async fn find_by_username(
+    database: &Database,
+    caller: Uuid,
+    username: &str,
+) -> Result<(bool, Option<PublicUser>), sqlx::Error> {
+    let mut connection = database.acquire().await?;
+    let query = sqlx::query!(
+        r#"SELECT EXISTS (SELECT FROM users WHERE id = $1) AS "caller!", u.id AS "id?", u.username AS "username?"
+           FROM (VALUES (1)) AS one LEFT JOIN users u ON u.username_key = $2"#,
+        caller,
+        username.to_lowercase().replace('\0', "?"),
+    );
+    let found = database.run(Operation::FindUser, query.fetch_one(&mut *connection)).await?;
+    let user = found.id.zip(found.username).map(|(id, username)| PublicUser { id, username });
+    Ok((found.caller, user))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usernames_are_short_and_plain() {
+        for good in ["ana", "A.b_c-9", "000", &"x".repeat(32)] {
+            assert!(valid_username(good.to_owned()).is_ok(), "{good}");
+        }
+        for bad in ["", "ab", "a b", "änne", "a@b", "ana\n", &"x".repeat(33)] {
+            assert!(valid_username(bad.to_owned()).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn emails_are_addresses() {
+        for good in ["ana@example.com", "a.b+c@x.example.org", "o'neil@example.com", "ü@example.com"] {
+            assert!(valid_email(good.to_owned()).is_ok(), "{good}");
+        }
+        let long = format!("{}@{}.com", "a".repeat(60), "b.".repeat(95) + "b");
+        for bad in [
+            "",
+            "ana",
+            "ana@",
+            "@example.com",
+            "ana@localhost",
+            "Ana <ana@example.com>",
+            "a b@c.de",
+            "a@b@c.de",
+            &long,
+        ] {
+            assert!(valid_email(bad.to_owned()).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn passwords_are_counted_in_characters() {
+        for good in ["12345678", "ÄÖÜäöüßß", &"🦀".repeat(128)] {
+            assert!(valid_password(good.to_owned()).is_ok(), "{good}");
+        }
+        for bad in ["", "1234567", "ÄÖÜäöüß", &"x".repeat(129)] {
+            assert!(valid_password(bad.to_owned()).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! Who a client is, and how much it may do.
+
+pub(crate) mod limits;
+pub(crate) mod passwords;
+pub(crate) mod tokens;

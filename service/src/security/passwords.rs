@@ -1,0 +1,368 @@
+//! Password hashing, on dedicated low-priority threads.
+//!
+//! A hash costs 15 ms of a core. On ordinary threads a storm of logins would make every other request wait for a slice
+//! of time. A lower priority alone does not help: it shortens the hash's slice and not the wait for it. Together these
+//! four mechanisms do:
+//!
+//! - The threads have the scheduling class `SCHED_IDLE`, which every other thread preempts at once.
+//! - While requests with a token arrive, one core stays free of hashing. A core that hashes is never idle, and the kernel
+//!   moves waiting threads only to idle cores.
+//! - After a hash its thread pauses, for longer the more requests with a token arrived during it, so that few of them
+//!   coincide with a hash. Without such requests it does not pause.
+//! - On a machine that is busy with other processes, a thread of the ordinary scheduling class takes jobs that have waited
+//!   for too long.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use argon2::password_hash::phc::PasswordHash;
+use argon2::{Algorithm, Argon2, Params, PasswordHasher as _, PasswordVerifier as _, Version};
+use tokio::sync::oneshot;
+
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::trace;
+
+/// OWASP's parameters for argon2id: 19 MiB, two passes, one lane; about 15 ms of a core.
+const ARGON2_PARAMS: (u32, u32, u32) = (19_456, 2, 1);
+
+/// The hash against which the login of an unknown user is verified, so that it takes the same time. It has the parameters
+/// above and matches no password.
+const UNKNOWN_USER_HASH: &str =
+    "$argon2id$v=19$m=19456,t=2,p=1$bm9ib2R5bm9ib2R5bm9ib2R5$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+
+/// Waiting jobs per core. At 15 ms each the last one waits for a second, and for a few with the threads' pauses: about as
+/// long as a client's patience.
+const QUEUE_PER_CORE: usize = 64;
+
+/// A job that has waited for longer than the whole queue takes is starved by other processes.
+const STARVED_AFTER: Duration = Duration::from_secs(1);
+
+/// For how long after a request with a token the next one is expected.
+const BUSY: Duration = Duration::from_millis(20);
+
+/// The pause after a hash for each request with a token that arrived during it, and the longest pause in multiples of the
+/// hash's duration.
+const PAUSE_PER_REQUEST: Duration = Duration::from_micros(500);
+const PAUSE_MAX: u32 = 4;
+
+/// Hashes passwords one per core at a time, behind a bounded queue.
+pub struct Passwords {
+    queue: Arc<JobQueue>,
+    threads: usize,
+    metrics: Arc<Metrics>,
+}
+
+struct JobQueue {
+    state: Mutex<State>,
+    changed: Condvar,
+    capacity: usize,
+    started: Instant,
+    /// Milliseconds from `started` to the last request with a token, and [`BUSY`].
+    busy_until: AtomicU64,
+    /// Requests with a token so far.
+    requests: AtomicU64,
+}
+
+/// Which jobs a thread takes.
+#[derive(Clone, Copy)]
+enum Takes {
+    All,
+    /// All, while no requests with a token arrive.
+    WhenQuiet,
+    /// Those that have waited for [`STARVED_AFTER`].
+    Starved,
+}
+
+#[derive(Default)]
+struct State {
+    /// Oldest first.
+    jobs: VecDeque<(Instant, Job)>,
+    closed: bool,
+}
+
+type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
+
+#[derive(thiserror::Error, Debug)]
+pub enum HashError {
+    #[error("the queue is full")]
+    QueueFull,
+    #[error("hashing panicked")]
+    Panicked,
+    #[error("argon2: {0}")]
+    Argon2(#[from] argon2::password_hash::Error),
+    #[error("the stored hash does not parse: {0}")]
+    StoredHash(argon2::password_hash::phc::Error),
+}
+
+impl Passwords {
+    pub fn start(metrics: Arc<Metrics>) -> Result<Self, std::io::Error> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let queue = Arc::new(JobQueue::new(QUEUE_PER_CORE * cores));
+        for number in 0..cores {
+            let takes = if number > 0 && number == cores - 1 { Takes::WhenQuiet } else { Takes::All };
+            queue.spawn_worker(&format!("argon2-{number}"), takes)?;
+        }
+        queue.spawn_worker("argon2-starved", Takes::Starved)?;
+        Ok(Self { queue, threads: cores + 1, metrics })
+    }
+
+    /// The most passwords that may be hashed or wait at once.
+    pub fn capacity(&self) -> usize {
+        self.queue.capacity + self.threads
+    }
+
+    /// Makes hashing yield to a request with a token that has just arrived.
+    pub fn note_authenticated_request(&self) {
+        self.queue.note_request();
+    }
+
+    /// The password's hash in PHC form.
+    pub async fn hash(&self, password: String) -> Result<String, HashError> {
+        let hash =
+            self.run(move |argon2| argon2.hash_password(password.as_bytes()).map(|hash| hash.to_string()));
+        Ok(hash.await??)
+    }
+
+    /// True if the password is the one that was hashed. Without a hash it takes the same time and is false.
+    pub async fn verify(&self, password: String, hash: Option<String>) -> Result<bool, HashError> {
+        self.run(move |argon2| {
+            let known = hash.is_some();
+            let hash = hash.as_deref().unwrap_or(UNKNOWN_USER_HASH);
+            let hash = PasswordHash::new(hash).map_err(HashError::StoredHash)?;
+            Ok(argon2.verify_password(password.as_bytes(), &hash).is_ok() && known)
+        })
+        .await?
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&Argon2<'static>) -> T + Send + 'static,
+    ) -> Result<T, HashError> {
+        let (answer, answered) = oneshot::channel();
+        let waiting = self.metrics.hashing_started();
+        let span = trace::work("hash password");
+        let hashed = span.clone();
+        let job: Job = Box::new(move |argon2| {
+            let _waiting = waiting;
+            if let Some(span) = hashed {
+                span.event("taken from the queue");
+            }
+            // A request that was cancelled needs no hash.
+            if !answer.is_closed() {
+                answer.send(job(argon2)).ok();
+            }
+        });
+        if !self.queue.push(job) {
+            return Err(HashError::QueueFull);
+        }
+        let answer = answered.await.map_err(|_| HashError::Panicked);
+        if let Some(span) = span {
+            if answer.is_err() {
+                span.fail("panic");
+            }
+            span.end();
+        }
+        answer
+    }
+}
+
+impl JobQueue {
+    fn new(capacity: usize) -> Self {
+        Self {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            capacity,
+            started: Instant::now(),
+            busy_until: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
+        }
+    }
+
+    fn spawn_worker(self: &Arc<Self>, name: &str, takes: Takes) -> Result<(), std::io::Error> {
+        let queue = Arc::clone(self);
+        std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            if !matches!(takes, Takes::Starved) {
+                lower_priority();
+            }
+            work(&queue, takes);
+        })?;
+        Ok(())
+    }
+
+    /// False when the queue is full.
+    fn push(&self, job: Job) -> bool {
+        let mut state = self.lock();
+        if state.jobs.len() >= self.capacity {
+            return false;
+        }
+        state.jobs.push_back((Instant::now(), job));
+        drop(state);
+        // Wakes all threads: a single one might not be allowed to take the job yet.
+        self.changed.notify_all();
+        true
+    }
+
+    /// The next job that the thread may take; `None` when the queue is closed and empty.
+    fn next(&self, takes: Takes) -> Option<Job> {
+        let mut state = self.lock();
+        loop {
+            let wait = state.jobs.front().map(|(since, _)| self.wait_for(takes, *since));
+            state = match wait {
+                Some(Duration::ZERO) => return state.jobs.pop_front().map(|(_, job)| job),
+                _ if state.closed => return None,
+                Some(wait) => {
+                    let timed = self.changed.wait_timeout(state, wait);
+                    timed.unwrap_or_else(|poisoned| poisoned.into_inner()).0
+                }
+                None => self.changed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner()),
+            }
+        }
+    }
+
+    /// How much longer the thread may not take a job that was queued at `since`.
+    fn wait_for(&self, takes: Takes, since: Instant) -> Duration {
+        match takes {
+            Takes::All => Duration::ZERO,
+            Takes::WhenQuiet => {
+                Duration::from_millis(self.busy_until.load(Ordering::Relaxed).saturating_sub(self.now()))
+            }
+            Takes::Starved => STARVED_AFTER.saturating_sub(since.elapsed()),
+        }
+    }
+
+    fn note_request(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.busy_until.store(self.now() + BUSY.as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    fn now(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Drop for Passwords {
+    fn drop(&mut self) {
+        self.queue.close();
+    }
+}
+
+/// Runs one job after another until the queue is closed.
+fn work(queue: &JobQueue, takes: Takes) {
+    let (memory_kib, passes, lanes) = ARGON2_PARAMS;
+    let params = Params::new(memory_kib, passes, lanes, None).unwrap_or_default();
+    let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
+    while let Some(job) = queue.next(takes) {
+        let (began, before) = (Instant::now(), queue.requests.load(Ordering::Relaxed));
+        // A panic must cost one request, not the thread.
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&argon2))).is_err() {
+            tracing::error!("hashing a password panicked");
+        }
+        let requests = queue.requests.load(Ordering::Relaxed) - before;
+        std::thread::sleep(pause(began.elapsed(), requests));
+    }
+}
+
+/// How long a thread pauses after a hash during which this many requests with a token arrived.
+fn pause(hash: Duration, requests: u64) -> Duration {
+    let requests = u32::try_from(requests).unwrap_or(u32::MAX);
+    PAUSE_PER_REQUEST.saturating_mul(requests).min(hash * PAUSE_MAX)
+}
+
+/// Every process may do this to its own threads. On other systems than Linux, or in a sandbox that forbids it, hashing has
+/// the ordinary priority.
+fn lower_priority() {
+    #[cfg(target_os = "linux")]
+    {
+        use thread_priority::{NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy, unix};
+        let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
+        let this = unix::thread_native_id();
+        if let Err(error) = unix::set_thread_priority_and_policy(this, ThreadPriority::Min, idle) {
+            tracing::warn!(?error, "password hashing runs with ordinary priority");
+        }
+    }
+}
+
+impl std::fmt::Debug for Passwords {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Passwords").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queue_with_a_job(capacity: usize) -> JobQueue {
+        let queue = JobQueue::new(capacity);
+        assert!(queue.push(Box::new(|_| ())));
+        queue
+    }
+
+    #[test]
+    fn a_full_queue_refuses_jobs() {
+        let queue = queue_with_a_job(1);
+        assert!(!queue.push(Box::new(|_| ())));
+        assert!(queue.next(Takes::All).is_some());
+        assert!(queue.push(Box::new(|_| ())));
+    }
+
+    #[test]
+    fn one_core_stays_free_while_requests_with_a_token_arrive() {
+        let queue = queue_with_a_job(1);
+        let waited = |queue: &JobQueue| queue.wait_for(Takes::WhenQuiet, Instant::now());
+        assert_eq!(waited(&queue), Duration::ZERO);
+        queue.note_request();
+        assert!(waited(&queue) > Duration::ZERO);
+        assert_eq!(queue.wait_for(Takes::All, Instant::now()), Duration::ZERO, "the other threads go on");
+        let asked = Instant::now();
+        assert!(queue.next(Takes::WhenQuiet).is_some());
+        assert!(asked.elapsed() + Duration::from_millis(2) > BUSY, "taken before the requests had stopped");
+    }
+
+    #[test]
+    fn the_pause_grows_with_the_requests_up_to_a_bound() {
+        let hash = Duration::from_millis(10);
+        assert_eq!(pause(hash, 0), Duration::ZERO);
+        assert_eq!(pause(hash, 4), Duration::from_millis(2));
+        for many in [80, 1_000_000, u64::MAX] {
+            assert_eq!(pause(hash, many), Duration::from_millis(40));
+        }
+    }
+
+    #[test]
+    fn a_starved_job_is_taken_in_the_end() {
+        let queue = queue_with_a_job(1);
+        let came = Instant::now();
+        assert!(queue.next(Takes::Starved).is_some());
+        assert!(came.elapsed() >= STARVED_AFTER - Duration::from_millis(5));
+    }
+
+    #[test]
+    fn the_threads_end_with_the_queue() {
+        let queue = JobQueue::new(1);
+        queue.close();
+        for takes in [Takes::All, Takes::WhenQuiet, Takes::Starved] {
+            assert!(queue.next(takes).is_none());
+        }
+    }
+
+    #[test]
+    fn the_hash_for_unknown_users_has_the_same_parameters() {
+        let unknown = PasswordHash::new(UNKNOWN_USER_HASH).expect("a valid PHC string");
+        let params = Params::try_from(&unknown).expect("argon2 parameters");
+        let expected = Params::new(ARGON2_PARAMS.0, ARGON2_PARAMS.1, ARGON2_PARAMS.2, None).expect("valid");
+        assert_eq!((params.m_cost(), params.t_cost(), params.p_cost()), (expected.m_cost(), 2, 1));
+        assert_eq!(unknown.hash.map(|hash| hash.len()), Some(32));
+    }
+}

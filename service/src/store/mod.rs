@@ -1,0 +1,7 @@
+//! Postgres and Redis: connections, migrations, and whether they answer.
+
+pub(crate) mod health;
+pub mod migrations;
+pub(crate) mod operation;
+pub mod postgres;
+pub(crate) mod redis;

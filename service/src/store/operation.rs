@@ -1,0 +1,63 @@
+//! The names of all operations on Postgres and Redis, by which they are timed and traced.
+
+use strum::VariantArray as _;
+
+use crate::telemetry::metrics::OperationName;
+
+/// An operation, whatever its parameters. Its name in metrics and spans is the variant's in snake case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum Operation {
+    /// The writer's statement: a batch of messages.
+    StoreMessages,
+    ReadMessages,
+    /// By id or by name.
+    FindUser,
+    /// What a login is checked against.
+    FindCredentials,
+    /// Whether a username or an email address is taken.
+    CheckTaken,
+    InsertUser,
+    /// What readiness depends on.
+    CheckSchema,
+    SuspendWindows,
+    DeleteExpiredKeys,
+    /// Counts a request against a rate limit.
+    CountAttempt,
+    LookUpWindow,
+    /// Asks for the right to fill a window.
+    ClaimWindow,
+    SettleWindow,
+    AppendWindow,
+}
+
+impl Operation {
+    /// The name of every operation, at the index of its variant.
+    pub fn names() -> impl Iterator<Item = OperationName> {
+        Self::VARIANTS.iter().map(|operation| operation.name())
+    }
+
+    pub fn name(self) -> OperationName {
+        OperationName { index: self as usize, system: self.system(), operation: self.into() }
+    }
+
+    /// The database system, as the semantic conventions call it.
+    fn system(self) -> &'static str {
+        match self {
+            Self::StoreMessages
+            | Self::ReadMessages
+            | Self::FindUser
+            | Self::FindCredentials
+            | Self::CheckTaken
+            | Self::InsertUser
+            | Self::CheckSchema
+            | Self::SuspendWindows
+            | Self::DeleteExpiredKeys => "postgresql",
+            Self::CountAttempt
+            | Self::LookUpWindow
+            | Self::ClaimWindow
+            | Self::SettleWindow
+            | Self::AppendWindow => "redis",
+        }
+    }
+}

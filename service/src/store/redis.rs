@@ -1,0 +1,360 @@
+//! Redis: one multiplexed connection for each worker, which its requests share, and a task that reconnects.
+//!
+//! deadpool-redis knows how to reach a single Redis, a cluster or the master that sentinels name. Its pool pings at
+//! every checkout, which would cost a round trip per request. So each worker takes one connection out of the pool for
+//! good and clones it, and the requests' commands are pipelined. When a command fails, all workers' connections are
+//! dropped together: every request falls back at once, and the task reconnects.
+
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use deadpool_redis::redis::aio::{ConnectionLike, MultiplexedConnection};
+use deadpool_redis::redis::cluster_async::ClusterConnection;
+use deadpool_redis::redis::{
+    Cmd, ConnectionAddr, ErrorKind, FromRedisValue, IntoConnectionInfo as _, Pipeline, RedisError,
+    RedisFuture, Script, Value,
+};
+use deadpool_redis::{Runtime, cluster, sentinel};
+use futures_util::future::try_join_all;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use super::operation::Operation;
+use crate::config::{Config, RedisMode};
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::trace::{self, ServerAttributes};
+use crate::workers;
+
+/// How long one round trip may take before Redis counts as unavailable: far above a healthy one (well under 1 ms), far
+/// below a request's timeout.
+const RESPONSE_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How long connecting may take, TLS and the sentinels' answer included.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Between two attempts to reconnect, and between two probes of an idle connection.
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Redis did not execute a command. The reason has been logged; the caller falls back.
+#[derive(thiserror::Error, Debug, Clone, Copy)]
+#[error("Redis is unavailable")]
+pub struct Unavailable;
+
+pub struct Redis {
+    source: Arc<Source>,
+    /// The workers' runtimes. Each has a connection, which it drives.
+    runtimes: Vec<Handle>,
+    /// Present while Redis answers.
+    live: RwLock<Option<Live>>,
+    /// Wakes the task that reconnects.
+    lost: Notify,
+    /// True while Redis is unavailable.
+    unavailable: watch::Sender<bool>,
+    /// Loaded at each connect, so that `EVALSHA` finds them.
+    scripts: Vec<Script>,
+    server: ServerAttributes,
+    metrics: Arc<Metrics>,
+}
+
+/// Working connections, one for each worker.
+#[derive(Clone)]
+pub struct Live {
+    connections: Arc<[Connection]>,
+    generation: u64,
+    /// When they were opened. Leases from before are not trusted at once; see `chat::recent`.
+    pub since: Instant,
+}
+
+#[derive(Clone)]
+enum Connection {
+    One(MultiplexedConnection),
+    Cluster(ClusterConnection),
+}
+
+impl Live {
+    /// True where keys live on several nodes.
+    pub fn is_cluster(&self) -> bool {
+        self.connections.iter().any(|connection| matches!(connection, Connection::Cluster(_)))
+    }
+
+    /// The connection of the worker that calls.
+    fn of_current_worker(&self) -> Connection {
+        self.connections[workers::current() % self.connections.len()].clone()
+    }
+}
+
+enum Source {
+    Single(deadpool_redis::Pool),
+    Cluster(cluster::Pool),
+    Sentinel(sentinel::Pool),
+}
+
+impl Redis {
+    /// Nothing is connected yet; the runtimes are those of the workers.
+    pub fn new(
+        config: &Config,
+        scripts: Vec<Script>,
+        runtimes: Vec<Handle>,
+        metrics: Arc<Metrics>,
+    ) -> anyhow::Result<Arc<Self>> {
+        let source = Arc::new(Source::new(config)?);
+        Ok(Arc::new(Self {
+            source,
+            runtimes,
+            live: RwLock::default(),
+            lost: Notify::new(),
+            unavailable: watch::Sender::new(true),
+            scripts,
+            server: server_attributes(config),
+            metrics,
+        }))
+    }
+
+    /// The connections; `None` while Redis is unavailable.
+    pub fn live(&self) -> Option<Live> {
+        self.live.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// Follows whether Redis is unavailable.
+    pub fn watch_unavailable(&self) -> watch::Receiver<bool> {
+        self.unavailable.subscribe()
+    }
+
+    /// Runs the commands in one round trip. After any failure Redis counts as unavailable: a timeout, a broken
+    /// connection, but also an answer such as OOM, READONLY or LOADING, after which nothing can be relied on.
+    pub async fn run<T: FromRedisValue>(
+        &self,
+        live: &Live,
+        operation: Operation,
+        pipeline: &Pipeline,
+    ) -> Result<T, Unavailable> {
+        let _timer = self.metrics.operation_started(operation.name());
+        let span = trace::operation(operation.name(), &self.server);
+        let mut connection = live.of_current_worker();
+        pipeline.query_async(&mut connection).await.map_err(|error| {
+            if let Some(span) = span {
+                span.operation_failed(error.code(), if error.is_timeout() { "timeout" } else { "_OTHER" });
+            }
+            self.drop_connections(live, &error);
+            Unavailable
+        })
+    }
+
+    /// Keeps the connections alive until the process ends.
+    pub async fn supervise(self: Arc<Self>) {
+        let mut generation = 0;
+        loop {
+            if let Some(live) = self.live() {
+                if let Err(error) = self.probe(&live.connections).await {
+                    self.drop_connections(&live, &error);
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(PROBE_INTERVAL) => {}
+                    () = self.lost.notified() => {}
+                }
+                continue;
+            }
+            generation += 1;
+            match self.connect(generation).await {
+                Ok(live) => self.change(Some(live), None),
+                Err(error) => {
+                    // The first failure of all has no state change to be logged at.
+                    if generation == 1 {
+                        self.warn(&error);
+                    }
+                    tokio::time::sleep(RETRY_INTERVAL).await;
+                }
+            }
+        }
+    }
+
+    /// One attempt, for `doctor`.
+    pub async fn check(&self) -> Result<(), String> {
+        self.connect(0).await.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// Drops the connections, unless newer ones have replaced them already.
+    fn drop_connections(&self, live: &Live, error: &RedisError) {
+        let current = self.live().is_some_and(|current| current.generation == live.generation);
+        if current {
+            self.change(None, Some(error));
+            self.lost.notify_one();
+        }
+    }
+
+    /// The only function that changes the state, so that each change is logged once.
+    fn change(&self, live: Option<Live>, error: Option<&RedisError>) {
+        let unavailable = live.is_none();
+        *self.live.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = live;
+        let changed = self.unavailable.send_replace(unavailable) != unavailable;
+        match error {
+            Some(error) if changed => self.warn(error),
+            None if changed => tracing::info!("Redis answers"),
+            _ => {}
+        }
+    }
+
+    fn warn(&self, error: &RedisError) {
+        tracing::warn!(%error, "Redis is unavailable: history comes from Postgres, rate limits are counted per replica");
+    }
+
+    async fn connect(&self, generation: u64) -> Result<Live, RedisError> {
+        let attempt = async {
+            let connections =
+                try_join_all(self.runtimes.iter().map(|runtime| self.connect_on(runtime))).await?;
+            self.probe(&connections).await?;
+            // Scripts that one connection has loaded are known on all.
+            let mut first = connections.first().cloned().ok_or_else(|| timed_out("no worker runs"))?;
+            for script in &self.scripts {
+                script.prepare_invoke().load_async(&mut first).await?;
+            }
+            Ok(connections.into())
+        };
+        let connections = tokio::time::timeout(CONNECT_TIMEOUT, attempt)
+            .await
+            .unwrap_or_else(|_| Err(timed_out("no connection in time")))?;
+        Ok(Live { connections, generation, since: Instant::now() })
+    }
+
+    /// Opens a connection that the runtime drives.
+    async fn connect_on(&self, runtime: &Handle) -> Result<Connection, RedisError> {
+        let source = Arc::clone(&self.source);
+        let connecting = runtime.spawn(async move { source.connect().await });
+        connecting.await.unwrap_or_else(|_| Err(timed_out("the worker has ended")))
+    }
+
+    /// Writes, because a read-only Redis (a replica, or one out of memory) is of no use here.
+    async fn probe(&self, connections: &[Connection]) -> Result<(), RedisError> {
+        let probe = deadpool_redis::redis::cmd("SET").arg("chat:probe").arg(1).arg("PX").arg(1000).to_owned();
+        let probes = connections.iter().map(|connection| {
+            let (probe, mut connection) = (&probe, connection.clone());
+            async move { probe.query_async::<()>(&mut connection).await }
+        });
+        tokio::time::timeout(RESPONSE_TIMEOUT, try_join_all(probes))
+            .await
+            .map(|outcome| outcome.map(drop))
+            .unwrap_or_else(|_| Err(timed_out("no answer in time")))
+    }
+}
+
+impl Source {
+    fn new(config: &Config) -> anyhow::Result<Self> {
+        let urls = config.redis_urls();
+        let runtime = Some(Runtime::Tokio1);
+        Ok(match config.redis_mode {
+            RedisMode::Single => {
+                Self::Single(deadpool_redis::Config::from_url(urls.concat()).create_pool(runtime)?)
+            }
+            RedisMode::Cluster => Self::Cluster(cluster::Config::from_urls(urls).create_pool(runtime)?),
+            RedisMode::Sentinel => {
+                // The master is asked for with the same credentials and database as the sentinels' URLs name.
+                let node = urls.first().map(String::as_str).and_then(|url| url.into_connection_info().ok());
+                let node = node.map(|info| sentinel::SentinelNodeConnectionInfo {
+                    tls_mode: None,
+                    redis_connection_info: Some(info.redis_settings().clone().into()),
+                });
+                let master = config.redis_sentinel_master.clone();
+                let config = sentinel::Config::from_urls(urls, master, sentinel::SentinelServerType::Master);
+                Self::Sentinel(config.with_node_connection_info(node).create_pool(runtime)?)
+            }
+        })
+    }
+
+    async fn connect(&self) -> Result<Connection, RedisError> {
+        fn reason<E: std::fmt::Display>(error: E) -> RedisError {
+            RedisError::from((ErrorKind::Io, "connect", error.to_string()))
+        }
+        Ok(match self {
+            Self::Single(pool) => {
+                Connection::One(deadpool_redis::Connection::take(pool.get().await.map_err(reason)?))
+            }
+            Self::Cluster(pool) => {
+                Connection::Cluster(cluster::Connection::take(pool.get().await.map_err(reason)?))
+            }
+            Self::Sentinel(pool) => {
+                Connection::One(sentinel::Connection::take(pool.get().await.map_err(reason)?))
+            }
+        })
+    }
+}
+
+impl ConnectionLike for Connection {
+    fn req_packed_command<'a>(&'a mut self, cmd: &'a Cmd) -> RedisFuture<'a, Value> {
+        match self {
+            Self::One(connection) => connection.req_packed_command(cmd),
+            Self::Cluster(connection) => connection.req_packed_command(cmd),
+        }
+    }
+
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        pipeline: &'a Pipeline,
+        offset: usize,
+        count: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        match self {
+            Self::One(connection) => connection.req_packed_commands(pipeline, offset, count),
+            // A cluster's keys live on several nodes: each command goes to its node, all of them at once.
+            Self::Cluster(connection) => Box::pin(each_on_its_node(connection.clone(), pipeline)),
+        }
+    }
+
+    fn get_db(&self) -> i64 {
+        0
+    }
+}
+
+async fn each_on_its_node(
+    connection: ClusterConnection,
+    pipeline: &Pipeline,
+) -> Result<Vec<Value>, RedisError> {
+    let mut answers = Vec::with_capacity(pipeline.len());
+    let commands: Vec<_> = pipeline
+        .cmd_iter()
+        .map(|command| {
+            let (mut connection, command) = (connection.clone(), command.clone());
+            let answer = async move { connection.req_packed_command(&command).await };
+            tokio::spawn(tokio::time::timeout(RESPONSE_TIMEOUT, answer))
+        })
+        .collect();
+    for command in commands {
+        let answer = command.await.map_err(|_| timed_out("the command was cancelled"))?;
+        answers.push(answer.map_err(|_| timed_out("no answer in time"))??);
+    }
+    Ok(answers)
+}
+
+/// The server's attributes in spans: none where there are several servers.
+fn server_attributes(config: &Config) -> ServerAttributes {
+    let urls = config.redis_urls();
+    match (config.redis_mode, urls.first().map(|url| url.as_str().into_connection_info())) {
+        (RedisMode::Single, Some(Ok(info))) => match info.addr() {
+            ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. } => {
+                ServerAttributes::new(host, *port, &info.redis_settings().db().to_string())
+            }
+            _ => ServerAttributes::default(),
+        },
+        _ => ServerAttributes::default(),
+    }
+}
+
+fn timed_out(what: &'static str) -> RedisError {
+    RedisError::from(std::io::Error::new(std::io::ErrorKind::TimedOut, what))
+}
+
+impl std::fmt::Debug for Redis {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Redis")
+            .field("unavailable", &*self.unavailable.borrow())
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Live {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Live").field("generation", &self.generation).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,120 @@
+//! Writes log lines to stdout in batches, on a dedicated thread.
+//!
+//! A line per request through stdout's own lock, with a system call each, would be one of the most expensive parts of
+//! a request. Here it is an append to a buffer; a thread writes out what has gathered in a few milliseconds.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use tracing_subscriber::fmt::MakeWriter;
+
+/// How long lines may gather: too short for a reader to notice, long enough for hundreds of lines.
+const GATHER: Duration = Duration::from_millis(5);
+
+/// Above this, lines are dropped: the reader of stdout has stopped, and the service must not stop with it.
+const BUFFER_MAX_BYTES: usize = 8 * 1024 * 1024;
+
+#[derive(Clone, Debug, Default)]
+pub struct LogWriter(Arc<Shared>);
+
+/// The capacity that an emptied buffer keeps: some thousand lines.
+const KEPT_BYTES: usize = 1024 * 1024;
+
+/// How long the end of the process waits for the last lines: a stdout without a reader must not delay it.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Default)]
+struct Shared {
+    buffer: Mutex<Buffer>,
+    filled: Condvar,
+    written: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Buffer {
+    lines: Vec<u8>,
+    dropped: u64,
+    /// True while the thread writes lines that it has taken.
+    writing: bool,
+}
+
+impl LogWriter {
+    /// Starts the thread that writes. It lasts as long as the process.
+    pub fn start() -> io::Result<Self> {
+        let writer = Self::default();
+        let shared = Arc::clone(&writer.0);
+        thread::Builder::new().name("log".to_owned()).spawn(move || {
+            // Two buffers take turns, so that neither has to grow anew each time.
+            let mut spare = Vec::new();
+            loop {
+                drop(shared.filled.wait_while(shared.lock(), |buffer| buffer.lines.is_empty()));
+                thread::sleep(GATHER);
+                spare = shared.write_out(spare);
+            }
+        })?;
+        Ok(writer)
+    }
+
+    /// Waits until everything is written, when the process ends.
+    pub fn flush(&self) {
+        let unwritten = |buffer: &mut Buffer| buffer.writing || !buffer.lines.is_empty();
+        drop(self.0.written.wait_timeout_while(self.0.lock(), FLUSH_LIMIT, unwritten));
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Buffer> {
+        self.buffer.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Writes out the buffer, with `spare` in its place; returns the emptied buffer.
+    fn write_out(&self, spare: Vec<u8>) -> Vec<u8> {
+        let Buffer { mut lines, dropped, .. } =
+            std::mem::replace(&mut *self.lock(), Buffer { lines: spare, dropped: 0, writing: true });
+        let mut stdout = io::stdout().lock();
+        // A closed stdout leaves nowhere to report the failure.
+        stdout.write_all(&lines).ok();
+        if dropped > 0 {
+            writeln!(stdout, "{dropped} log lines were dropped: stdout was not read").ok();
+        }
+        stdout.flush().ok();
+        self.lock().writing = false;
+        self.written.notify_all();
+        lines.clear();
+        // A burst must not stay in memory for ever.
+        lines.shrink_to(KEPT_BYTES);
+        lines
+    }
+}
+
+/// One event: a whole line in one call.
+impl Write for &LogWriter {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut buffer = self.0.lock();
+        if buffer.lines.len() + line.len() > BUFFER_MAX_BYTES {
+            buffer.dropped += 1;
+            return Ok(line.len());
+        }
+        let first = buffer.lines.is_empty();
+        buffer.lines.extend_from_slice(line);
+        drop(buffer);
+        if first {
+            self.0.filled.notify_one();
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for LogWriter {
+    type Writer = &'a Self;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        self
+    }
+}

@@ -1,0 +1,82 @@
+//! What all operations have in common: each answers with every status that the OpenAPI document lists for it, and with no
+//! other, which is checked for every response of every test.
+
+use std::collections::BTreeSet;
+
+use uuid::Uuid;
+
+use crate::support::{Operation, Request, TestApp, User, operations};
+
+/// A bug's status. Every operation documents it; `send.rs` provokes it.
+const INTERNAL_ERROR: u16 = 500;
+
+/// The replicas that an operation is sent to.
+struct Apps {
+    usual: TestApp,
+    limited: TestApp,
+    without_postgres: TestApp,
+}
+
+/// Requests that meet every condition which operations share. Most apply to some operations only, and succeed on others.
+fn requests(apps: &Apps, operation: &Operation, ana: &User, ben: &User) -> Vec<Request> {
+    let app = &apps.usual;
+    let new_name = || Uuid::new_v4().simple().to_string();
+    let name = new_name();
+    let (path, body) = operation.example(ben, &name);
+    let raw = |path: &str, content_type: &str, body: &str| {
+        let request = app.request(operation.method.clone(), path).by(ana);
+        if operation.documented.get("requestBody").is_none() {
+            return request;
+        }
+        request.header("content-type", content_type).body(body)
+    };
+    let body = body.unwrap_or_default().to_string();
+    let without_query = path.split('?').next().unwrap_or_default();
+    let separator = if path.contains('?') { '&' } else { '?' };
+    let unknown = User { id: Uuid::now_v7().to_string(), name: new_name(), ..ben.clone() };
+    let send = |app: &TestApp, name: &str| operation.request(app, ben, name).by(ana);
+    let keyed = |name: &str| send(app, name).header("idempotency-key", "key");
+    vec![
+        // Once, again, and with the same key for something else.
+        keyed(&name),
+        keyed(&name),
+        keyed(&new_name()),
+        operation.request(app, ben, &new_name()),
+        operation.request(app, &unknown, &new_name()).by(ana),
+        raw(&path, "application/json", "{"),
+        raw(&path, "application/json", "{}"),
+        raw(&path, "application/json", &" ".repeat(100_000)),
+        raw(&path, "text/plain", &body),
+        raw(without_query, "application/json", "{}"),
+        raw(&format!("{path}{separator}limit=abc"), "application/json", "{}"),
+        // Three within a minute or two: at least one is over the limit.
+        send(&apps.limited, &new_name()),
+        send(&apps.limited, &new_name()),
+        send(&apps.limited, &new_name()),
+        send(&apps.without_postgres, &new_name()),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_documented_status_is_the_response_to_some_request() {
+    let usual = TestApp::start().await;
+    let limits = ["LOGIN", "SEND", "REGISTER"].map(|limit| format!("{limit}_RATE_LIMIT_PER_MINUTE"));
+    let limits: Vec<_> = limits.iter().map(|name| (name.as_str(), "1")).collect();
+    let limited = usual.replica(&limits).await;
+    // Without windows, because a window can answer without Postgres.
+    let unreachable = "postgres://postgres@127.0.0.1:1/nowhere";
+    let without_postgres = usual.replica(&[("DATABASE_URL", unreachable), ("CACHE_WINDOW", "0")]).await;
+    let apps = Apps { usual, limited, without_postgres };
+    let (ana, ben) = apps.usual.pair().await;
+    for operation in operations() {
+        let mut seen = BTreeSet::from([INTERNAL_ERROR]);
+        for request in requests(&apps, &operation, &ana, &ben) {
+            seen.insert(request.response().await.status);
+        }
+        assert_eq!(
+            seen,
+            operation.statuses(),
+            "{operation}: the statuses of its requests, and the documented ones"
+        );
+    }
+}

@@ -1,0 +1,216 @@
+//! The built binary as a process with a clean environment.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use tests::servers::daemon::{self, dies_with_us};
+use tests::{Scratch, service_binary};
+
+use super::{Database, LIMIT, Service, eventually, shared_redis};
+
+/// What a process is started with. Nothing is inherited.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Start {
+    environment: Vec<(String, String)>,
+    arguments: Vec<String>,
+    files: Vec<(String, String)>,
+}
+
+impl Start {
+    /// Free ports on the loopback address, and nothing else.
+    pub(crate) fn bare() -> Self {
+        Self::default().env("HOST", "127.0.0.1").env("PORT", "0").env("OPS_PORT", "0")
+    }
+
+    /// With this database, the shared Redis and no rate limits: those count by address, and all tests have the same one.
+    pub(crate) fn on(database: &Database) -> Self {
+        Self::bare()
+            .env("DATABASE_URL", &database.url())
+            .env("REDIS_URL", &shared_redis())
+            .env("LOGIN_RATE_LIMIT_PER_MINUTE", "0")
+            .env("SEND_RATE_LIMIT_PER_MINUTE", "0")
+            .env("REGISTER_RATE_LIMIT_PER_MINUTE", "0")
+    }
+
+    #[must_use]
+    pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
+        self = self.unset(name);
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Sets the variable, if there is a value for it.
+    #[must_use]
+    pub(crate) fn env_if(self, name: &str, value: Option<&str>) -> Self {
+        match value {
+            Some(value) => self.env(name, value),
+            None => self,
+        }
+    }
+
+    #[must_use]
+    pub(crate) fn unset(mut self, name: &str) -> Self {
+        self.environment.retain(|(known, _)| known != name);
+        self
+    }
+
+    #[must_use]
+    pub(crate) fn args(mut self, arguments: &[&str]) -> Self {
+        self.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        self
+    }
+
+    /// A file in the working directory.
+    #[must_use]
+    pub(crate) fn file(mut self, name: &str, text: &str) -> Self {
+        self.files.push((name.to_owned(), text.to_owned()));
+        self
+    }
+
+    pub(crate) fn spawn(&self) -> Result<Process> {
+        let directory = Scratch::new("process")?;
+        for (name, text) in &self.files {
+            fs::write(directory.path().join(name), text)?;
+        }
+        let [stdout, stderr] = ["stdout", "stderr"].map(|name| directory.path().join(name));
+        let mut command = dies_with_us(&service_binary()?, "KILL");
+        command.env_clear().envs(self.environment.iter().cloned()).args(&self.arguments);
+        command.current_dir(directory.path()).stdin(Stdio::null());
+        command.stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);
+        let child = daemon::spawn(command)?;
+        Ok(Process { child, stdout, stderr, _directory: directory })
+    }
+
+    /// Runs a command that ends on its own.
+    pub(crate) fn run(&self) -> Result<Finished> {
+        let mut process = self.spawn()?;
+        let code = process.exit(LIMIT)?;
+        Ok(Finished { code, stdout: process.stdout(), stderr: process.stderr() })
+    }
+
+    /// Starts it, and returns once it listens, ready or not.
+    pub(crate) fn listen(&self) -> Result<Service> {
+        let mut process = self.spawn()?;
+        let addresses = daemon::poll(LIMIT, || {
+            if let Some(status) = process.child.try_wait()? {
+                bail!("the process ended early ({status}):\n{}{}", process.stdout(), process.stderr());
+            }
+            Ok(addresses(&process.stdout()))
+        })?;
+        let [public, operations] = addresses.context("the process does not listen")?;
+        Ok(Service { process, public, operations })
+    }
+
+    /// Starts it, and returns once it is ready and reaches everything that it depends on.
+    pub(crate) fn ready(&self) -> Result<Service> {
+        let service = self.listen()?;
+        service.becomes("ok")?;
+        Ok(service)
+    }
+}
+
+/// The two addresses in the log line that has them, in either format.
+fn addresses(log: &str) -> Option<[SocketAddr; 2]> {
+    let line = log.lines().find(|line| line.contains("listening"))?;
+    let address = |name: &str| {
+        let from = line.find(name)? + name.len();
+        let text = line[from..].trim_start_matches(['=', '"', ':']);
+        text[..text.find([' ', '"']).unwrap_or(text.len())].parse().ok()
+    };
+    Some([address("public")?, address("operations")?])
+}
+
+/// The outcome of a process that has ended.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Finished {
+    pub(crate) fn said(&self) -> String {
+        format!("{}{}", self.stdout, self.stderr)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Child,
+    stdout: PathBuf,
+    stderr: PathBuf,
+    _directory: Scratch,
+}
+
+impl Process {
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill_process(Pid::from_child(&self.child), signal)?)
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// The exit code, or 128 plus the signal that ended it.
+    pub(crate) fn exit(&mut self, limit: Duration) -> Result<i32> {
+        use std::os::unix::process::ExitStatusExt as _;
+        let status = daemon::poll(limit, || Ok(self.child.try_wait()?))?;
+        let Some(status) = status else {
+            bail!(
+                "the process did not end within {} s:\n{}{}",
+                limit.as_secs(),
+                self.stdout(),
+                self.stderr()
+            );
+        };
+        Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()))
+    }
+
+    pub(crate) fn stdout(&self) -> String {
+        read(&self.stdout)
+    }
+
+    pub(crate) fn stderr(&self) -> String {
+        read(&self.stderr)
+    }
+
+    pub(crate) fn said(&self) -> String {
+        self.stdout() + &self.stderr()
+    }
+
+    /// The log lines with all of these words.
+    pub(crate) fn lines_with(&self, words: &[&str]) -> Vec<String> {
+        let log = self.stdout();
+        let lines = log.lines().filter(|line| words.iter().all(|word| line.contains(word)));
+        lines.map(str::to_owned).collect()
+    }
+
+    /// Waits for log lines with all of these words.
+    pub(crate) fn logs(&self, words: &[&str]) -> Result<Vec<String>> {
+        eventually(&format!("a log line with {words:?}"), || {
+            Some(self.lines_with(words)).filter(|lines| !lines.is_empty())
+        })
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.is_running() {
+            let _ = self.child.kill();
+        }
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("the log:\n{}", daemon::tail(&self.said(), 30));
+        }
+    }
+}
+
+fn read(file: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(file).unwrap_or_default()).into_owned()
+}

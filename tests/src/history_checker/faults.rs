@@ -1,0 +1,105 @@
+//! Injects the scheduled faults into the system under test.
+
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
+
+use super::run::Run;
+use super::schedule::Fault;
+use super::system::lock;
+use crate::proxy::Link;
+
+impl Run<'_> {
+    /// Injects one fault after another until the time for faults is over, and opens the links again.
+    pub(super) fn inject_faults(&self, next: impl Fn(u64, u64) -> (Duration, Fault)) -> Result<()> {
+        let mut outcome = Ok(());
+        for index in 0.. {
+            let (pause, fault) = next(self.options.seed, index);
+            self.wait(pause);
+            if self.faults_end.load(Ordering::Relaxed) || self.now() >= self.options.duration {
+                break;
+            }
+            lock(&self.faults).push(fault);
+            outcome = self.apply(fault).with_context(|| fault.name());
+            if outcome.is_err() {
+                break;
+            }
+        }
+        self.system.open_links();
+        outcome
+    }
+
+    fn apply(&self, fault: Fault) -> Result<()> {
+        let system = self.system;
+        match fault {
+            Fault::RedisFlush => system.redis_command("FLUSHALL")?,
+            Fault::RedisDropsClients => system.redis_command("CLIENT KILL TYPE normal")?,
+            Fault::RedisPause(time) => {
+                lock(&system.redis).pause();
+                self.wait(time);
+                lock(&system.redis).resume();
+            }
+            Fault::RedisKill { down } => {
+                lock(&system.redis).kill()?;
+                self.wait(down);
+                lock(&system.redis).restart()?;
+            }
+            Fault::RedisRollback { age } => {
+                system.redis_command("SAVE")?;
+                self.wait(age);
+                let mut redis = lock(&system.redis);
+                redis.kill()?;
+                redis.restart()?;
+            }
+            Fault::Link { server, replica, link, time } => {
+                system.proxy(server, replica).set(link);
+                self.wait(time);
+                system.proxy(server, replica).set(Link::Open);
+            }
+            Fault::PostgresPause(time) => {
+                if let Some(postgres) = &mut *lock(&system.postgres) {
+                    postgres.pause();
+                    self.wait(time);
+                    postgres.resume();
+                }
+            }
+            Fault::PostgresRestart => lock(&system.postgres).as_mut().map_or(Ok(()), |it| it.restart())?,
+            Fault::PostgresKill { down } => {
+                if let Some(postgres) = &mut *lock(&system.postgres) {
+                    postgres.kill()?;
+                    self.wait(down);
+                    postgres.restart()?;
+                }
+            }
+            Fault::ReplicaKill { replica, down } => {
+                system.replicas[replica].kill();
+                self.wait(down);
+                system.replicas[replica].launch()?;
+            }
+            Fault::ReplicaPause { replica, time } => {
+                system.replicas[replica].signal(Signal::STOP);
+                self.wait(time);
+                system.replicas[replica].signal(Signal::CONT);
+            }
+            Fault::ReplicaStop { replica } => {
+                system.replicas[replica].stop()?;
+                system.replicas[replica].launch()?;
+            }
+        }
+        for (number, replica) in system.replicas.iter().enumerate() {
+            ensure!(!replica.has_died(), "replica {number} has ended:\n{}", replica.last_words());
+        }
+        Ok(())
+    }
+
+    /// Returns early once the time for faults is over.
+    fn wait(&self, time: Duration) {
+        let until = Instant::now() + time;
+        while Instant::now() < until && !self.faults_end.load(Ordering::Relaxed) {
+            thread::sleep(until.saturating_duration_since(Instant::now()).min(Duration::from_millis(20)));
+        }
+    }
+}

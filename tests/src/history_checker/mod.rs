@@ -1,0 +1,133 @@
+//! The history checker. Writers and readers use two replicas of the real service while servers, links and replicas fail on
+//! a schedule. Then the rules are checked: the history must be one that the contract allows.
+//!
+//! Every choice follows from the seed: what each client does next, and which fault comes when. How the operations interleave
+//! does not, because the processes are real. So a seed that failed is likely, not certain, to fail again.
+
+pub mod check;
+mod clients;
+mod faults;
+mod overload;
+mod run;
+mod schedule;
+mod system;
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+pub use overload::{Overload, overload};
+pub use run::{Options, Progress, Report, run};
+
+/// A message as it was shown. Equal when all of it is equal.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Message {
+    pub id: String,
+    pub seq: i64,
+    pub sender: String,
+    pub recipient: String,
+    pub content: String,
+    /// With exactly six digits of a second's fraction, so that the order of the texts is the order in time.
+    pub created_at: String,
+}
+
+/// Which messages a read asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Page {
+    Offset { offset: i64, limit: i64 },
+    Before { seq: i64, limit: i64 },
+    After { seq: i64, limit: i64 },
+}
+
+#[derive(Clone, Debug)]
+pub enum Action {
+    /// `content` is unique to a message: attempts with the same content are one message, under one key.
+    Send {
+        content: String,
+        keyed: bool,
+    },
+    Read(Page),
+}
+
+/// A message's index in [`History::messages`].
+pub type MessageIndex = u32;
+
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    Acknowledged {
+        message: MessageIndex,
+        replayed: bool,
+    },
+    /// `stale` if the replica marked it so, `next` if it linked to a next page.
+    Page {
+        messages: Vec<MessageIndex>,
+        stale: bool,
+        next: bool,
+    },
+    /// A 503, a connection that broke or could not be opened, or a timeout: a send may have been stored.
+    Unknown(&'static str),
+    /// An answer that no client should get.
+    Wrong(String),
+}
+
+/// One request of one client. Times count from the run's start, on one clock.
+#[derive(Clone, Debug)]
+pub struct Operation {
+    pub client: u32,
+    pub replica: usize,
+    pub conversation: usize,
+    pub start: Duration,
+    pub end: Duration,
+    pub action: Action,
+    pub outcome: Outcome,
+}
+
+/// Everything that the clients saw.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    pub operations: Vec<Operation>,
+    /// Every message that was shown, each version of it once.
+    pub messages: Vec<Message>,
+    /// What Postgres holds in the end, by conversation, in the order of `seq`.
+    pub stored: Option<Vec<Vec<MessageIndex>>>,
+    known: HashMap<Message, MessageIndex>,
+}
+
+impl History {
+    /// The index of this message, which is added when it is new.
+    pub fn intern(&mut self, message: Message) -> MessageIndex {
+        if let Some(known) = self.known.get(&message) {
+            return *known;
+        }
+        // A run of days does not show that many.
+        let index = MessageIndex::try_from(self.messages.len()).unwrap_or(MessageIndex::MAX);
+        self.messages.push(message.clone());
+        self.known.insert(message, index);
+        index
+    }
+
+    pub fn message(&self, index: MessageIndex) -> &Message {
+        &self.messages[index as usize]
+    }
+}
+
+/// A seed for a new run.
+pub fn random_seed() -> u64 {
+    fastrand::u64(..1_000_000_000)
+}
+
+/// A text on the first violations and the seed, to find the cause with; empty when there are none.
+pub fn describe_violations(seed: u64, report: &Report) -> String {
+    const SHOWN_MAX: usize = 5;
+    let violations = &report.violations;
+    if violations.is_empty() {
+        return String::new();
+    }
+    let mut text = format!("\nseed {seed}: {} violations, the first of them:\n", violations.len());
+    for violation in violations.iter().take(SHOWN_MAX) {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{violation}");
+    }
+    let _ = writeln!(text, "the same choices again: cargo xtask soak --seed {seed}");
+    text
+}

@@ -1,0 +1,223 @@
+//! Runs the clients and the faults, and checks the history meanwhile and at the end.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow};
+
+use super::check::{self, Violation};
+use super::clients::UserClient;
+use super::schedule::{self, CONVERSATIONS, Fault, READERS, REPLICAS, WRITERS};
+use super::system::{System, lock, window_hits};
+use super::{History, Message, Outcome, Page};
+use crate::User;
+
+/// Before the end, without faults: everything has to work again.
+const CALM: Duration = Duration::from_secs(3);
+
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
+const TICK: Duration = Duration::from_millis(200);
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub seed: u64,
+    pub duration: Duration,
+    pub binary: PathBuf,
+    /// Additional variables for the replicas.
+    pub environment: Vec<(String, String)>,
+}
+
+/// How far a run has come.
+#[derive(Debug)]
+pub struct Progress {
+    pub elapsed: Duration,
+    pub operations: usize,
+    pub last_fault: String,
+}
+
+#[derive(Debug, Default)]
+pub struct Report {
+    pub elapsed: Duration,
+    pub acknowledged: u64,
+    pub replayed: u64,
+    pub reads: u64,
+    pub stale_reads: u64,
+    /// By reason.
+    pub unanswered: BTreeMap<&'static str, u64>,
+    /// Reads that were answered from a window, as the replicas count them.
+    pub window_hits: u64,
+    pub faults: BTreeMap<&'static str, u64>,
+    /// The greatest value of either replica, for every ten seconds.
+    pub resident_kib: Vec<u64>,
+    pub violations: Vec<Violation>,
+}
+
+pub(super) struct Run<'a> {
+    pub(super) options: &'a Options,
+    pub(super) system: &'a System,
+    began: Instant,
+    pub(super) history: Mutex<History>,
+    pub(super) faults: Mutex<Vec<Fault>>,
+    /// The newest seq of each conversation that any client has seen, for pages relative to it.
+    pub(super) newest: [AtomicI64; CONVERSATIONS.len()],
+    pub(super) faults_end: AtomicBool,
+    pub(super) end: AtomicBool,
+}
+
+/// Runs to the end, or to the first violation, or until `go_on` returns false.
+pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Result<Report> {
+    let system = System::start(&options.binary, &options.environment)?;
+    let run = Run {
+        options,
+        system: &system,
+        began: Instant::now(),
+        history: Mutex::default(),
+        faults: Mutex::default(),
+        newest: Default::default(),
+        faults_end: AtomicBool::new(false),
+        end: AtomicBool::new(false),
+    };
+    let mut report = Report::default();
+    thread::scope(|scope| -> Result<()> {
+        let faults = [
+            scope.spawn(|| run.inject_faults(schedule::link_fault)),
+            scope.spawn(|| run.inject_faults(schedule::process_fault)),
+        ];
+        for client in 0..WRITERS {
+            let run = &run;
+            scope.spawn(move || run.write(client));
+        }
+        for client in WRITERS..WRITERS + READERS {
+            let run = &run;
+            scope.spawn(move || run.read(client));
+        }
+        report.violations = run.watch(&mut report, &mut go_on);
+        run.faults_end.store(true, Ordering::Relaxed);
+        let broken: Result<Vec<()>> =
+            faults.into_iter().map(|fault| fault.join().map_err(|_| anyhow!("a panic"))?).collect();
+        if report.violations.is_empty() && broken.is_ok() {
+            thread::sleep(CALM);
+        }
+        run.end.store(true, Ordering::Relaxed);
+        broken.map(drop)
+    })?;
+    if report.violations.is_empty() {
+        system.await_ready()?;
+        run.audit()?;
+        report.violations = check::violations(&lock(&run.history));
+    }
+    run.count(&mut report);
+    Ok(report)
+}
+
+impl Run<'_> {
+    pub(super) fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Reports progress, samples memory, and checks the history from time to time, until the time is over or a rule is
+    /// broken.
+    fn watch(&self, report: &mut Report, go_on: &mut impl FnMut(&Progress) -> bool) -> Vec<Violation> {
+        let mut check_at = CHECK_INTERVAL;
+        let mut sample_at = Duration::ZERO;
+        let mut hits = [0; REPLICAS];
+        while self.now() < self.options.duration {
+            thread::sleep(TICK);
+            if self.now() >= sample_at {
+                self.sample(report, &mut hits);
+                sample_at = self.now() + Duration::from_secs(1);
+            }
+            if self.now() >= check_at {
+                let started = Instant::now();
+                let violations = check::violations(&lock(&self.history));
+                if !violations.is_empty() {
+                    return violations;
+                }
+                check_at = self.now() + CHECK_INTERVAL.max(10 * started.elapsed());
+            }
+            let last_fault = lock(&self.faults).last().map_or("", |fault| fault.name()).to_owned();
+            let operations = lock(&self.history).operations.len();
+            if !go_on(&Progress { elapsed: self.now(), operations, last_fault }) {
+                break;
+            }
+        }
+        Vec::new()
+    }
+
+    fn sample(&self, report: &mut Report, hits: &mut [u64; REPLICAS]) {
+        let slot = (self.now().as_secs() / 10) as usize;
+        if report.resident_kib.len() <= slot {
+            report.resident_kib.resize(slot + 1, 0);
+        }
+        for (replica, seen) in self.system.replicas.iter().zip(hits) {
+            let resident = replica.resident_kib().unwrap_or(0);
+            report.resident_kib[slot] = report.resident_kib[slot].max(resident);
+            if let Some(now) = window_hits(replica) {
+                // A new process counts from zero.
+                report.window_hits += if now >= *seen { now - *seen } else { now };
+                *seen = now;
+            }
+        }
+    }
+
+    fn count(&self, report: &mut Report) {
+        report.elapsed = self.now();
+        for operation in &lock(&self.history).operations {
+            match &operation.outcome {
+                Outcome::Acknowledged { replayed, .. } => {
+                    report.acknowledged += 1;
+                    report.replayed += u64::from(*replayed);
+                }
+                Outcome::Page { stale, .. } => {
+                    report.reads += 1;
+                    report.stale_reads += u64::from(*stale);
+                }
+                Outcome::Unknown(reason) => *report.unanswered.entry(reason).or_default() += 1,
+                Outcome::Wrong(_) => {}
+            }
+        }
+        for fault in &*lock(&self.faults) {
+            *report.faults.entry(fault.name()).or_default() += 1;
+        }
+    }
+
+    pub(super) fn users(&self, conversation: usize, side: usize) -> [&User; 2] {
+        let [one, other] = CONVERSATIONS[conversation].map(|user| &self.system.users[user]);
+        if side == 0 { [one, other] } else { [other, one] }
+    }
+
+    /// Reads every message: through each replica, page by page, and from Postgres itself.
+    fn audit(&self) -> Result<()> {
+        const LIMIT: i64 = 100;
+        let mut stored = Vec::new();
+        for conversation in 0..CONVERSATIONS.len() {
+            let [one, other] = self.users(conversation, 0);
+            for replica in 0..REPLICAS {
+                let mut client = UserClient::new(self, WRITERS + READERS, one, other, conversation);
+                let mut page = Page::Offset { offset: 0, limit: LIMIT };
+                while let Some(oldest) = client.read(replica, page).map_err(|why| anyhow!("audit: {why}"))? {
+                    page = Page::Before { seq: oldest, limit: LIMIT };
+                }
+            }
+            let rows = self.system.stored(one, other)?;
+            let mut history = lock(&self.history);
+            let messages = rows.into_iter().map(|row| {
+                let mut fields = row.into_iter().flatten();
+                let mut field = || fields.next().context("a column is NULL");
+                let (id, seq, sender) = (field()?, field()?.parse()?, field()?);
+                let recipient = if sender == one.id { &other.id } else { &one.id }.clone();
+                let message = Message { id, seq, sender, recipient, content: field()?, created_at: field()? };
+                Ok(history.intern(message))
+            });
+            let messages = messages.collect::<Result<Vec<_>>>()?;
+            drop(history);
+            stored.push(messages);
+        }
+        lock(&self.history).stored = Some(stored);
+        Ok(())
+    }
+}

@@ -1,0 +1,249 @@
+//! Every choice as a function of the seed: the n-th step of each client, and the n-th fault.
+
+use std::time::Duration;
+
+use fastrand::Rng;
+
+use crate::proxy::Link;
+
+/// Each conversation's two users.
+pub(super) const CONVERSATIONS: [[usize; 2]; 3] = [[0, 1], [0, 2], [3, 4]];
+pub(super) const USERS: usize = 5;
+pub(super) const REPLICAS: usize = 2;
+
+/// One for each user of each conversation: a sender's messages follow one another.
+pub(super) const WRITERS: u32 = 2 * CONVERSATIONS.len() as u32;
+pub(super) const READERS: u32 = 6;
+
+/// Longer than the service's own request timeout.
+pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(12);
+
+/// Streams of random numbers, one for each user of them.
+const CLIENTS: u64 = 1 << 32;
+const LINKS: u64 = 2 << 32;
+const PROCESSES: u64 = 3 << 32;
+
+fn choices(seed: u64, stream: u64, index: u64) -> Rng {
+    // Close seeds must not give similar choices.
+    let mut rng = Rng::with_seed(seed);
+    let stream = rng.u64(..) ^ stream;
+    let mut rng = Rng::with_seed(stream);
+    Rng::with_seed(rng.u64(..) ^ index)
+}
+
+fn ms(rng: &mut Rng, range: std::ops::Range<u64>) -> Duration {
+    Duration::from_millis(rng.u64(range))
+}
+
+/// What a writer does with its next message.
+#[derive(Debug)]
+pub(super) struct WriteStep {
+    pub(super) pause: Duration,
+    pub(super) replica: usize,
+    /// Where it is sent with an Idempotency-Key: the replicas on which it is repeated in turn until it is acknowledged.
+    pub(super) retries: Option<Vec<usize>>,
+    /// For the first attempt.
+    pub(super) timeout: Duration,
+    /// The replica on which it is sent once more under its key, although it was acknowledged.
+    pub(super) repeated_on: Option<usize>,
+    /// Padding of the content.
+    pub(super) padding: usize,
+    /// Replicas to read from directly afterwards.
+    pub(super) reads_after: Vec<usize>,
+}
+
+pub(super) fn write_step(seed: u64, client: u32, index: u64) -> WriteStep {
+    let mut rng = choices(seed, CLIENTS + u64::from(client), index);
+    let keyed = rng.u8(..10) < 6;
+    let replica = rng.usize(..REPLICAS);
+    // A client that gives up early and tries another replica meets its first attempt half done.
+    let hasty = keyed && rng.u8(..10) < 4;
+    let elsewhere = if rng.u8(..4) == 0 { replica } else { (replica + 1) % REPLICAS };
+    let retries = std::iter::once(elsewhere).chain((0..7).map(|_| rng.usize(..REPLICAS))).collect();
+    WriteStep {
+        pause: ms(&mut rng, 2..50),
+        replica,
+        timeout: match rng.u8(..4) {
+            _ if !hasty => REQUEST_TIMEOUT,
+            0 => ms(&mut rng, 150..1200),
+            _ => ms(&mut rng, 10..150),
+        },
+        repeated_on: (keyed && rng.u8(..10) == 0).then(|| rng.usize(..REPLICAS)),
+        padding: if rng.u8(..20) == 0 { rng.usize(..3000) } else { rng.usize(..40) },
+        reads_after: (0..rng.usize(..3) + usize::from(hasty)).map(|_| rng.usize(..REPLICAS)).collect(),
+        retries: keyed.then_some(retries),
+    }
+}
+
+/// What a reader does next: some reads, one directly after another.
+#[derive(Debug)]
+pub(super) struct ReadStep {
+    pub(super) pause: Duration,
+    pub(super) conversation: usize,
+    /// Which of the two users reads.
+    pub(super) side: usize,
+    /// Each on its replica.
+    pub(super) reads: Vec<(usize, RelativePage)>,
+}
+
+/// A page relative to the newest seq that the run has seen.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum RelativePage {
+    Newest { offset: i64, limit: i64 },
+    Before { back: i64, limit: i64 },
+    After { back: i64, limit: i64 },
+}
+
+pub(super) fn read_step(seed: u64, client: u32, index: u64) -> ReadStep {
+    let mut rng = choices(seed, CLIENTS + u64::from(client), index);
+    let page = |rng: &mut Rng| match rng.u8(..20) {
+        0..=12 => RelativePage::Newest { offset: 0, limit: rng.i64(1..12) },
+        13 => RelativePage::Newest { offset: rng.i64(0..60), limit: rng.i64(1..20) },
+        14 => RelativePage::Newest { offset: 0, limit: rng.i64(30..101) },
+        15 => RelativePage::Before { back: rng.i64(0..80), limit: rng.i64(1..30) },
+        _ => RelativePage::After { back: rng.i64(0..6), limit: rng.i64(1..30) },
+    };
+    ReadStep {
+        pause: ms(&mut rng, 0..20),
+        conversation: rng.usize(..CONVERSATIONS.len()),
+        side: rng.usize(..2),
+        reads: (0..rng.usize(1..4)).map(|_| (rng.usize(..REPLICAS), page(&mut rng))).collect(),
+    }
+}
+
+/// The server behind a proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Server {
+    Postgres,
+    Redis,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Fault {
+    RedisFlush,
+    RedisPause(Duration),
+    RedisDropsClients,
+    RedisKill {
+        down: Duration,
+    },
+    /// Restarts with the data that it had this long before.
+    RedisRollback {
+        age: Duration,
+    },
+    Link {
+        server: Server,
+        replica: usize,
+        link: Link,
+        time: Duration,
+    },
+    PostgresPause(Duration),
+    PostgresRestart,
+    PostgresKill {
+        down: Duration,
+    },
+    ReplicaKill {
+        replica: usize,
+        down: Duration,
+    },
+    ReplicaPause {
+        replica: usize,
+        time: Duration,
+    },
+    ReplicaStop {
+        replica: usize,
+    },
+}
+
+impl Fault {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::RedisFlush => "Redis flushed",
+            Self::RedisPause(_) => "Redis paused",
+            Self::RedisDropsClients => "Redis drops its clients",
+            Self::RedisKill { .. } => "Redis killed",
+            Self::RedisRollback { .. } => "Redis rolled back",
+            Self::Link { server: Server::Redis, link, .. } => match link {
+                Link::Cut => "link to Redis cut",
+                Link::Stalled => "link to Redis stalled",
+                Link::Muted => "responses of Redis withheld",
+                Link::Slow(_) | Link::Open => "link to Redis slow",
+            },
+            Self::Link { server: Server::Postgres, link, .. } => match link {
+                Link::Cut => "link to Postgres cut",
+                Link::Stalled => "link to Postgres stalled",
+                Link::Muted => "responses of Postgres withheld",
+                Link::Slow(_) | Link::Open => "link to Postgres slow",
+            },
+            Self::PostgresPause(_) => "Postgres paused",
+            Self::PostgresRestart => "Postgres restarted",
+            Self::PostgresKill { .. } => "Postgres killed",
+            Self::ReplicaKill { .. } => "replica killed",
+            Self::ReplicaPause { .. } => "replica paused",
+            Self::ReplicaStop { .. } => "replica shut down gracefully",
+        }
+    }
+}
+
+/// Faults of the links and of Redis, and the pause before each.
+///
+/// A replica that loses Redis suspends the windows for ten seconds, and errors of a window show only while windows are
+/// used. So most faults are soft: shorter than the time after which Redis counts as unavailable. A hard one comes about
+/// when the windows are used again, and sometimes two in a row.
+pub(super) fn link_fault(seed: u64, index: u64) -> (Duration, Fault) {
+    const CYCLE: u64 = 16;
+    let offset = choices(seed, LINKS, u64::MAX).u64(..CYCLE);
+    let mut rng = choices(seed, LINKS, index);
+    let hard = match (index + offset) % CYCLE {
+        0 => true,
+        1 => rng.u8(..3) == 0,
+        _ => false,
+    };
+    (ms(&mut rng, 50..500), if hard { hard_fault(&mut rng) } else { soft_fault(&mut rng) })
+}
+
+fn soft_fault(rng: &mut Rng) -> Fault {
+    let replica = rng.usize(..REPLICAS);
+    let (server, link, time) = match rng.u8(..17) {
+        0..=2 => return Fault::RedisFlush,
+        3 => return Fault::RedisPause(ms(rng, 50..400)),
+        4..=10 => (Server::Redis, Link::Slow(ms(rng, 5..200)), ms(rng, 500..2000)),
+        11 => (Server::Redis, Link::Stalled, ms(rng, 50..400)),
+        12 => (Server::Redis, Link::Muted, ms(rng, 50..400)),
+        13..=14 => (Server::Postgres, Link::Slow(ms(rng, 5..150)), ms(rng, 300..1000)),
+        15 => (Server::Postgres, Link::Stalled, ms(rng, 100..1000)),
+        _ => (Server::Postgres, Link::Muted, ms(rng, 100..1000)),
+    };
+    Fault::Link { server, replica, link, time }
+}
+
+fn hard_fault(rng: &mut Rng) -> Fault {
+    let replica = rng.usize(..REPLICAS);
+    let (server, link, time) = match rng.u8(..16) {
+        0 => return Fault::RedisPause(ms(rng, 400..3000)),
+        1 => return Fault::RedisKill { down: ms(rng, 0..1500) },
+        2..=3 => return Fault::RedisRollback { age: ms(rng, 0..1200) },
+        4 => return Fault::RedisDropsClients,
+        5..=9 => (Server::Redis, Link::Cut, ms(rng, 50..2000)),
+        10..=11 => (Server::Redis, Link::Stalled, ms(rng, 400..2500)),
+        12..=13 => (Server::Redis, Link::Muted, ms(rng, 400..2500)),
+        14 => (Server::Postgres, Link::Cut, ms(rng, 50..2000)),
+        _ => (Server::Postgres, Link::Muted, ms(rng, 500..2000)),
+    };
+    Fault::Link { server, replica, link, time }
+}
+
+/// Faults of Postgres and of the replicas, and the pause before each.
+pub(super) fn process_fault(seed: u64, index: u64) -> (Duration, Fault) {
+    let mut rng = choices(seed, PROCESSES, index);
+    let pause = ms(&mut rng, 1000..6000);
+    let replica = rng.usize(..REPLICAS);
+    let fault = match rng.u8(..12) {
+        0..=3 => Fault::ReplicaKill { replica, down: ms(&mut rng, 0..1500) },
+        4..=6 => Fault::ReplicaPause { replica, time: ms(&mut rng, 200..3000) },
+        7 => Fault::ReplicaStop { replica },
+        8 => Fault::PostgresRestart,
+        9 => Fault::PostgresKill { down: ms(&mut rng, 0..1000) },
+        _ => Fault::PostgresPause(ms(&mut rng, 100..2000)),
+    };
+    (pause, fault)
+}
