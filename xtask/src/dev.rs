@@ -198,11 +198,11 @@ fn build(release: bool) -> Command {
 
 /// What happens next, and how long it takes.
 fn plan(binary: &Path) -> String {
-    let missing = install::missing_packages();
-    let servers = match missing.as_slice() {
-        [] => "starts Postgres and Redis".to_owned(),
-        missing => format!("gets {} and starts Postgres and Redis", missing.join(" and ")),
+    let servers = match install::missing_packages().as_slice() {
+        [] => "Postgres and Redis start".to_owned(),
+        missing => format!("{} are installed, and Postgres and Redis start", missing.join(" and ")),
     };
-    let long = if binary.exists() { "seconds" } else { "COLD" };
-    format!("builds the service, and meanwhile {servers}: {long}")
+    let time =
+        if binary.exists() { "some seconds" } else { "the first time about four minutes on two cores" };
+    format!("the service compiles while {servers}: {time}")
 }
