@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
+use common::steps::{Job, step};
+use common::{signals, workspace};
 use harness::{install, places, servers};
 
 use backends::Backends;
-use common::steps::{Job, step};
-use common::{signals, workspace};
 use observe::Observers;
 pub(crate) use service::Service;
 use settings::Settings;

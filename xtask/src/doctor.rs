@@ -5,10 +5,9 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::Result;
+use common::{go_tools, kind, workspace};
 use harness::servers::{daemon, ports, programs};
 use harness::{install, places};
-
-use common::{go_tools, kind, workspace};
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:

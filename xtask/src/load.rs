@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-
 use common::conversation::{self as load, Pair};
 use common::signals;
 use common::steps::step;

@@ -6,11 +6,10 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use harness::places;
-use harness::servers::daemon;
-
 use common::steps::step;
 use common::{signals, workspace};
+use harness::places;
+use harness::servers::daemon;
 
 const SNAPSHOT: &str = "tests/it/openapi.json";
 

@@ -7,11 +7,10 @@ use std::process::{Command, ExitCode};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
-use harness::{Postgres, PostgresOptions, Scratch, install, places};
-
 use common::migrations::{DIR, scripts};
 use common::steps::{Progress, step};
 use common::{signals, workspace};
+use harness::{Postgres, PostgresOptions, Scratch, install, places};
 
 /// The roots of the crates with query macros. Touching them makes cargo compile them again, and the macros ask Postgres.
 const ROOTS: [&str; 3] = ["service/src/lib.rs", "service/src/main.rs", "tests/it/main.rs"];

@@ -19,7 +19,6 @@ use crate::chart::HELM;
 use crate::go_tools::GoTool;
 use crate::steps::{Progress, step};
 use crate::{signals, workspace};
-
 pub use images::{load, stand_ins, tag};
 
 #[derive(clap::Args, Debug)]

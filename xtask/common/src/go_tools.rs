@@ -101,3 +101,14 @@ pub fn go() -> Result<PathBuf> {
     }
     Ok(go)
 }
+
+/// Whether Go is installed; prints when the check is skipped. In CI the check fails instead.
+pub fn can_use(check: &str) -> bool {
+    match go() {
+        Err(error) if !workspace::in_ci() => {
+            println!("  {check:24}skipped: {error:#}");
+            false
+        }
+        _ => true,
+    }
+}

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use common::chart;
+use common::steps::Progress;
 use harness::User;
 use harness::http::Client;
 use kube::ResourceExt;
@@ -10,8 +12,6 @@ use serde_json::json;
 
 use crate::kubernetes::{is_ready, no_warnings};
 use crate::stage::{DEPLOYMENT, IMAGES, NAMESPACE, RELEASE, ROLLOUT_LIMIT, SERVER, Stage};
-use common::chart;
-use common::steps::Progress;
 
 /// Every combination of values, rendered and accepted by the real API server, definitions of other vendors included.
 pub(super) fn values_files(stage: &mut Stage, progress: &Progress) -> Result<()> {

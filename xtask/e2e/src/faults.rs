@@ -4,12 +4,12 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use common::steps::Progress;
 use harness::http::Client;
 use harness::servers::daemon;
 
 use crate::kubernetes::is_ready;
 use crate::stage::{DEPLOYMENT, NAMESPACE, POSTGRES, REDIS, ROLLOUT_LIMIT, SERVER, Stage};
-use common::steps::Progress;
 
 /// Readiness fails, nothing restarts, and the release recovers with every message.
 pub(super) fn postgres_killed(stage: &mut Stage, progress: &Progress) -> Result<()> {

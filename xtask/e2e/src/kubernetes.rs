@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use common::signals;
 use harness::servers::daemon;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
@@ -20,8 +21,6 @@ use kube::runtime::wait::await_condition;
 use kube::{Api, Client, Config, Resource, ResourceExt};
 use serde_json::Value;
 use tokio::runtime::Runtime;
-
-use common::signals;
 
 pub(crate) use forward::Forward;
 

@@ -13,11 +13,11 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-
 use common::args::{E2e as Args, Provider};
 use common::prometheus::ON_A_CLUSTER;
 use common::steps::{Progress, Tally, step};
 use common::{cluster, kind, signals};
+
 use stage::Stage;
 
 type Check = fn(&mut Stage, &Progress) -> Result<()>;

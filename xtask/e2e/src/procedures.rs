@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use common::steps::Progress;
 use harness::http::Client;
 
 use crate::stage::{DEPLOYMENT, NAMESPACE, Stage};
-use common::steps::Progress;
 
 /// The blocks of `## Rotate`, in their order.
 const SIGNING_KEY: usize = 0;

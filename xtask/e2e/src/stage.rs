@@ -10,15 +10,15 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use harness::servers::daemon;
-
-use crate::kubernetes::Kubernetes;
-use crate::readme;
 use common::args::Provider;
 use common::chart::HELM;
 use common::conversation::{self as load, Pair, Report};
 use common::steps::{Progress, step};
 use common::{cluster, image, kind, workspace};
+use harness::servers::daemon;
+
+use crate::kubernetes::Kubernetes;
+use crate::readme;
 
 /// The README uses `chat`, which somebody may use.
 pub(super) const NAMESPACE: &str = "chat-e2e";

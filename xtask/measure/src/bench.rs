@@ -13,16 +13,15 @@ mod setup;
 mod tracing;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use harness::servers;
-
 use common::args::Bench as Args;
 use common::go_tools::COLLECTOR;
 use common::steps::step;
 use common::{go_tools, workspace};
+use harness::servers;
 
 use setup::Setup;
 
@@ -88,7 +87,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     std::fs::create_dir_all(&dir)?;
     let binary = match &args.binary {
         Some(binary) => std::path::absolute(binary)?,
-        None => step("build, release", |_| release_build())?,
+        None => step("build, release", |progress| {
+            let args = ["build", "--release", "--package", "chat-service"];
+            progress.run(workspace::offline_cargo(&args))?;
+            Ok(harness::places::target_dir()?.join("release/chat-service"))
+        })?,
     };
     let collector = collector(args)?;
     let duration = Duration::from_secs(args.seconds);
@@ -123,13 +126,6 @@ fn collector(args: &Args) -> Result<Option<PathBuf>> {
         }
         _ => step("build the collector", |progress| COLLECTOR.build(progress)).map(Some),
     }
-}
-
-fn release_build() -> Result<PathBuf> {
-    let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--release", "--package", "chat-service"]).env("SQLX_OFFLINE", "true");
-    setup::output(build.current_dir(workspace::root()))?;
-    Ok(harness::places::target_dir()?.join("release").join("chat-service"))
 }
 
 impl Goal {

@@ -18,10 +18,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-
-use check::Scope;
 use common::args::Dashboards as Args;
 use common::workspace;
+
+use check::Scope;
 use model::Dashboard;
 
 /// Where the chart finds them.

@@ -14,15 +14,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use harness::{install, places};
-
-use crate::dashboards::check::{self, Scope};
-use crate::rules::{self, Rule};
 use common::args::Drill as Args;
 use common::prometheus::{self, ON_A_CLUSTER, Prometheus, RULES, Watch, scale};
 use common::steps::{Progress, Tally};
 use common::workspace::offline_cargo;
 use common::{signals, workspace};
+use harness::{install, places};
+
+use crate::dashboards::check::{self, Scope};
+use crate::rules::{self, Rule};
 use faults::{DRILLS, Drill, Lane};
 use scene::Scene;
 

@@ -7,13 +7,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use harness::{install, places};
-use tests::history_checker::{self, Options, Report, check};
-
 use common::args::Soak as Args;
 use common::signals;
 use common::steps::{Progress, Tally, step};
 use common::workspace::offline_cargo;
+use harness::{install, places};
+use tests::history_checker::{self, Options, Report, check};
 
 /// Every way to break the service that `service/src/failpoints.rs` knows. The first ones are found within seconds;
 /// the others only where a fault meets a window in use.

@@ -6,6 +6,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use common::go_tools::COLLECTOR;
+use common::prometheus::Prometheus;
+use common::steps::{Progress, step};
+use common::{go_tools, workspace};
 use harness::install;
 use harness::servers::collector::{Collector, Spans};
 use harness::servers::daemon::{self, Daemon};
@@ -14,10 +18,6 @@ use harness::servers::{ports, programs};
 use super::container::{Container, Engine};
 use super::service::Addresses;
 use super::settings::Settings;
-use common::go_tools::COLLECTOR;
-use common::prometheus::Prometheus;
-use common::steps::{Progress, step};
-use common::{go_tools, workspace};
 
 const CONFIG: &str = "deploy/observability";
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
@@ -95,10 +95,6 @@ impl Observers {
     }
 }
 
-fn port(wanted: u16) -> Result<u16> {
-    if ports::is_free(wanted) { Ok(wanted) } else { ports::free() }
-}
-
 fn start_prometheus(progress: &Progress, dir: &Path, service: &Addresses) -> Result<Prometheus> {
     let programs = install::ensure_prometheus(|line| progress.note(line))?;
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
@@ -107,17 +103,17 @@ fn start_prometheus(progress: &Progress, dir: &Path, service: &Addresses) -> Res
     let target = format!("{}:{}", service.host, service.ops_port);
     let deploy = workspace::root().join("deploy");
     let config = config.replace("127.0.0.1:9000", &target).replace("../", &format!("{}/", deploy.display()));
-    Prometheus::launch(&programs.server, dir, &config, port(PROMETHEUS_PORT)?, &[])
+    Prometheus::launch(&programs.server, dir, &config, ports::prefer(PROMETHEUS_PORT)?, &[])
 }
 
 fn start_collector(progress: &Progress, dir: &Path) -> Result<Collector> {
     let program = COLLECTOR.build(progress)?;
-    Collector::start(&program, &dir.join("collector"), Some(port(COLLECTOR_PORT)?), Spans::Kept)
+    Collector::start(&program, &dir.join("collector"), Some(ports::prefer(COLLECTOR_PORT)?), Spans::Kept)
 }
 
 /// Grafana, with its URL.
 fn start_grafana(progress: &Progress, dir: &Path, prometheus: &str) -> Result<Option<(Grafana, String)>> {
-    let port = port(GRAFANA_PORT)?;
+    let port = ports::prefer(GRAFANA_PORT)?;
     let url = format!("http://127.0.0.1:{port}");
     let provisioning = workspace::root().join(CONFIG).join("grafana");
     let dashboards = workspace::root().join("deploy/grafana");

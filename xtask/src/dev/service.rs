@@ -9,14 +9,14 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use common::steps::Progress;
+use common::{signals, workspace};
 use harness::http;
 use harness::servers::{daemon, ports};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::backends::Backends;
 use super::settings::Settings;
-use common::steps::Progress;
-use common::{signals, workspace};
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
 /// On top of the service's own grace period.

@@ -6,13 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use harness::places;
-use serde_json::Value;
-
 use common::chart::{CHART, HELM, MODULE, SCHEMA_SOURCES, at_top, module_folder, values_files};
 use common::go_tools::{self, GoTool};
 use common::steps::{Progress, Tally};
-use common::workspace::{self, in_ci};
+use common::workspace;
+use harness::places;
+use serde_json::Value;
 
 /// The version to render for and check against. Helm, built as a module, assumes 1.20 when it has no cluster to ask.
 const KUBERNETES: &str = "1.34.4";
@@ -127,7 +126,7 @@ struct Tools {
 }
 
 pub(super) fn check(tally: &mut Tally) {
-    if !can_check("chart") {
+    if !go_tools::can_use("chart") {
         return;
     }
     let Some(tools) = tally.check("chart: tools", "", build) else { return };
@@ -153,17 +152,6 @@ pub(super) fn check(tally: &mut Tally) {
             lint.args(["lint", "--config", "deploy/lint/kube-linter.yaml"]).args(&files);
             progress.run(at_top(&mut lint))
         });
-    }
-}
-
-/// Whether Go is installed; prints when the check is skipped. In CI the check fails instead.
-pub(super) fn can_check(what: &str) -> bool {
-    match go_tools::go() {
-        Err(error) if !in_ci() => {
-            println!("  {what:24}skipped: {error:#}");
-            false
-        }
-        _ => true,
     }
 }
 

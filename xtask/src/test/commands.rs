@@ -6,13 +6,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use harness::servers::{daemon, programs};
-use harness::{Scratch, install, places};
-
-use super::chart;
 use common::chart::HELM;
 use common::steps::{Progress, Tally};
 use common::workspace::{self, in_ci};
+use harness::servers::{daemon, programs};
+use harness::{Scratch, install, places};
 
 /// Above every real version.
 const VERSION: &str = "999.0.0";
@@ -72,7 +70,7 @@ end
 pub(super) fn check(tally: &mut Tally) {
     tally.check("commands: completions", "xtask/src/completions.rs", completions);
     tally.check("commands: doctor", "", doctor);
-    if chart::can_check("commands: release") {
+    if common::go_tools::can_use("commands: release") {
         tally.check("commands: release", "", release);
     }
 }

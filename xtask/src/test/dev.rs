@@ -8,14 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use harness::servers::programs;
-use harness::{Scratch, places};
-
-use super::chart;
 use common::cluster;
 use common::go_tools::GoTool;
 use common::steps::{Progress, Tally};
 use common::workspace::{self, in_ci};
+use harness::servers::programs;
+use harness::{Scratch, places};
 
 const MODULE: &str = "deploy/dev";
 const KIND: GoTool = GoTool { name: "kind", module: MODULE, package: "sigs.k8s.io/kind", settings: &[] };
@@ -50,7 +48,7 @@ const DOCKERS: [&str; 5] = [
 ];
 
 pub(super) fn check(tally: &mut Tally) {
-    if !chart::can_check("kind, workflows") {
+    if !common::go_tools::can_use("kind, workflows") {
         return;
     }
     tally.check("kind: configuration", "", configuration);

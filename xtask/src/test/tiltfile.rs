@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use harness::places;
-
-use super::chart;
 use common::chart::HELM;
 use common::steps::{Progress, Tally};
 use common::tiltfile::{Plan, Scenario, plan};
 use common::workspace;
+use harness::places;
+
+use super::chart;
 
 const KIND: &str = "kind-chat";
 
@@ -43,7 +43,7 @@ const BROKEN: [(&str, &str, &str); 14] = [
 ];
 
 pub(super) fn check(tally: &mut Tally) {
-    if !chart::can_check("Tiltfile") {
+    if !common::go_tools::can_use("Tiltfile") {
         return;
     }
     let file = workspace::root().join("Tiltfile");

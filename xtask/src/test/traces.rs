@@ -6,7 +6,6 @@ use std::process::Command;
 use common::go_tools::{self, COLLECTOR};
 use common::servers::Servers;
 use common::steps::Tally;
-use common::workspace::in_ci;
 
 use super::{count, test_command};
 
@@ -33,10 +32,7 @@ pub(super) fn prepare(tally: &mut Tally, command: &mut Command, args: &[String])
 
 /// The built collector.
 fn program(tally: &mut Tally) -> Option<PathBuf> {
-    if !in_ci()
-        && let Err(error) = go_tools::go()
-    {
-        println!("  {:24}skipped: {error:#}", "traces");
+    if !go_tools::can_use("traces") {
         return None;
     }
     tally.check("build the collector", "", |progress| COLLECTOR.build(progress))

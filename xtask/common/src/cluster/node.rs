@@ -4,7 +4,6 @@ use std::fs::{self, File, OpenOptions};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -167,17 +166,9 @@ pub(super) fn containerd(args: &[&str], input: Option<File>) -> Result<String> {
     let pid = find()?.context("no cluster runs: cargo xtask cluster up")?;
     let mut command = Command::new("nsenter");
     command.args(["--mount", "--target", &pid.to_string(), "--", "ctr", "--namespace", "k8s.io"]).args(args);
-    command.stdin(input.map_or_else(Stdio::null, Stdio::from)).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = daemon::spawn(command).context("start nsenter")?;
-    // An image of a hundred megabytes takes seconds. The thread waits, so that a stuck import has a timeout.
-    let (done, output) = std::sync::mpsc::channel();
-    let group = Pid::from_child(&child);
-    thread::spawn(move || done.send(child.wait_with_output()));
-    let Ok(output) = output.recv_timeout(Duration::from_secs(180)) else {
-        let _ = rustix::process::kill_process_group(group, Signal::KILL);
-        bail!("containerd does not answer");
-    };
-    let output = output?;
+    // An image of a hundred megabytes takes seconds.
+    let input = input.map_or_else(Stdio::null, Stdio::from);
+    let output = daemon::run_with(input, command, Duration::from_secs(180))?;
     if !output.status.success() {
         bail!("ctr {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
     }

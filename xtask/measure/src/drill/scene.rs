@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::Result;
+use common::prometheus::ScrapeJob;
 use harness::http::Client;
 use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, User};
 use load::Script;
@@ -18,7 +19,6 @@ use tokio::runtime::Runtime;
 
 use super::collector::Collector;
 use super::faults::Lane;
-use common::prometheus::ScrapeJob;
 
 pub(super) const DATABASE: &str = "drill";
 /// The chart's name of the Service behind its ServiceMonitor, so that `job` is as in a cluster.

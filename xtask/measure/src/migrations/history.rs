@@ -6,7 +6,6 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
-
 use common::migrations::Script;
 use common::steps::Progress;
 

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
+use common::steps::{Progress, Tally};
+use common::workspace;
 use harness::places;
 
 use super::scrape::Metrics;
 use super::{metrics, parse_queries};
 use crate::rules::{self, AlertTest, Rule};
-use common::steps::{Progress, Tally};
-use common::workspace;
 
 const RUNBOOKS: &str = "deploy/runbooks";
 

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
+use common::go_tools::{self, GoTool};
+use common::steps::{Progress, Tally};
+use common::workspace;
 use harness::places;
 
 use super::scrape::{self, Metrics};
@@ -14,9 +17,6 @@ use super::{lint, metrics, parse_queries};
 use crate::dashboards::check::{self, Scope};
 use crate::dashboards::{self, overview};
 use crate::rules;
-use common::go_tools::{self, GoTool};
-use common::steps::{Progress, Tally};
-use common::workspace::{self, in_ci};
 
 const MODEL: GoTool =
     GoTool { name: "dashboards", module: "deploy/lint", package: "./dashboards", settings: &[] };
@@ -30,10 +30,8 @@ pub(super) fn check(tally: &mut Tally, promtool: Option<&Path>) {
     tally.check("dashboards: generated", "cargo xtask dashboards", |_| dashboards::compare());
     tally.check("dashboards: lint", "", |_| lint::all());
     tally.check("dashboards: rules", "", |_| agrees_with_rules());
-    if go_tools::go().is_ok() || in_ci() {
+    if go_tools::can_use("dashboards: model") {
         tally.check("dashboards: model", "", model);
-    } else {
-        println!("  {:24}skipped: needs Go", "dashboards: model");
     }
     if let Some(promtool) = promtool {
         tally.check("dashboards: PromQL", "", |progress| parse(progress, promtool));

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
+use common::workspace;
 use serde_json::Value;
 
 use crate::dashboards;
-use common::workspace;
 
 const PLUGINS: [&str; 7] = ["row", "stat", "timeseries", "heatmap", "bargauge", "state-timeline", "table"];
 const COLUMNS: u64 = 24;

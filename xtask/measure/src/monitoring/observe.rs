@@ -8,6 +8,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use common::go_tools;
+use common::prometheus;
+use common::steps::{Progress, Tally};
+use common::workspace::{self, in_ci};
 use harness::http;
 use harness::servers::daemon::{self, Daemon};
 use harness::servers::ports;
@@ -15,10 +19,6 @@ use harness::{Postgres, Redis, Scratch, install};
 use rustix::process::Signal;
 
 use crate::rules;
-use common::go_tools;
-use common::prometheus;
-use common::steps::{Progress, Tally};
-use common::workspace::{self, in_ci};
 
 const DATABASE: &str = "observed";
 

@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use harness::http::Client;
-use harness::{Postgres, Redis, Replica, Scratch, places};
-
-use crate::rules;
 use common::chart;
 use common::go_tools;
 use common::steps::Progress;
 use common::workspace::in_ci;
+use harness::http::Client;
+use harness::{Postgres, Redis, Replica, Scratch, places};
+
+use crate::rules;
 
 /// Whose documentation names the metrics of Kubernetes' objects.
 const KUBE_STATE_METRICS: &str = "k8s.io/kube-state-metrics/v2@v2.18.0";
