@@ -25,7 +25,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
-    step("build", |progress| progress.run(workspace::offline_cargo(&["build", "-p", "chat-service"])))?;
+    step("build", |progress| progress.run(workspace::build("chat-service")))?;
     let mut print = Command::new(places::target_dir()?.join("debug/chat-service"));
     print.arg("openapi");
     let document = daemon::run_ok(print, Duration::from_secs(20))? + "\n";

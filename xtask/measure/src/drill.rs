@@ -17,7 +17,6 @@ use anyhow::{Context, Result, ensure};
 use common::args::Drill as Args;
 use common::prometheus::{self, ON_A_CLUSTER, Prometheus, RULES, Watch, scale};
 use common::steps::{Progress, Tally};
-use common::workspace::offline_cargo;
 use common::{signals, workspace};
 use harness::{install, places};
 
@@ -206,7 +205,7 @@ fn clear(dir: &Path) -> Result<()> {
 /// The lanes that are needed, all at once, and a Prometheus that scrapes them.
 fn set_stage(progress: &Progress, dir: &Path, drills: &[&Drill]) -> Result<(Vec<(Lane, Scene)>, Prometheus)> {
     install::ensure_programs(|line| progress.note(line))?;
-    progress.run(offline_cargo(&["build", "-p", "chat-service"]))?;
+    progress.run(workspace::build("chat-service"))?;
     let binary = places::service_binary()?;
     let lanes = Lane::ALL.into_iter().filter(|lane| drills.iter().any(|drill| drill.lane == *lane));
     progress.say("servers and replicas");

@@ -8,9 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use common::args::Soak as Args;
-use common::signals;
 use common::steps::{Progress, Tally, step};
-use common::workspace::offline_cargo;
+use common::{signals, workspace};
 use harness::{install, places};
 use tests::history_checker::{self, Options, Report, check};
 
@@ -45,7 +44,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let binary = match &args.binary {
         Some(binary) => std::path::absolute(binary)?,
         None => step("build", |progress| {
-            progress.run(offline_cargo(&["build", "-p", "chat-service"]))?;
+            progress.run(workspace::build("chat-service"))?;
             places::service_binary()
         })?,
     };
@@ -74,11 +73,12 @@ pub(crate) fn self_check(tally: &mut Tally, seed: u64) {
 
 /// Builds the service with the ways to break it, as a file of its own.
 fn broken_build(progress: &Progress) -> Result<()> {
-    let build = |more: &[&str]| offline_cargo(&[&["build", "-p", "chat-service"], more].concat());
-    progress.run(build(&["--features", "failpoints"]))?;
+    let mut build = workspace::build("chat-service");
+    build.args(["--features", "chat-service/failpoints"]);
+    progress.run(build)?;
     let copied = std::fs::copy(places::target_dir()?.join("debug/chat-service"), broken_binary()?);
     // Whatever came of the copy, the sound one goes back to where others look for it.
-    progress.run(build(&[]))?;
+    progress.run(workspace::build("chat-service"))?;
     copied?;
     Ok(())
 }
