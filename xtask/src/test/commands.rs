@@ -271,7 +271,14 @@ mod tests {
             // The end of the command in prose.
             let ends = ["  ", "`", " && ", " #", " | ", ")", " <", ",", ";", ". ", "\"", "://..."];
             let end = ends.iter().filter_map(|end| line.find(end)).min().unwrap_or(line.len());
-            let words: Vec<String> = line[..end].split_whitespace().map(str::to_owned).collect();
+            let mut words: Vec<String> = Vec::new();
+            // Odd pieces are quoted.
+            for (index, piece) in line[..end].split('\'').enumerate() {
+                match index % 2 {
+                    0 => words.extend(piece.split_whitespace().map(str::to_owned)),
+                    _ => words.push(piece.to_owned()),
+                }
+            }
             // `<TAB>` is for the shell.
             if !words.is_empty() && !words[0].starts_with('<') {
                 found.push(words);
