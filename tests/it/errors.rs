@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use chat_service::http::routes::public_api;
 use reqwest::Method;
 use serde_json::json;
-use sqlx::Connection as _;
 
 use crate::support::{TestApp, User, operations, text};
 
@@ -233,14 +232,12 @@ async fn a_request_that_takes_too_long_is_503() {
         let patient = TestApp::start().await;
         let ana = patient.user("ana").await;
         let app = patient.replica(&variables).await;
-        let mut holder = app.database.connect().await;
-        let mut lock = holder.begin().await.expect("a transaction");
-        sqlx::raw_sql("LOCK TABLE users").execute(&mut *lock).await.expect("a lock");
+        let lock = app.database.lock("users").await;
         let started = Instant::now();
         app.get("/me").by(&ana).response().await.problem(503);
         let taken = started.elapsed();
         assert!((Duration::from_millis(300)..Duration::from_secs(4)).contains(&taken), "{taken:?}");
-        lock.rollback().await.expect("the lock is released");
+        lock.release().await;
         patient.get("/me").by(&ana).response().await.json(200);
     }
 }
@@ -250,13 +247,11 @@ async fn a_message_with_an_unknown_outcome_can_be_repeated_under_its_key() {
     let patient = TestApp::start().await;
     let (ana, ben) = patient.pair().await;
     let app = patient.replica(&[("REQUEST_TIMEOUT_MS", "300")]).await;
-    let mut holder = app.database.connect().await;
-    let mut lock = holder.begin().await.expect("a transaction");
-    sqlx::raw_sql("LOCK TABLE conversations").execute(&mut *lock).await.expect("a lock");
+    let lock = app.database.lock("conversations").await;
     let send = |app: &TestApp| app.send(&ana, &ben, "once").header("idempotency-key", "key").response();
     send(&app).await.problem(503);
     send(&app).await.problem(503);
-    lock.rollback().await.expect("the lock is released");
+    lock.release().await;
     assert_eq!(send(&patient).await.json(201)["seq"], 1);
     assert_eq!(patient.seqs(&ben, &ana, "").await, [1]);
 }

@@ -122,15 +122,14 @@ async fn timeouts_of_the_connection_pool_are_counted_and_cancelled_operations_ar
     let ana = app.user("ana").await;
     let timeouts = "db_client_connection_timeouts_total{db_client_connection_pool_name=\"chat\"}";
     let finds = operation("postgresql", "find_user");
-    let mut holder = app.database.connect().await;
-    sqlx::raw_sql("BEGIN; LOCK TABLE users").execute(&mut holder).await.expect("locked");
+    let lock = app.database.lock("users").await;
     // Each uses a connection, or waits for one.
     let requests = (0..6).map(|_| async {
         let request = app.get("/me").by(&ana).response();
         tokio::time::timeout(Duration::from_secs(8), request).await.map(|answer| answer.status).ok()
     });
     let statuses = together(requests).await;
-    sqlx::raw_sql("ROLLBACK").execute(&mut holder).await.expect("unlocked");
+    lock.release().await;
     assert!(statuses.contains(&Some(503)), "{statuses:?}");
     let now = scrape(&app).await;
     assert!(now[timeouts] >= 1.0, "{statuses:?}: {}", now[timeouts]);

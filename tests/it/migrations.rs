@@ -4,7 +4,7 @@ use chat_service::config::Config;
 use chat_service::serve;
 use chat_service::store::migrations::{self, MigrationError};
 
-use crate::support::{Database, together};
+use crate::support::{Database, FUTURE_MIGRATION, together};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn fifty_concurrent_migrations_of_an_empty_database_all_succeed() {
@@ -29,12 +29,7 @@ async fn fifty_concurrent_migrations_of_an_empty_database_all_succeed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_newer_than_the_binary_is_refused_with_a_clear_line() {
     let database = Database::migrated().await;
-    database
-        .execute(
-            "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
-             VALUES (9999, 'from the future', true, 'x', 1)",
-        )
-        .await;
+    database.execute(FUTURE_MIGRATION).await;
     let error = migrations::migrate(&database.options()).await.expect_err("a newer schema");
     assert!(matches!(error, MigrationError::DatabaseIsNewer { applied: 9999, .. }), "{error:?}");
     let line = error.to_string();

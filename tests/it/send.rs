@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use sqlx::Connection as _;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
@@ -238,9 +237,7 @@ async fn a_message_that_cannot_be_stored_does_not_fail_its_batch() {
         )
         .await;
     // The first one blocks the writer until the others are queued.
-    let mut holder = app.database.connect().await;
-    let mut lock = holder.begin().await.expect("a transaction");
-    sqlx::raw_sql("LOCK TABLE conversations IN EXCLUSIVE MODE").execute(&mut *lock).await.expect("a lock");
+    let lock = app.database.lock("conversations IN EXCLUSIVE MODE").await;
     let contents = ["first", "a", "b", "poison", "c", "d"];
     let statements_before = app.metric("chat_outbox_batch_rows_count").await;
     let answers = together(contents.iter().enumerate().map(|(number, content)| {
@@ -258,7 +255,7 @@ async fn a_message_that_cannot_be_stored_does_not_fail_its_batch() {
             assert!(started.elapsed() < Duration::from_secs(4), "the messages are not queued");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        lock.rollback().await.expect("the lock is released");
+        lock.release().await;
     };
     let (answers, ()) = tokio::join!(answers, release);
     assert_eq!(app.metric("chat_outbox_batch_rows_count").await, statements_before + 2.0, "two batches");
@@ -280,9 +277,7 @@ async fn while_the_queue_is_full_a_send_is_503_at_once_and_accepted_messages_are
     let app = TestApp::with(&[("DB_POOL_MAX", "2"), ("REQUEST_TIMEOUT_MS", "60000")]).await;
     let (ana, ben) = app.pair().await;
     app.sent(&ana, &ben, "first").await;
-    let mut holder = app.database.connect().await;
-    let mut lock = holder.begin().await.expect("a transaction");
-    sqlx::raw_sql("LOCK TABLE conversations IN EXCLUSIVE MODE").execute(&mut *lock).await.expect("a lock");
+    let lock = app.database.lock("conversations IN EXCLUSIVE MODE").await;
     let answers = together((0..ACCEPTED_MAX + 200).map(|number| {
         let (app, ana, ben) = (&app, &ana, &ben);
         async move { app.send(ana, ben, &number.to_string()).response().await }
@@ -293,7 +288,7 @@ async fn while_the_queue_is_full_a_send_is_503_at_once_and_accepted_messages_are
             assert!(started.elapsed() < Duration::from_secs(4), "nothing is refused");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        lock.rollback().await.expect("the lock is released");
+        lock.release().await;
     };
     let (answers, ()) = tokio::join!(answers, release);
     let mut stored = 0;

@@ -7,15 +7,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::Value;
 
 use super::support::{Database, LIMIT, Response, STRONG_KEY, Start, closed_port};
-
-/// Makes the database look as if a newer release had migrated it.
-pub(super) fn add_a_migration_of_the_future(database: &Database) -> Result<()> {
-    database.query(
-        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
-         VALUES (9999, 'of the future', true, '\\x00', 0)",
-    )?;
-    Ok(())
-}
+use crate::support::FUTURE_MIGRATION;
 
 #[test]
 fn healthcheck_exits_with_zero_while_the_instance_is_ready_and_with_one_when_not() -> Result<()> {
@@ -82,7 +74,7 @@ fn migrate_status_lists_the_status_of_each_migration_and_changes_nothing() -> Re
         modified.code == 1 && modified.stdout.contains("0001  modified  users: undo the edit"),
         "{modified:?}"
     );
-    add_a_migration_of_the_future(&database)?;
+    database.query(FUTURE_MIGRATION)?;
     let newer = status.run()?;
     ensure!(newer.code == 1 && newer.stdout.contains("9999  unknown   of the future"), "{newer:?}");
     Ok(())
@@ -130,7 +122,7 @@ fn doctor_names_the_fix_of_each_failure() -> Result<()> {
     fails(&unavailable, "schema", &["without Postgres"])?;
     let nowhere = database.url() + "_that_is_not_there";
     fails(&start.clone().env("DATABASE_URL", &nowhere), "postgres", &["createdb", "DB_NAME"])?;
-    add_a_migration_of_the_future(&database)?;
+    database.query(FUTURE_MIGRATION)?;
     fails(&start, "schema", &["9999", "newer release"])
 }
 
@@ -174,7 +166,7 @@ fn a_database_newer_than_the_binary_is_refused() -> Result<()> {
     let database = Database::create()?;
     let start = Start::on(&database);
     ensure!(start.clone().args(&["migrate"]).run()?.code == 0);
-    add_a_migration_of_the_future(&database)?;
+    database.query(FUTURE_MIGRATION)?;
     for subcommand in ["migrate", "serve"] {
         let refused = start.clone().args(&[subcommand]).run()?;
         ensure!(refused.code != 0, "{subcommand}: {refused:?}");

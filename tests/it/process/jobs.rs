@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use tests::{Postgres, PostgresOptions, Scratch};
 
 use super::support::{Database, Start, closed_port, eventually, start_in_one_minute, within};
+use crate::support::FUTURE_MIGRATION;
 
 #[test]
 fn migrate_waits_until_postgres_answers() -> Result<()> {
@@ -55,7 +56,7 @@ fn migrate_accepts_a_newer_schema_only_with_allow_newer() -> Result<()> {
     let start = Start::on(&database);
     let allow_newer = start.clone().args(&["migrate", "--allow-newer"]);
     ensure!(allow_newer.run()?.code == 0);
-    super::commands::add_a_migration_of_the_future(&database)?;
+    database.query(FUTURE_MIGRATION)?;
     let tables = "SELECT count(*), max(version) FROM _sqlx_migrations";
     let before = database.query(tables)?;
     ensure!(start.args(&["migrate"]).run()?.code == 1);

@@ -13,6 +13,11 @@ use super::{given, now_seconds};
 /// A run drops what killed runs left behind this long ago.
 const LEFTOVER_SECONDS: u64 = 3600;
 
+/// Makes a database look as if a newer release had migrated it.
+pub(crate) const FUTURE_MIGRATION: &str = "
+    INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+    VALUES (9999, 'of the future', true, '\\x00', 0)";
+
 static TEMPLATE: OnceCell<String> = OnceCell::const_new();
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -53,8 +58,25 @@ impl Database {
         PgConnection::connect_with(&self.options()).await.expect("the test's database answers")
     }
 
+    /// Locks a table until the lock is released: `conversations IN EXCLUSIVE MODE`.
+    pub(crate) async fn lock(&self, table: &str) -> TableLock {
+        let mut connection = self.connect().await;
+        execute(&mut connection, format!("BEGIN; LOCK TABLE {table}")).await;
+        TableLock(connection)
+    }
+
     pub(crate) async fn execute(&self, sql: &str) {
         execute(&mut self.connect().await, sql.to_owned()).await;
+    }
+}
+
+/// A transaction that holds the lock of a table.
+#[derive(Debug)]
+pub(crate) struct TableLock(PgConnection);
+
+impl TableLock {
+    pub(crate) async fn release(mut self) {
+        execute(&mut self.0, "ROLLBACK".to_owned()).await;
     }
 }
 

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 pub(crate) use client::{Request, Response};
-pub(crate) use database::Database;
+pub(crate) use database::{Database, FUTURE_MIGRATION};
 pub(crate) use document::document;
 pub(crate) use operations::{Operation, operations};
 pub(crate) use redis::RedisIndex;
@@ -222,7 +222,7 @@ pub(crate) fn now_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
 }
 
-/// How long to wait until a minute of the wall clock, in which rate limits count, has 20 s left.
+/// Rate limits count in minutes of the wall clock: how long to wait for one with at least 20 s left.
 pub(crate) fn wait_for_a_minute() -> Duration {
     let left = 60 - now_seconds() % 60;
     Duration::from_secs(if left < 20 { left } else { 0 })

@@ -23,7 +23,7 @@ impl Display for Violation {
 
 pub const WRONG_ANSWER: &str = "an answer that no client should get";
 pub const TORN_PAGE: &str = "a page is whole: newest first, seq without gaps, as long as it can be";
-pub const TWO_VERSIONS: &str = "a seq stands for one message, the same wherever it is shown";
+pub const TWO_VERSIONS: &str = "a seq belongs to one message, which is the same wherever it is shown";
 pub const LOST_ACK: &str = "an acknowledged message is stored, once and where it was acknowledged";
 pub const DOUBLED: &str = "no message is stored twice";
 pub const UNSENT: &str = "only what was sent is stored, from whom it was";

@@ -187,8 +187,8 @@ impl Fault {
 /// Faults of the links and of Redis, and the pause before each.
 ///
 /// A replica that loses Redis suspends the windows for ten seconds, and errors of a window show only while windows are
-/// used. So most faults are soft: shorter than the time after which Redis counts as unavailable. A hard one comes about
-/// when the windows are used again, and sometimes two in a row.
+/// used. So most faults are soft: shorter than the time after which Redis counts as unavailable. A hard one follows once
+/// the windows are used again, and sometimes two in a row.
 pub(super) fn link_fault(seed: u64, index: u64) -> (Duration, Fault) {
     const CYCLE: u64 = 16;
     let offset = choices(seed, LINKS, u64::MAX).u64(..CYCLE);

@@ -273,7 +273,7 @@ fn stat(pid: i32) -> Option<Stat> {
     Some(Stat { parent: fields.next()?.parse().ok()?, zombie })
 }
 
-/// The direct children. Postgres makes each backend a session of its own, so a process group would miss them.
+/// The direct children. Each Postgres backend is a session leader, so a process group would not include it.
 fn children(parent: u32) -> Vec<Pid> {
     let Ok(parent) = i32::try_from(parent) else { return Vec::new() };
     if let Ok(entries) = fs::read_dir("/proc") {

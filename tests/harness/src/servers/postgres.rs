@@ -271,7 +271,7 @@ pub(super) fn stop_earlier(home: &Path) -> Result<()> {
     let data = home.join("data");
     let pid_file = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
     let Some(pid) = pid_file.lines().next().and_then(|line| line.trim().parse().ok()) else { return Ok(()) };
-    // Its command line has the data directory, which tells it from another process with a reused id.
+    // Its command line has the data directory, unlike that of another process with a reused id.
     daemon::stop_leftover(pid, &data.display().to_string(), Signal::INT)
 }
 
@@ -284,7 +284,7 @@ fn matching_bin_dir(home: &Home) -> Result<PathBuf> {
     let made_by: u32 = made_by.trim().parse().context("read PG_VERSION")?;
     dirs.into_iter().find(|dir| programs::postgres_major(dir) == Some(made_by)).ok_or_else(|| {
         anyhow!(
-            "the data was made by Postgres {made_by}, which is not installed any more; --reset starts anew"
+            "the data was made by Postgres {made_by}, which is not installed any more; --reset starts over"
         )
     })
 }
@@ -297,7 +297,7 @@ fn password(home: &Home) -> Result<String> {
         return Ok(password);
     }
     if home.path().join("data").exists() {
-        bail!("{} is gone; --reset starts anew", file.display());
+        bail!("{} is missing; --reset starts over", file.display());
     }
     let mut bytes = [0_u8; 12];
     fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;

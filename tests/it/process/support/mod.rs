@@ -32,7 +32,7 @@ pub(super) fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> R
     daemon::poll(LIMIT, || Ok(ask()))?.with_context(|| format!("waited {} s for {what}", LIMIT.as_secs()))
 }
 
-/// Rate limits count in minutes of the wall clock: waits until the next ones of a test fall into the same minute.
+/// Waits, if need be, so that the next requests fall into one minute of the rate limits.
 pub(super) fn start_in_one_minute() {
     thread::sleep(wait_for_a_minute());
 }
