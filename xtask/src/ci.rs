@@ -15,7 +15,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     test::all(&mut tally)?;
     MEASURE.check(&mut tally, &["drill"]);
     E2E.check(&mut tally, &["e2e"]);
-    // A minute of faults is among the tests; this is the proof that it would notice.
+    // The tests run the history checker for a minute; this proves that it finds broken builds.
     MEASURE.check(&mut tally, &["soak", "--self-check"]);
     Ok(tally.close())
 }

@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
+use common::steps::{Job, step};
+use common::{signals, workspace};
 use harness::{install, places, servers};
 
 use backends::Backends;
-use common::steps::{Job, step};
-use common::{signals, workspace};
 use observe::Observers;
 pub(crate) use service::Service;
 use settings::Settings;
@@ -34,7 +34,7 @@ pub(crate) struct Args {
     /// Empty the private Postgres and Redis first
     #[arg(long)]
     reset: bool,
-    /// Run Prometheus with the alerts, a collector for traces, and Grafana where it can be had
+    /// Also run Prometheus with the alerts, a trace collector, and Grafana where available
     #[arg(long)]
     observe: bool,
     /// Build with optimisations
@@ -45,7 +45,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
     match serve(args) {
-        // What the interrupted step has to say is the interruption's doing.
+        // The interrupted step's error says nothing more.
         Err(_) if signals::asked_to_end() => {
             println!("  interrupted");
             Ok(ExitCode::from(130))
@@ -75,17 +75,17 @@ fn serve(args: &Args) -> Result<ExitCode> {
     if let Some(observers) = &observers {
         service.add_variables(observers.variables(&settings));
     }
-    // Without a progress line: the service's own log says what it does.
+    // No progress line: the service logs to the terminal.
     service.start()?;
     print!("{}", guide::text(&service.addresses(), &backends, observers.as_ref()));
     if let Some(status) = service.wait_for_its_end_or_a_signal()? {
         println!("\n  the service ended by itself ({status})");
         stop(backends, observers)?;
-        // As shells do it, a signal counts from 128.
+        // As in shells, a signal counts from 128.
         let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
         return Ok(ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)));
     }
-    // Asked to end, a step would refuse to begin: plain lines.
+    // After a signal no step starts any more: plain lines.
     println!("\n  stopping the service");
     service.stop()?;
     stop(backends, observers)?;
@@ -113,7 +113,7 @@ fn lock(dir: &Path) -> Result<File> {
     }
 }
 
-/// What runs, for the commands that work on it, such as `cargo xtask seed`. It holds only while the lock is held.
+/// The addresses of what runs, for commands such as `cargo xtask seed`. Valid only while the lock is held.
 const ENVIRONMENT: &str = "environment";
 
 fn write_environment(dir: &Path, service: &Service, backends: &Backends) -> Result<()> {
@@ -141,7 +141,7 @@ pub(crate) fn running(name: &str) -> Result<Option<String>> {
 }
 
 /// Another replica of the service that runs in this clone, for a command that would otherwise wait for its rate limits.
-/// `None` when none runs, or it runs on a Postgres that we do not know.
+/// `None` when none runs, or it uses a Postgres whose URL is unknown.
 pub(crate) fn replica_without_limits() -> Result<Option<Service>> {
     let (Some(binary), Some(database)) = (running("BINARY")?, running("DATABASE_URL")?) else {
         return Ok(None);
@@ -157,8 +157,8 @@ pub(crate) fn replica_without_limits() -> Result<Option<Service>> {
     Ok(Some(replica))
 }
 
-/// Lets `work` have the database: the user's own, which the service finds by itself (`None`), that of a running
-/// `cargo xtask dev`, or else the private one, which runs for so long.
+/// Gives `work` the URL of the database: none for the user's own, which the service finds in its environment; else that
+/// of a running `cargo xtask dev`; else that of the private one, which is started meanwhile.
 pub(crate) fn with_database<T>(work: impl FnOnce(Option<String>) -> Result<T>) -> Result<T> {
     let settings = Settings::read(&workspace::root().join(".env"))?;
     let own = ["DATABASE_URL", "DB_HOST", "DB_PORT", "DB_NAME", "DB_USER", "DB_PASSWORD"];
@@ -190,19 +190,19 @@ fn binary(release: bool) -> Result<PathBuf> {
 
 fn build(release: bool) -> Command {
     if release {
-        // With the features of its own package alone, as benchmarks and images have it.
+        // With the features of its own package alone, as in benchmarks and images.
         return workspace::offline_cargo(&["build", "--release", "-p", "chat-service"]);
     }
     workspace::build("chat-service")
 }
 
-/// What the next minutes bring.
+/// What happens next, and how long it takes.
 fn plan(binary: &Path) -> String {
-    let missing = install::missing_packages();
-    let servers = match missing.as_slice() {
-        [] => "starts Postgres and Redis".to_owned(),
-        missing => format!("gets {} and starts Postgres and Redis", missing.join(" and ")),
+    let servers = match install::missing_packages().as_slice() {
+        [] => "Postgres and Redis start".to_owned(),
+        missing => format!("{} are installed, and Postgres and Redis start", missing.join(" and ")),
     };
-    let long = if binary.exists() { "seconds" } else { "COLD" };
-    format!("builds the service, and meanwhile {servers}: {long}")
+    let time =
+        if binary.exists() { "some seconds" } else { "the first time about four minutes on two cores" };
+    format!("the service compiles while {servers}: {time}")
 }

@@ -1,14 +1,13 @@
-//! `cargo xtask doctor`: what this machine has of what the commands need, what each part is for, and how to get it.
+//! `cargo xtask doctor`: which tools this machine has, which commands need them, and how to install them.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::Result;
+use common::{go_tools, kind, workspace};
 use harness::servers::{daemon, ports, programs};
 use harness::{install, places};
-
-use common::{go_tools, kind, workspace};
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -20,7 +19,7 @@ pub(crate) struct Args {
     all: bool,
 }
 
-/// `cargo xtask dev` and `test` cannot do without, or some other command cannot.
+/// `Always`: `cargo xtask dev` and `test` need it. `Sometimes`: some other command does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Need {
     Always,
@@ -120,7 +119,7 @@ fn free_gib(dir: &Path) -> Option<u64> {
     Some(kib / 1024 / 1024)
 }
 
-/// What only some commands drive.
+/// Tools of some commands only.
 fn tools() -> Vec<Finding> {
     let finding = |name, purpose, outcome| Finding { name, need: Need::Sometimes, purpose, outcome };
     let program = |name: &'static str, ask: &[&str], purpose, fix: &str| {
@@ -172,7 +171,7 @@ fn tools() -> Vec<Finding> {
     ]
 }
 
-/// The first line that a program says of itself.
+/// The first line of a program's version.
 fn version(program: &str, args: &[&str]) -> Option<String> {
     let mut ask = Command::new(programs::in_path(program)?);
     ask.args(args);

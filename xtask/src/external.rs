@@ -1,4 +1,4 @@
-//! The commands that are crates of their own, since they need more than most do: built when one is asked for.
+//! The commands that are crates of their own, because of their dependencies. They are built on first use.
 
 use std::ffi::OsStr;
 use std::os::unix::process::CommandExt as _;

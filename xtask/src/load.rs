@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-
 use common::conversation::{self as load, Pair};
 use common::signals;
 use common::steps::step;
@@ -19,10 +18,10 @@ pub(crate) struct Args {
     /// The service's public address
     #[arg(long, default_value = "127.0.0.1:8000", value_name = "HOST:PORT")]
     address: String,
-    /// For how long
+    /// Seconds to run
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=600))]
     seconds: u64,
-    /// How many conversations at a time
+    /// Conversations at a time
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=50))]
     conversations: u16,
     /// Pause between two requests of a conversation, in milliseconds

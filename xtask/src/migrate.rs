@@ -40,7 +40,7 @@ enum MigrateCommand {
 
 #[derive(clap::Args)]
 struct NewArgs {
-    /// What it is about, in lower case with underscores
+    /// Its topic, in lower case with underscores
     name: String,
 }
 
@@ -56,7 +56,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Builds the service and lets it work on the database at hand.
+/// Builds the service and runs one of its commands on the database at hand.
 fn service(args: &[&str]) -> Result<()> {
     step("build", |progress| progress.run(workspace::build("chat-service")))?;
     let mut command = Command::new(places::target_dir()?.join("debug/chat-service"));

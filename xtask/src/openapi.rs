@@ -1,4 +1,4 @@
-//! `cargo xtask openapi`: the committed copy of the API's document, which a test holds the service to.
+//! `cargo xtask openapi`: the committed OpenAPI document, which a test compares with the service's.
 
 use std::fs;
 use std::path::Path;
@@ -6,11 +6,10 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use harness::places;
-use harness::servers::daemon;
-
 use common::steps::step;
 use common::{signals, workspace};
+use harness::places;
+use harness::servers::daemon;
 
 const SNAPSHOT: &str = "tests/it/openapi.json";
 
@@ -26,7 +25,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
-    step("build", |progress| progress.run(workspace::offline_cargo(&["build", "-p", "chat-service"])))?;
+    step("build", |progress| progress.run(workspace::build("chat-service")))?;
     let mut print = Command::new(places::target_dir()?.join("debug/chat-service"));
     print.arg("openapi");
     let document = daemon::run_ok(print, Duration::from_secs(20))? + "\n";
@@ -34,7 +33,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Makes the file be the document, or only says where it is not.
+/// Writes the document to the file, or only checks it.
 fn settle(file: &Path, document: &str, check: bool) -> Result<String> {
     let committed = fs::read_to_string(file).unwrap_or_default();
     match first_difference(&committed, document) {
@@ -49,7 +48,7 @@ fn settle(file: &Path, document: &str, check: bool) -> Result<String> {
     }
 }
 
-/// Where the two part, for a reader.
+/// The first difference, for a reader.
 fn first_difference(old: &str, new: &str) -> Option<String> {
     let (mut olds, mut news) = (old.lines(), new.lines());
     for number in 1.. {

@@ -1,4 +1,4 @@
-//! `cargo xtask prepare` and its check: the committed data by which SQL is compiled without a database.
+//! `cargo xtask prepare` and its check: the committed data that sqlx needs to compile without a database.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,13 +7,12 @@ use std::process::{Command, ExitCode};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
-use harness::{Postgres, PostgresOptions, Scratch, install, places};
-
 use common::migrations::{DIR, scripts};
 use common::steps::{Progress, step};
 use common::{signals, workspace};
+use harness::{Postgres, PostgresOptions, Scratch, install, places};
 
-/// Where the query macros of a package are rooted: touched, it is compiled again and the macros really ask.
+/// The roots of the crates with query macros. Touching them makes cargo compile them again, and the macros ask Postgres.
 const ROOTS: [&str; 3] = ["service/src/lib.rs", "service/src/main.rs", "tests/it/main.rs"];
 
 pub(crate) fn run() -> Result<ExitCode> {
@@ -24,7 +23,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         Postgres::start(&scratch.path().join("postgres"), PostgresOptions::fast())
     })?;
     step("migrations", |_| migrate(&postgres, DATABASE))?;
-    step("ask of each query", |progress| {
+    step("check each query", |progress| {
         progress.run(asking_cargo(&postgres, &["check", "--workspace", "--all-targets"])?)
     })?;
     let fresh = read(&fresh_dir()?)?;
@@ -51,11 +50,10 @@ pub(crate) fn run() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The database that macros ask.
+/// The database that the macros use.
 pub(crate) const DATABASE: &str = "sqlx_macros";
 
-/// Makes the database with the service's tables. The service's own `migrate` cannot do it: to build it, its SQL has to
-/// pass first.
+/// Creates the database with the service's tables. The service's own `migrate` cannot: building it needs the checked SQL.
 pub(crate) fn migrate(postgres: &Postgres, database: &str) -> Result<()> {
     postgres.create_database(database)?;
     for script in scripts(&workspace::root().join(DIR))? {
@@ -64,7 +62,7 @@ pub(crate) fn migrate(postgres: &Postgres, database: &str) -> Result<()> {
     Ok(())
 }
 
-/// A cargo command whose query macros ask Postgres, and write down what they hear.
+/// A cargo command whose query macros ask Postgres, and write down its answers.
 pub(crate) fn asking_cargo(postgres: &Postgres, args: &[&str]) -> Result<Command> {
     let fresh = fresh_dir()?;
     if fresh.exists() {

@@ -10,13 +10,12 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use harness::places;
-use harness::servers::{daemon, programs};
-
 use common::chart::HELM;
 use common::dry_run::{self, DryRun};
 use common::steps::{Progress, step};
 use common::{git, image, signals, workspace};
+use harness::places;
+use harness::servers::{daemon, programs};
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:

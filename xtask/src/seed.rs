@@ -12,12 +12,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use common::signals;
+use common::steps::{Progress, step};
 use fastrand::Rng;
 use harness::http::Client;
 use serde_json::{Value, json};
-
-use common::signals;
-use common::steps::{Progress, step};
 
 use crate::dev;
 

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: everything that a change has to pass, on servers that it starts by itself.
+//! `cargo xtask test`: everything that a change has to pass, on private servers.
 
 mod chart;
 mod commands;
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(tally.close())
 }
 
-/// Every check. A failed one does not keep the later ones from running.
+/// Every check. The later ones run even when one fails.
 pub(crate) fn all(tally: &mut Tally) -> Result<()> {
     tally.check("formatting", "cargo fmt --all", |progress| {
         progress.run(cargo(&["fmt", "--all", "--check"])).map(drop)
@@ -85,7 +85,7 @@ pub(crate) fn all(tally: &mut Tally) -> Result<()> {
     build_and_test(tally, servers.as_ref(), &[])
 }
 
-/// Clippy compiles the query macros against a live database, which checks the committed answers on the way.
+/// Clippy compiles the query macros against a live database, which also checks the committed data.
 fn lint(tally: &mut Tally, servers: Option<&Servers>) {
     const CLIPPY: [&str; 6] = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
     let fix = "cargo clippy --workspace --all-targets --fix, or by hand";
@@ -99,7 +99,7 @@ fn lint(tally: &mut Tally, servers: Option<&Servers>) {
     }
     let linted =
         tally.check("clippy", fix, |progress| progress.run(prepare::asking_cargo(postgres, &CLIPPY)?));
-    // After a compile error, not all queries have been asked.
+    // After a compile error, some queries were not checked.
     if linted.is_some() {
         tally.check("offline SQL data", "cargo xtask prepare", prepare::compare);
     }
@@ -134,12 +134,12 @@ fn test_command(servers: &Servers) -> Result<Command> {
     command.env("TEST_DATABASE_URL", servers.postgres.url("postgres"));
     command.env("TEST_REDIS_URL", servers.redis.url(0));
     command.env("CHAT_SERVICE_BIN", places::target_dir()?.join("debug/chat-service"));
-    // The failures' own output is what a reader needs; a backtrace of each buries it.
+    // Backtraces would bury the output of the failed tests.
     command.env("RUST_BACKTRACE", "0");
     Ok(command)
 }
 
-/// Licences, banned crates and sources. Advisories are left out: they need a network that not every machine has.
+/// Licences, banned crates and sources. No advisories: they need a network, which some machines lack.
 fn check_dependencies(tally: &mut Tally) {
     let Some(cargo_deny) = cargo_deny(tally) else { return };
     tally.check("dependencies", "fix Cargo.toml, or explain the exception in deny.toml", |progress| {

@@ -1,5 +1,5 @@
-//! The arguments of the commands that are crates of their own. They are here, so that the front door can show their help,
-//! complete them and refuse a wrong one before it builds the crate.
+//! The arguments of the commands that are crates of their own. With these, the front door shows their help, completes
+//! them and refuses wrong arguments before it builds the crate.
 
 use std::path::PathBuf;
 
@@ -20,7 +20,7 @@ pub struct Bench {
     /// Print JSON instead of the table
     #[arg(long)]
     pub json: bool,
-    /// Turns of each pair
+    /// Rounds of each pair
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=50))]
     pub rounds: u32,
     /// Seconds of each measurement
@@ -40,7 +40,7 @@ impl Bench {
   cargo xtask soak --minutes 60        an hour
   cargo xtask soak --seed 42           the choices of an earlier run")]
 pub struct Soak {
-    /// How long faults happen
+    /// For how long faults are injected
     #[arg(long, default_value_t = 10.0, value_name = "N", value_parser = minutes)]
     pub minutes: f64,
     /// The same choices as in an earlier run; how they interleave differs
@@ -49,10 +49,10 @@ pub struct Soak {
     /// Check this build instead of a fresh one
     #[arg(long, value_name = "PATH")]
     pub binary: Option<PathBuf>,
-    /// Check the checker: it has to find the fault of each build that is broken on purpose
+    /// Check the history checker: it has to find the fault of each broken build
     #[arg(long, conflicts_with_all = ["minutes", "binary", "memory"])]
     pub self_check: bool,
-    /// Instead of histories: more load than the queues hold, on a slow Postgres, has to end in 503s
+    /// Instead: check that more load than the queues hold, on a slow Postgres, ends in 503s
     #[arg(long)]
     pub memory: bool,
 }
@@ -70,10 +70,10 @@ fn minutes(text: &str) -> Result<f64, String> {
 pub struct Drill {
     /// Only the drill of this alert
     pub alert: Option<String>,
-    /// Name every alert with its fault, and start nothing
+    /// List every alert with its fault, and start nothing
     #[arg(long)]
     pub list: bool,
-    /// When all is done, leave everything running until Ctrl-C
+    /// At the end, leave everything running until Ctrl-C
     #[arg(long)]
     pub keep: bool,
 }
@@ -84,10 +84,10 @@ pub struct Drill {
   cargo xtask e2e --only upgrade --keep    one check, and the cluster stays
   cargo xtask e2e --same-image         after a change of the chart alone")]
 pub struct E2e {
-    /// Where to run; kind where a Docker engine answers, else a node of our own
+    /// Where to run; by default kind where a Docker engine answers, else `cargo xtask cluster`
     #[arg(long)]
     pub provider: Option<Provider>,
-    /// Leave the cluster and what is installed
+    /// Keep the cluster and the release
     #[arg(long)]
     pub keep: bool,
     /// Use the image of the last run instead of building one

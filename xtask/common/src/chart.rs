@@ -43,7 +43,7 @@ pub const SCHEMA_SOURCES: [(&str, &[&str]); 3] = [
     ("sigs.k8s.io/gateway-api@v1.4.0", &["config/crd/standard/gateway.networking.k8s.io_httproutes.yaml"]),
 ];
 
-/// The values files that a rendering is named after: none, those for users, and those for the checks.
+/// The sets of values to render with, by name: the defaults, those for users, and those for the checks.
 pub fn values_files() -> Result<Vec<(String, Vec<PathBuf>)>> {
     let chart = workspace::root().join(CHART);
     let mut found = vec![("default".to_owned(), vec![])];
@@ -62,13 +62,13 @@ pub fn values_files() -> Result<Vec<(String, Vec<PathBuf>)>> {
             }
         }
     }
-    // As its own first lines say it is used.
+    // Its first lines say that it is used like this.
     let both = ["values-production.yaml", "values-external.yaml"].map(|file| chart.join(file));
     found.push(("values-production-external".to_owned(), both.to_vec()));
     Ok(found)
 }
 
-/// The command in the clone's top, without what the user's own Helm may have set up.
+/// The command in the clone's top, without the user's own Helm settings.
 pub fn at_top(command: &mut Command) -> Command {
     let mut own = Command::new(command.get_program());
     own.args(command.get_args()).current_dir(workspace::root());
@@ -83,7 +83,7 @@ pub fn at_top(command: &mut Command) -> Command {
     own
 }
 
-/// Where Go keeps a module, fetched and checked by its sum.
+/// The folder of a Go module, fetched and checked by its sum.
 pub fn module_folder(progress: &Progress, module: &str) -> Result<PathBuf> {
     let mut download = Command::new(go_tools::go()?);
     download.args(["mod", "download", "-json", module]).env("GOWORK", "off").env("GOFLAGS", "-mod=mod");

@@ -1,6 +1,6 @@
 //! `cargo xtask cluster`: a real Kubernetes node for machines without a container engine, from Go modules and Debian
-//! packages. All of it runs in namespaces of its own (see `deploy/cluster/node.go`), so that the machine's network,
-//! mounts and processes stay as they are, and ending one process ends everything.
+//! packages. It runs in its own Linux namespaces (see `deploy/cluster/node.go`): the machine's network, mounts and
+//! processes stay unchanged, and ending one process ends everything.
 
 mod images;
 mod node;
@@ -19,7 +19,6 @@ use crate::chart::HELM;
 use crate::go_tools::GoTool;
 use crate::steps::{Progress, step};
 use crate::{signals, workspace};
-
 pub use images::{load, stand_ins, tag};
 
 #[derive(clap::Args, Debug)]
@@ -34,15 +33,15 @@ pub struct Args {
 
 #[derive(clap::Subcommand, Debug)]
 enum ClusterCommand {
-    /// Bring the node up, or finish what was begun; says how to reach it
+    /// Start the node, or finish its start; prints how to reach it
     Up,
-    /// End it, with all that it kept; only the built tools remain
+    /// Stop the node and delete its data; only the built tools remain
     Down,
     /// Show what runs
     Status,
 }
 
-/// Where the API is. The port is not the usual one, which belongs to a real cluster.
+/// The address of the API. Not on the usual port, which belongs to real clusters.
 const API: &str = "127.0.0.1:16443";
 /// The context in the kubeconfig, by which the Tiltfile knows the node.
 pub const CONTEXT: &str = "cluster-chat";
@@ -92,7 +91,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The node, ready. What is up already is left alone.
+/// Starts what does not run yet, and waits until the node is ready.
 pub fn up() -> Result<PathBuf> {
     step("packages", install_packages)?;
     let program = step("build Kubernetes", |progress| NODE.build(progress))?;
@@ -106,7 +105,7 @@ pub fn up() -> Result<PathBuf> {
     })
 }
 
-/// Ends the node, with all that it kept.
+/// Stops the node and deletes its data.
 pub fn down() -> Result<()> {
     step("cluster down", |_| node::down())
 }
@@ -115,7 +114,7 @@ pub fn is_up() -> Result<bool> {
     Ok(node::find()?.is_some())
 }
 
-/// kubectl, built where it is not.
+/// kubectl, built if it is missing.
 pub fn kubectl_program(progress: &Progress) -> Result<PathBuf> {
     let program = NODE.build(progress)?;
     link_kubectl(&program)?;
@@ -165,7 +164,7 @@ fn link_kubectl(program: &Path) -> Result<()> {
     std::os::unix::fs::symlink(program, &link).with_context(|| format!("link {}", link.display()))
 }
 
-/// Waits for each part in the order in which they can come.
+/// Waits for each part, in the order in which they start.
 fn await_ready(progress: &Progress, pause: &Path) -> Result<PathBuf> {
     let deadline = std::time::Instant::now() + START_LIMIT;
     let wait = |what: &str, ask: &mut dyn FnMut() -> Result<bool>| {
@@ -195,7 +194,7 @@ fn await_ready(progress: &Progress, pause: &Path) -> Result<PathBuf> {
         // Ready, and without the taint of the time before, which goes a moment later.
         Ok(kubectl_run(&taints).is_ok_and(|said| said.starts_with("True") && !said.contains("not-ready")))
     })?;
-    // It is created behind the API server's readiness, and no pod starts without it.
+    // It is created after the API server is ready, and no pod starts without it.
     wait("service account", &mut || Ok(kubectl_run(&["get", "serviceaccount", "default"]).is_ok()))?;
     wait(
         "metrics",

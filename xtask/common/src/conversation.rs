@@ -11,7 +11,7 @@ use harness::User;
 use harness::http::Client;
 use serde_json::{Value, json};
 
-/// Of so many requests, one comes over a connection of its own.
+/// One of so many requests uses a new connection.
 const FRESH_EVERY: usize = 4;
 const FAILURES_SHOWN: usize = 8;
 
@@ -23,7 +23,7 @@ pub struct Pair {
     contents: Vec<String>,
 }
 
-/// What a load came to.
+/// The outcome of all requests.
 #[derive(Debug, Default)]
 pub struct Report {
     pub requests: usize,
@@ -32,7 +32,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// A line of it, or what failed.
+    /// A summary, or the failures as an error.
     pub fn verdict(&self) -> Result<String> {
         let Self { requests, failures, slowest } = self;
         if !failures.is_empty() {
@@ -80,7 +80,7 @@ impl Pair {
                             seen + 1
                         );
                     }
-                    // Committed, and the answer was lost with its replica: a failure that was counted there.
+                    // Committed, but its answer was lost: counted as a failure there.
                     None => self.contents.push(content),
                 }
                 seen += 1;
@@ -116,7 +116,7 @@ impl Pair {
                 report.failures.push(format!("{at:.1} s: {error:#} ({connection} connection)"));
                 // Many failures of one outage say no more than a few.
                 thread::sleep(Duration::from_millis(100));
-                // Whether a message without an answer was stored is to be seen.
+                // It shows whether the message without an answer was stored.
                 let _ = self.verify(address);
             }
             thread::sleep(pause);
@@ -166,7 +166,7 @@ pub fn during<T>(
                 scope.spawn(move || pair.talk(address, pause, &stop))
             })
             .collect();
-        // Some talk before and after, so that both edges are seen.
+        // Also requests before and after, so that both edges are covered.
         thread::sleep(Duration::from_secs(1));
         let outcome = work();
         thread::sleep(Duration::from_secs(1));

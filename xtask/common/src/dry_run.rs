@@ -29,12 +29,12 @@ impl DryRun {
     }
 }
 
-/// Whether commands are only printed. What is done without an outside program, such as writing a file, has to ask.
+/// Whether commands are only printed. Code that changes something without an outside program has to check this.
 pub fn is_on() -> bool {
     ON.load(Ordering::Relaxed)
 }
 
-/// Asks an outside program a short question. A dry run prints the question, and takes this for the answer.
+/// Runs an outside program for its answer. A dry run prints the command, and uses the given answer.
 pub fn ask(command: Command, limit: Duration, answer_when_dry: &str) -> Result<String> {
     if is_on() {
         println!("{}", shell_line(&command));
@@ -79,7 +79,7 @@ fn quoted(word: &OsStr) -> String {
         return if word.is_empty() { "''".to_owned() } else { ".".to_owned() };
     }
     if text.chars().any(char::is_control) {
-        // Only bash can write them so that a reader sees them.
+        // Only bash has a visible notation for them.
         let escaped: String = text.chars().map(escaped).collect();
         return format!("$'{escaped}'");
     }

@@ -1,5 +1,4 @@
-//! Programs built from Go modules that are kept in the clone: versions pinned and checked by `go.sum`, nothing taken from
-//! the machine but Go itself, and built once.
+//! Programs built from the Go modules of this clone. `go.sum` pins the versions, and each program is built once.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +12,7 @@ use harness::servers::{daemon, programs};
 use crate::steps::Progress;
 use crate::workspace;
 
-/// One program of a module of ours.
+/// A program of one of these modules.
 #[derive(Debug)]
 pub struct GoTool {
     /// What the program is called in `target/tools/bin`.
@@ -26,7 +25,7 @@ pub struct GoTool {
     pub settings: &'static [&'static str],
 }
 
-/// What receives traces, for `dev --observe`, the tests and the benchmarks.
+/// The trace collector of `dev --observe`, the tests and the benchmarks.
 pub const COLLECTOR: GoTool =
     GoTool { name: "collector", module: "deploy/observability/collector", package: ".", settings: &[] };
 
@@ -43,7 +42,7 @@ impl GoTool {
         let go = go()?;
         progress.say(&format!("building {}", self.name));
         fs::create_dir_all(tools.join("bin")).with_context(|| format!("create {}", tools.display()))?;
-        // A build that is killed half-way must not pass for a finished one.
+        // A killed build must not count as finished.
         let _ = fs::remove_file(&stamp);
         let mut build = Command::new(go);
         // All tools share these flags, and with them the compiled packages.
@@ -59,7 +58,7 @@ impl GoTool {
         self.settings.iter().fold("-s -w".to_owned(), |flags, setting| format!("{flags} -X {setting}"))
     }
 
-    /// All that the program is made from, as a short text.
+    /// A short text that changes with the sources.
     fn recipe(&self) -> Result<String> {
         let mut files = Vec::new();
         collect(&workspace::root().join(self.module), &mut files)?;
@@ -92,7 +91,7 @@ pub fn go() -> Result<PathBuf> {
     const ADVICE: &str = "install Go 1.21 or newer: https://go.dev/dl, or your system's package `golang`";
     let usual = Path::new("/usr/local/go/bin/go");
     let found = programs::in_path("go").or_else(|| usual.is_file().then(|| usual.to_owned()));
-    let Some(go) = found else { bail!("Go is not there; {ADVICE}") };
+    let Some(go) = found else { bail!("Go is not installed; {ADVICE}") };
     let mut ask = Command::new(&go);
     ask.args(["env", "GOVERSION"]);
     let version = daemon::run_ok(ask, Duration::from_secs(20))?;
@@ -101,4 +100,15 @@ pub fn go() -> Result<PathBuf> {
         bail!("{} is {version}, too old; {ADVICE}", go.display());
     }
     Ok(go)
+}
+
+/// Whether Go is installed; prints when the check is skipped. In CI the check fails instead.
+pub fn can_use(check: &str) -> bool {
+    match go() {
+        Err(error) if !workspace::in_ci() => {
+            println!("  {check:24}skipped: {error:#}");
+            false
+        }
+        _ => true,
+    }
 }

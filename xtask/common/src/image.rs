@@ -1,5 +1,5 @@
-//! `cargo xtask image`: the container image of `deploy/Dockerfile`, around a static binary built right here, with docker,
-//! podman or buildah, whichever there is. The same commit gives the same binary and the same image.
+//! `cargo xtask image`: the container image of `deploy/Dockerfile`, around a static binary that is built here, with docker,
+//! podman or buildah. The same commit gives the same binary and the same image.
 
 mod binary;
 mod engine;
@@ -18,7 +18,7 @@ use crate::steps::{Progress, step};
 use crate::{signals, workspace};
 use engine::Engine;
 
-/// What an image may weigh, uncompressed. It is about half of that; a debug build may weigh more.
+/// The largest size of an image, uncompressed. It has about half of that; a debug build may have more.
 const SIZE_MAX_MIB: f64 = 40.0;
 const MIB: f64 = 1024.0 * 1024.0;
 
@@ -42,25 +42,25 @@ pub struct Args {
     /// Push it to this repository, for example registry.example.com/team/chat-service
     #[arg(long, value_name = "REPOSITORY")]
     push: Option<String>,
-    /// The processor to build for; another one than this machine's needs a cross compiler
+    /// The platform to build for; another than this machine's needs a cross compiler
     #[arg(long, default_value = Platform::HERE)]
     platform: Platform,
     /// Write an SBOM of the binary, in CycloneDX
     #[arg(long)]
     sbom: bool,
-    /// Cargo's profile; `dev` is quick to build again, and slow and large
+    /// Cargo's profile; `dev` builds quickly, and is slow and large
     #[arg(long, default_value = "release", value_name = "NAME")]
     profile: String,
-    /// The program that makes the image, instead of the first that works
+    /// The program that builds the image; by default the first that works
     #[arg(long, value_name = "PROGRAM")]
     with: Option<Engine>,
     /// The image's whole name instead of chat-service:TAG, for example what Tilt expects
     #[arg(long, value_name = "REF", conflicts_with_all = ["tag", "push"])]
     name: Option<String>,
-    /// Take this binary instead of compiling one
+    /// Use this binary instead of compiling one
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
-    /// Compile the binary, leave it there where it differs, and make no image
+    /// Only compile, and write the binary to this file if it differs
     #[arg(long, value_name = "FILE", conflicts_with_all = ["binary", "name", "push", "load", "sbom"])]
     compile_to: Option<PathBuf>,
     #[command(flatten)]
@@ -204,7 +204,7 @@ pub fn build(options: &Options, progress: &Progress) -> Result<Image> {
     let origin = binary::Origin::of_this_clone()?;
     let dir = places::target_dir()?.join("image");
     let name = options.full_name();
-    // Tilt asks for another name each time, which must not fill the disk.
+    // Tilt uses a new name each time, which must not fill the disk.
     let kept_as = if options.name.is_some() { "named" } else { &options.tag };
     let archive = dir.join(format!("chat-service-{kept_as}.tar"));
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;

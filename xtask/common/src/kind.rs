@@ -1,5 +1,4 @@
-//! `cargo xtask kind`: the cluster for machines with Docker, as `deploy/kind.yaml` describes it, with a registry beside
-//! it that Tilt pushes to.
+//! `cargo xtask kind`: a kind cluster after `deploy/kind.yaml`, with a registry that Tilt pushes to.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -28,24 +27,24 @@ pub struct Args {
 
 #[derive(clap::Subcommand, Debug)]
 enum KindCommand {
-    /// Create the cluster and its registry, or what is missing of them; says how to reach it
+    /// Create the cluster and its registry, or what is missing; prints how to reach them
     Up(Extras),
     /// Delete both
     Down,
 }
 
-/// What the cluster is to have beside itself.
+/// Optional parts of the cluster.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
 pub struct Extras {
-    /// The figures that the autoscaler and `kubectl top` need
+    /// metrics-server, which the autoscaler and `kubectl top` need
     #[arg(long)]
     pub metrics_server: bool,
-    /// The kinds ServiceMonitor, PodMonitor and PrometheusRule
+    /// The CRDs ServiceMonitor, PodMonitor and PrometheusRule
     #[arg(long)]
     pub prometheus_crds: bool,
 }
 
-/// kind puts its own name before it: its context is `kind-chat`.
+/// kind prefixes the context: `kind-chat`.
 const NAME: &str = "chat";
 pub const CONTEXT: &str = "kind-chat";
 const NODE: &str = "chat-control-plane";
@@ -57,7 +56,7 @@ const REGISTRY_IMAGE: &str = "docker.io/library/registry:3.0.0";
 const REGISTRY_PORT: u16 = 5001;
 const REGISTRY_CONFIG: &str = "deploy/kind-registry.yaml";
 
-/// The autoscaler's eyes, which kind comes without.
+/// kind has no metrics-server, which the autoscaler needs.
 const METRICS_SERVER: &str =
     "https://github.com/kubernetes-sigs/metrics-server/releases/download/v0.8.0/components.yaml";
 const PROMETHEUS_CRDS: &str = "https://raw.githubusercontent.com/prometheus-operator/prometheus-operator/v0.85.0/example/prometheus-operator-crd";
@@ -81,7 +80,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         KindCommand::Up(extras) => {
             let missing = missing(&["tilt"]);
             up(extras)?;
-            // As kind has it: a new cluster becomes the current one.
+            // As with kind: a new cluster becomes the current one.
             step("kubeconfig", |progress| progress.run(own_kubeconfig("export")))?;
             if dry_run::is_on() {
                 return Ok(ExitCode::SUCCESS);
@@ -103,7 +102,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whether a Docker engine answers; one that hangs is none.
+/// Whether a Docker engine answers in time.
 pub fn engine_answers() -> bool {
     let Some(docker) = programs::in_path("docker") else { return false };
     let mut ask = Command::new(docker);
@@ -111,7 +110,7 @@ pub fn engine_answers() -> bool {
     daemon::run_ok(ask, Duration::from_secs(20)).is_ok()
 }
 
-/// The cluster, ready. What is there is left alone.
+/// Creates what is missing, and waits until the cluster is ready.
 pub fn up(extras: Extras) -> Result<PathBuf> {
     check_programs(&["docker", "kind", "kubectl", "helm"])?;
     if !dry_run::is_on() && !engine_answers() {
@@ -185,7 +184,7 @@ fn metrics_server(progress: &Progress) -> Result<()> {
 fn prometheus_crds(progress: &Progress) -> Result<()> {
     for kind in PROMETHEUS_KINDS {
         let file = format!("{PROMETHEUS_CRDS}/monitoring.coreos.com_{kind}.yaml");
-        // They are too large for the annotation of the other way.
+        // They are too large for the annotation of a client-side apply.
         progress.run(kubectl(&["apply", "--server-side", "--force-conflicts", "--filename", &file])?)?;
     }
     Ok(())
@@ -196,7 +195,7 @@ pub fn down() -> Result<()> {
     check_programs(&["docker", "kind"])?;
     step("kind down", |progress| {
         progress.run(kind(&["delete", "cluster", "--name", NAME])?)?;
-        // One that is not there is no error.
+        // A missing one is no error.
         progress.run(docker(&["rm", "--force", "--volumes", REGISTRY])).map(drop)
     })
 }
@@ -253,7 +252,7 @@ fn docker(args: &[&str]) -> Command {
     command
 }
 
-/// A dry run prints what is done where there is nothing yet.
+/// A dry run prints the commands for a machine without any of it.
 fn ask_docker(args: &[&str]) -> Result<String> {
     dry_run::ask(docker(args), ANSWER_LIMIT, "null")
 }
@@ -266,7 +265,7 @@ fn check_programs(names: &[&str]) -> Result<()> {
     bail!("not installed:\n{}", missing.join("\n"));
 }
 
-/// A line for each of them that is not there, with where to get it.
+/// A line for each missing program, with where to get it.
 fn missing(names: &[&str]) -> Vec<String> {
     NEEDED
         .iter()

@@ -1,4 +1,4 @@
-//! The scripts of the schema, and the next one.
+//! The migration scripts.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{dry_run, workspace};
 
-/// Where they are, from the clone's top.
+/// Their folder, from the clone's top.
 pub const DIR: &str = "service/migrations";
 
 /// A script of `service/migrations`.
@@ -39,7 +39,7 @@ fn script(file: &Path) -> Result<Script> {
     Ok(Script { version, file: workspace::shown(file), sql })
 }
 
-/// Writes the next script, with what its author has to know.
+/// Creates the next script, with the rules for its author.
 pub fn create(dir: &Path, name: &str) -> Result<()> {
     let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
     let begins_well = name.starts_with(|c: char| c.is_ascii_lowercase());

@@ -1,4 +1,4 @@
-//! A real Prometheus with the real rules, and what it says of alerts.
+//! A real Prometheus with the shipped rules, and its alerts over time.
 
 pub mod scale;
 
@@ -47,7 +47,7 @@ pub struct Prometheus {
     port: u16,
 }
 
-/// What one scrape job asks, in Prometheus's own notation.
+/// A scrape job, in Prometheus's own notation.
 #[derive(Debug)]
 pub struct ScrapeJob(pub Value);
 
@@ -73,7 +73,7 @@ impl Alert {
 }
 
 impl Prometheus {
-    /// Starts one with the rule files on the faster clock. Its files are in `dir`.
+    /// Starts one with the rules on the faster clock. Its files are in `dir`.
     pub fn start(progress: &Progress, dir: &Path, rules: &[PathBuf], jobs: Vec<ScrapeJob>) -> Result<Self> {
         let programs = install::ensure_prometheus(|line| progress.note(line))?;
         let scaled = scale::write(rules, &dir.join("rules"))?;
@@ -140,7 +140,7 @@ impl Prometheus {
         Ok(())
     }
 
-    /// Waits until everything that it should scrape answers.
+    /// Waits until all targets are up.
     pub fn await_targets(&self, limit: Duration) -> Result<()> {
         let mut down = String::new();
         let up = daemon::poll(limit, || {
@@ -171,7 +171,7 @@ pub fn get(port: u16, path: &str) -> Result<Value> {
 
 impl Drop for Prometheus {
     fn drop(&mut self) {
-        // In order, so that what it recorded can be looked at; but not for long.
+        // Gracefully, so that its data can be opened later.
         let _ = self.daemon.stop(STOP_LIMIT);
     }
 }
@@ -183,23 +183,23 @@ fn check(progress: &Progress, promtool: &Path, rules: &[PathBuf]) -> Result<()> 
     progress.run(command).map(drop)
 }
 
-/// When which alert began and ended to fire, as seen by asking again and again.
+/// When which alert started and stopped firing, as polled.
 #[derive(Debug)]
 pub struct History {
     started: Instant,
     fired: BTreeMap<Alert, Vec<Firing>>,
 }
 
-/// A time that an alert fired.
+/// One firing of an alert.
 #[derive(Clone, Copy, Debug)]
 struct Firing {
     from: Instant,
-    /// Since when its condition does not hold any more.
+    /// When its condition stopped to hold.
     ended: Option<Instant>,
 }
 
-/// How long the condition has to be gone. On a busy machine a window may hold too few scrapes for a moment, and its alert
-/// begins anew.
+/// How long the condition must not hold before the alert counts as resolved. On a busy machine a window may hold too few
+/// scrapes for a moment.
 const CALM: Duration = Duration::from_secs(4);
 
 impl History {
@@ -256,7 +256,7 @@ impl Firing {
     }
 }
 
-/// A Prometheus that is asked again and again, so that nothing that fires is missed.
+/// Polls a Prometheus, so that no alert is missed.
 #[derive(Debug)]
 pub struct Watch<'a> {
     prometheus: &'a Prometheus,
@@ -269,7 +269,7 @@ impl<'a> Watch<'a> {
         Self { prometheus, history: Mutex::new(History::new()), over: AtomicBool::new(false) }
     }
 
-    /// Writes down what fires while the work is done.
+    /// Records what fires while the work is done.
     pub fn during<T>(&self, progress: &Progress, work: impl FnOnce() -> T) -> T {
         thread::scope(|scope| {
             scope.spawn(|| self.run(progress));
@@ -290,7 +290,7 @@ impl<'a> Watch<'a> {
                     let names = names.into_iter().collect::<Vec<_>>().join(" ");
                     progress.say(&format!("{:.0} s: {names}", history.started.elapsed().as_secs_f32()));
                 }
-                // It is asked again; an alert that is missed meanwhile fails its own check.
+                // The next poll may work; an alert that is missed meanwhile fails its own check.
                 Err(error) => progress.say(&format!("{error:#}")),
             }
             thread::sleep(POLL);
@@ -301,7 +301,7 @@ impl<'a> Watch<'a> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Until there is an answer for each alert; else the error names those without.
+    /// Waits for an answer for each alert; the error names those without.
     pub fn wait<T>(
         &self,
         limit: Duration,

@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM ask for an orderly end; asked again, the end is at once.
+//! Ctrl-C and SIGTERM start a graceful shutdown; the second signal ends the process at once.
 
 use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,19 +9,19 @@ use anyhow::{Result, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// `timeout` and terminals may send one wish twice, to the process and to its group.
-const SAME_WISH: Duration = Duration::from_secs(1);
+/// `timeout` and terminals may send one signal twice, to the process and to its group.
+const SAME_SIGNAL: Duration = Duration::from_secs(1);
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 
-/// From here on a signal no longer ends the process by itself.
+/// After this call the first signal no longer ends the process.
 pub fn listen() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     thread::spawn(move || {
         let mut first = None;
         for _ in signals.forever() {
             ASKED.store(true, Ordering::Relaxed);
-            if first.get_or_insert_with(Instant::now).elapsed() > SAME_WISH {
+            if first.get_or_insert_with(Instant::now).elapsed() > SAME_SIGNAL {
                 process::exit(130);
             }
         }
@@ -33,7 +33,7 @@ pub fn asked_to_end() -> bool {
     ASKED.load(Ordering::Relaxed)
 }
 
-/// For the space between two steps.
+/// To be called between two steps.
 pub fn check() -> Result<()> {
     if asked_to_end() {
         bail!("interrupted");

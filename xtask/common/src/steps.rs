@@ -18,7 +18,7 @@ use crate::{dry_run, signals, workspace};
 
 /// No step takes nearly as long, even from an empty target directory on a small machine.
 const STEP_LIMIT: Duration = Duration::from_secs(3600);
-/// Names the file in which a command that another includes leaves its counts.
+/// Names the file to which an included command writes its counts.
 const COUNTS: &str = "XTASK_COUNTS";
 const NAME_WIDTH: usize = 24;
 const TAIL_LINES: usize = 60;
@@ -52,7 +52,7 @@ impl Tally {
                 self.passed += 1;
                 Some(value)
             }
-            // An interrupted command says so once, at its end.
+            // An interrupted command prints that once, at its end.
             Err(_) if signals::asked_to_end() => None,
             Err(error) => {
                 self.failed += 1;
@@ -65,7 +65,7 @@ impl Tally {
         }
     }
 
-    /// Runs one of our own commands, whose checks count among these. It has the terminal meanwhile.
+    /// Runs another of our commands in this terminal, and adds its counts.
     pub fn include(&mut self, mut command: Command) -> Result<()> {
         signals::check()?;
         let counts = workspace::log_file("counts")?;
@@ -73,7 +73,7 @@ impl Tally {
         let mut child = command.env(COUNTS, &counts).stdin(Stdio::null()).spawn()?;
         while child.try_wait()?.is_none() {
             if signals::asked_to_end() {
-                // Ctrl-C has reached it, too; twice within a second counts as once.
+                // Ctrl-C has reached it as well; two signals within a second count as one.
                 let _ = kill_process(Pid::from_child(&child), Signal::TERM);
                 child.wait()?;
                 return Ok(());
@@ -87,14 +87,14 @@ impl Tally {
         Ok(())
     }
 
-    /// The closing line that CI reads, or for the command that includes this one a file.
+    /// Prints the last line, which CI reads; an included command writes its counts to a file instead.
     pub fn close(&self) -> std::process::ExitCode {
         if signals::asked_to_end() {
             println!("  interrupted");
             return std::process::ExitCode::from(130);
         }
         if let Some(file) = std::env::var_os(COUNTS) {
-            // Without it, that command counts a failure.
+            // Without the file, the including command counts a failure.
             let _ = fs::write(file, format!("{} {}", self.passed, self.failed));
             return std::process::ExitCode::from(u8::from(self.failed > 0));
         }
@@ -117,7 +117,7 @@ impl Progress {
         if dry_run::is_on() {
             println!("# {name}");
         } else if bar.is_hidden() {
-            // No terminal: the name now, the outcome behind it later.
+            // No terminal: the name now, the outcome later.
             print!("  {name:<NAME_WIDTH$}");
             let _ = std::io::stdout().flush();
         } else {
@@ -147,14 +147,14 @@ impl Progress {
         }
     }
 
-    /// What the step is at.
+    /// Shows the current state of the step.
     pub fn say(&self, line: &str) {
         // Escape sequences would survive the bar's shortening only by half.
         let plain: String = line.chars().filter(|c| !c.is_control()).collect();
         self.bar.set_message(plain);
     }
 
-    /// A line that stays.
+    /// Prints a line that stays.
     pub fn note(&self, line: &str) {
         if dry_run::is_on() {
             println!("# {line}");
@@ -167,8 +167,8 @@ impl Progress {
         }
     }
 
-    /// Runs a command to its end and returns its output. The whole of it is kept in a file that a failure names. A dry
-    /// run prints the command, and returns nothing.
+    /// Runs a command to its end and returns its output. A failure names the file that keeps all of it. A dry run prints
+    /// the command, and returns nothing.
     pub fn run(&self, command: Command) -> Result<String> {
         self.run_counted(command, |_| ())
     }
@@ -229,7 +229,7 @@ impl Progress {
     }
 }
 
-/// A command that runs while other steps do. It ends with the value.
+/// A command that runs beside other steps. Dropping it ends it.
 #[derive(Debug)]
 pub struct Job {
     program: String,
@@ -239,7 +239,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// Starts the command; its output is kept in a file that is called after the step.
+    /// Starts the command. Its output is kept in a file named after the step.
     pub fn start(step: &str, mut command: Command) -> Result<Self> {
         let log = workspace::log_file(step)?;
         let (reader, writer) = std::io::pipe()?;
@@ -249,7 +249,7 @@ impl Job {
         Ok(Self { program, child, lines: lines_of(reader, File::create(&log)?), log })
     }
 
-    /// Asks it and what it has started to end.
+    /// Sends SIGTERM to its process group.
     fn terminate(&self) {
         let _ = kill_process_group(Pid::from_child(&self.child), Signal::TERM);
     }
@@ -267,7 +267,7 @@ impl Drop for Job {
     }
 }
 
-/// Without cargo's lines of what it is at, which would push the fault out of the tail.
+/// Without cargo's progress lines, which would push the error out of the tail.
 fn without_progress(output: &str) -> String {
     const AT_WORK: [&str; 9] = [
         "Blocking",

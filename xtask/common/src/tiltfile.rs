@@ -54,7 +54,7 @@ pub struct Chart {
     pub values: Vec<String>,
 }
 
-/// As what Tilt is run.
+/// How Tilt is run.
 #[derive(Clone, Copy, Debug)]
 pub struct Scenario<'a> {
     pub context: &'a str,
@@ -86,7 +86,7 @@ pub fn plan(progress: &Progress, helm: &Path, file: &Path, scenario: Scenario<'_
     command.args(["-context", scenario.context, "-namespace", scenario.namespace]);
     command.args(["-subcommand", scenario.subcommand, "-system", scenario.system]);
     command.arg(file).args(scenario.arguments);
-    // helm asks no cluster for what it renders here.
+    // helm must not ask a cluster.
     command.env("KUBECONFIG", "/dev/null");
     let said = progress.run(command)?;
     let json = said.find('{').map_or("", |start| &said[start..]);

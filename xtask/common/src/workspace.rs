@@ -1,4 +1,4 @@
-//! Where things are in the clone, and cargo as a command.
+//! Paths of the clone, and cargo as a command.
 
 use std::env;
 use std::fs;
@@ -38,13 +38,13 @@ pub fn offline_cargo(args: &[&str]) -> Command {
     command
 }
 
-/// Builds a binary of the workspace. Cargo unites the features of all packages that it is asked for: asked for all of
-/// them each time, it compiles no dependency twice.
+/// Builds a binary with the features of the whole workspace. With the same selection each time, cargo compiles no
+/// dependency twice.
 pub fn build(binary: &str) -> Command {
     offline_cargo(&["build", "--workspace", "--bin", binary])
 }
 
-/// Where a step keeps its output.
+/// The file for the output of a step.
 pub fn log_file(step: &str) -> Result<PathBuf> {
     let dir = places::target_dir()?.join("xtask");
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
@@ -57,7 +57,7 @@ pub fn shown(path: &Path) -> String {
     path.strip_prefix(root()).unwrap_or(path).display().to_string()
 }
 
-/// CI installs what it lacks and skips nothing.
+/// In CI missing tools are installed, and nothing is skipped.
 pub fn in_ci() -> bool {
     env::var("CI").is_ok_and(|value| !["", "0", "false"].contains(&value.as_str()))
 }

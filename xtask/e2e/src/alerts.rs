@@ -1,5 +1,5 @@
-//! The alerts on what kube-state-metrics says: seen to fire and to resolve on the cluster, by an upgrade in which everything
-//! goes wrong at once, while the old pods go on serving.
+//! The alerts on kube-state-metrics: they have to fire and to resolve in an upgrade in which everything goes wrong at once,
+//! while the old pods go on serving.
 
 use std::fs;
 use std::path::Path;
@@ -39,7 +39,7 @@ const EVERYTHING_WRONG: [&str; 8] = [
     "autoscaling.targetCPUUtilizationPercentage=1",
 ];
 
-/// Kubernetes' own times are not scaled: the third wait of a back-off is 40 s, and the autoscaler looks each 15 s.
+/// Kubernetes' own times are not scaled: the third back-off takes 40 s, and the autoscaler syncs every 15 s.
 const FIRE_LIMIT: Duration = Duration::from_secs(180);
 const RESOLVE_LIMIT: Duration = Duration::from_secs(120);
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -87,7 +87,7 @@ pub(super) fn all(stage: &mut Stage, progress: &Progress) -> Result<()> {
 }
 
 fn fire_and_resolve(stage: &Stage, progress: &Progress, watch: &Watch<'_>) -> Result<()> {
-    // Of a sound release none fires.
+    // In a healthy release none fires.
     thread::sleep(Duration::from_secs(5));
     watch.wait(RESOLVE_LIMIT, "fire before the fault", &ALERTS, |history, alert| {
         (!history.fires(alert, NAMESPACE)).then_some(())
@@ -115,7 +115,7 @@ fn fire_and_resolve(stage: &Stage, progress: &Progress, watch: &Watch<'_>) -> Re
     Ok(())
 }
 
-/// Without progress for so many seconds a rollout counts as stuck. It is not the chart's to say.
+/// The seconds without progress after which a rollout counts as stuck; the chart does not set them.
 fn set_deadline(stage: &Stage, progress: &Progress, seconds: u32) -> Result<()> {
     let patch = json!({ "spec": { "progressDeadlineSeconds": seconds } });
     let patch = format!("kubectl --namespace {NAMESPACE} patch deployment {DEPLOYMENT} --patch '{patch}'");

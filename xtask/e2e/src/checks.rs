@@ -1,8 +1,10 @@
-//! What a platform team does with the release, and what it expects of it.
+//! What platform teams do with the release, and expect of it.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use common::chart;
+use common::steps::Progress;
 use harness::User;
 use harness::http::Client;
 use kube::ResourceExt;
@@ -10,8 +12,6 @@ use serde_json::json;
 
 use crate::kubernetes::{is_ready, no_warnings};
 use crate::stage::{DEPLOYMENT, IMAGES, NAMESPACE, RELEASE, ROLLOUT_LIMIT, SERVER, Stage};
-use common::chart;
-use common::steps::Progress;
 
 /// Every combination of values, rendered and accepted by the real API server, definitions of other vendors included.
 pub(super) fn values_files(stage: &mut Stage, progress: &Progress) -> Result<()> {
@@ -172,7 +172,7 @@ pub(super) fn autoscaling(stage: &mut Stage, progress: &Progress) -> Result<()> 
     let ((), report) = stage.loaded(Duration::ZERO, |stage| {
         stage.kubernetes.replicas(DEPLOYMENT, Duration::from_secs(240), |ready| ready >= 3)
     })?;
-    // Asked of a saturated machine is that nothing is lost; that no request fails is asked where there is room.
+    // On a saturated machine requests may fail, but no message may be lost.
     let (requests, failed) = (report.requests, report.failures.len());
     ensure!(failed * 1000 <= requests, "{:#}", report.verdict().err().context("failures")?);
     progress.note(&format!("{requests} requests at full load, {failed} without an answer"));
@@ -189,7 +189,7 @@ impl Stage {
         Ok(names)
     }
 
-    /// Pods that end count as gone before they are: the last request may come to the last moment of theirs.
+    /// Kubernetes counts pods as gone while they still end, and requests may reach them until then.
     pub(super) fn await_old_pods_gone(&self) -> Result<()> {
         self.kubernetes.none_ending(SERVER, Duration::from_secs(90))
     }

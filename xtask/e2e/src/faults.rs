@@ -1,23 +1,23 @@
-//! What happens to the release, and what must come of it.
+//! Faults that happen to a release, and how it has to behave.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use common::steps::Progress;
 use harness::http::Client;
 use harness::servers::daemon;
 
 use crate::kubernetes::is_ready;
 use crate::stage::{DEPLOYMENT, NAMESPACE, POSTGRES, REDIS, ROLLOUT_LIMIT, SERVER, Stage};
-use common::steps::Progress;
 
-/// Readiness falls, nothing is restarted, and it comes back by itself with every message.
+/// Readiness fails, nothing restarts, and the release recovers with every message.
 pub(super) fn postgres_killed(stage: &mut Stage, progress: &Progress) -> Result<()> {
     stage.users()?;
     let pods = stage.names_of_pods()?;
     // At the pod, since a Service has no address that leads to one that is not ready.
     let forward = stage.kubernetes.forward(SERVER, 9000)?;
-    // No new one until we have seen what its absence does.
+    // No new one before we have checked the effect.
     stage.kubernetes.cordon(true)?;
     let started = Instant::now();
     stage.kubernetes.delete_pod(&format!("{POSTGRES}-0"), true)?;
@@ -40,7 +40,7 @@ pub(super) fn postgres_killed(stage: &mut Stage, progress: &Progress) -> Result<
     stage.verify(progress)
 }
 
-/// Nobody notices but by a moment's delay.
+/// No request fails; some are delayed.
 pub(super) fn redis_killed(stage: &mut Stage, progress: &Progress) -> Result<()> {
     stage.under_load(progress, |stage| {
         stage.kubernetes.cordon(true)?;

@@ -1,5 +1,5 @@
-//! A cluster's API for blocking code: every wait has a limit and ends on Ctrl-C, and who fails says what the cluster
-//! knows of it.
+//! A cluster's API for blocking code: every wait has a timeout and ends on Ctrl-C, and errors include what the cluster
+//! reports.
 
 mod forward;
 
@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use common::signals;
 use harness::servers::daemon;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
@@ -20,8 +21,6 @@ use kube::runtime::wait::await_condition;
 use kube::{Api, Client, Config, Resource, ResourceExt};
 use serde_json::Value;
 use tokio::runtime::Runtime;
-
-use common::signals;
 
 pub(crate) use forward::Forward;
 
@@ -45,7 +44,7 @@ impl Kubernetes {
             .with_context(|| format!("read {}: is the cluster up?", kubeconfig.display()))?;
         let client = runtime.block_on(async {
             let mut config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
-            // It would ask again and again whether a disruption budget is still in the way.
+            // It would retry evictions that a disruption budget forbids.
             config.default_retry = false;
             anyhow::Ok(Client::try_from(config)?)
         })?;
@@ -127,7 +126,7 @@ impl Kubernetes {
         self.within(limit, &what, waiting).map(drop).map_err(|error| self.explained(error))
     }
 
-    /// The pods with these labels, without those that are on their way out.
+    /// The pods with these labels, without terminating ones.
     pub(crate) fn pods(&self, labels: &str) -> Result<Vec<Pod>> {
         let listing = async { Ok(self.api::<Pod>().list(&ListParams::default().labels(labels)).await?) };
         let pods = self.within(ANSWER_LIMIT, "list pods", listing)?;
@@ -248,7 +247,7 @@ impl Kubernetes {
         if now.trim().is_empty() && restarts(pod) > 0 { words(true) } else { now }
     }
 
-    /// Waits until no pod with these labels is on its way out.
+    /// Waits until no pod with these labels is terminating.
     pub(crate) fn none_ending(&self, labels: &str, limit: Duration) -> Result<()> {
         let waiting = async {
             let pods = self.api::<Pod>();

@@ -1,5 +1,4 @@
-//! `cargo xtask e2e`: the chart and the image on a real cluster, through what a platform team does with them and what
-//! happens to them.
+//! `cargo xtask e2e`: the chart and the image on a real cluster, in operations and faults.
 
 mod alerts;
 mod checks;
@@ -14,11 +13,11 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-
 use common::args::{E2e as Args, Provider};
 use common::prometheus::ON_A_CLUSTER;
 use common::steps::{Progress, Tally, step};
 use common::{cluster, kind, signals};
+
 use stage::Stage;
 
 type Check = fn(&mut Stage, &Progress) -> Result<()>;
@@ -50,7 +49,7 @@ const CHECKS: [(&str, Check); 23] = [
     ("uninstall", procedures::uninstall),
 ];
 
-/// Without these the others have nothing to look at.
+/// The other checks need this one.
 const ALWAYS: &str = "install";
 
 #[derive(Parser)]
@@ -75,7 +74,7 @@ fn all(tally: &mut Tally, args: &Args) -> Result<()> {
     let started = std::time::Instant::now();
     let found = || if kind::engine_answers() { Provider::Kind } else { Provider::Cluster };
     let provider = args.provider.unwrap_or_else(found);
-    // A cluster that was there before is somebody's, and stays.
+    // A cluster that ran before belongs to somebody, and stays.
     let was_up = match provider {
         Provider::Cluster => cluster::is_up()?,
         Provider::Kind => kind::is_up()?,
@@ -118,7 +117,7 @@ fn play(tally: &mut Tally, stage: &mut Stage, only: Option<&str>) {
             println!("  nothing else can be checked");
             return;
         }
-        // The next one starts from a sound release, or says nothing about itself.
+        // The next check needs a healthy release.
         if step("  repair", |progress| stage.repair(progress)).is_err() {
             tally.failed += 1;
             println!("  the release cannot be repaired, so the other checks would prove nothing");

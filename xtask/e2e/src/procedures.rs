@@ -1,13 +1,13 @@
-//! The procedures of the chart's README, typed as they stand there.
+//! The procedures of the chart's README, exactly as written there.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use common::steps::Progress;
 use harness::http::Client;
 
 use crate::stage::{DEPLOYMENT, NAMESPACE, Stage};
-use common::steps::Progress;
 
 /// The blocks of `## Rotate`, in their order.
 const SIGNING_KEY: usize = 0;
@@ -15,7 +15,7 @@ const FORGET_OLD_KEY: usize = 1;
 const POSTGRES_PASSWORD: usize = 2;
 const REDIS_PASSWORD: usize = 3;
 
-/// Nobody is logged out: tokens of the old key work all the time, on every replica, until that key is forgotten.
+/// Tokens of the old key stay valid on every replica until that key is removed.
 pub(super) fn rotate_signing_key(stage: &mut Stage, progress: &Progress) -> Result<()> {
     stage.users()?;
     let before = stage.secret()?;
@@ -67,7 +67,7 @@ fn rotate_password(stage: &mut Stage, progress: &Progress, block: usize, key: &s
     stage.await_all()
 }
 
-/// A dump, a loss, and everything is back.
+/// A dump, data loss, and a restore of everything.
 pub(super) fn backup_and_restore(stage: &mut Stage, progress: &Progress) -> Result<()> {
     // Something to lose, also when this check runs alone.
     stage.under_load(progress, |_| Ok(()))?;

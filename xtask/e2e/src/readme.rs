@@ -3,7 +3,6 @@
 use std::fs;
 
 use anyhow::{Context, Result};
-
 use common::workspace;
 
 /// The shell commands of a section, block by block.

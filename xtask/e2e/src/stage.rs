@@ -10,17 +10,17 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use harness::servers::daemon;
-
-use crate::kubernetes::Kubernetes;
-use crate::readme;
 use common::args::Provider;
 use common::chart::HELM;
 use common::conversation::{self as load, Pair, Report};
 use common::steps::{Progress, step};
 use common::{cluster, image, kind, workspace};
+use harness::servers::daemon;
 
-/// The README's is `chat`, which may be somebody's.
+use crate::kubernetes::Kubernetes;
+use crate::readme;
+
+/// The README uses `chat`, which somebody may use.
 pub(super) const NAMESPACE: &str = "chat-e2e";
 pub(super) const RELEASE: &str = "chat";
 pub(super) const DEPLOYMENT: &str = "chat-chat-service";
@@ -67,7 +67,7 @@ fn put_image(progress: &Progress, provider: Provider, same: bool) -> Result<()> 
 }
 
 impl Stage {
-    /// Brings up what is missing, and empties the namespace.
+    /// Starts the cluster if needed, and empties the namespace.
     pub(super) fn set(provider: Provider, same_image: bool) -> Result<Self> {
         let (kubeconfig, helm) = match provider {
             Provider::Kind => (
@@ -239,7 +239,7 @@ impl Stage {
         self.kubernetes.rolled_out(DEPLOYMENT, ROLLOUT_LIMIT)
     }
 
-    /// People talk while `work` is done: no request may fail, and nothing that was acknowledged may be lost.
+    /// Runs conversations while `work` is done: no request may fail, and no acknowledged message may be lost.
     pub(super) fn under_load<T>(
         &mut self,
         progress: &Progress,
@@ -251,7 +251,7 @@ impl Stage {
         Ok(value)
     }
 
-    /// As [`Self::under_load`], as hard as the pause between two requests makes it, and without a judgement.
+    /// As [`Self::under_load`], with this pause between two requests, and returns the report unchecked.
     pub(super) fn loaded<T>(
         &mut self,
         pause: Duration,

@@ -1,14 +1,14 @@
-//! What Tilt would do with the Tiltfile, done by hand: its image's command, its objects in its order, its buttons.
+//! Does what Tilt would do with the Tiltfile: the image's command, the objects in their order, the buttons.
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
-
-use crate::kubernetes::no_warnings;
-use crate::stage::Stage;
 use common::args::Provider;
 use common::steps::Progress;
 use common::tiltfile::{Plan, Scenario, plan};
 use common::{cluster, kind, workspace};
+use serde_json::{Value, json};
+
+use crate::kubernetes::no_warnings;
+use crate::stage::Stage;
 
 /// Beside the release that the other checks look at.
 const NAMESPACE: &str = "chat-tilt-e2e";

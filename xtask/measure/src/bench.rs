@@ -1,9 +1,9 @@
-//! `cargo xtask bench`: what the service is fast at, as ratios to what the machine's own Postgres, Redis and
-//! processor can do, measured in one run.
+//! `cargo xtask bench`: the service's speed, as ratios to what the machine's own Postgres, Redis and processor can do,
+//! measured in one run.
 //!
-//! Absolute figures say more about the machine than about the service, and machines are shared and noisy. So
-//! each figure is paired with a reference, the two are measured in turns, and the ratio of each turn counts;
-//! what is printed is the median and the range.
+//! Absolute figures say more about the machine than about the service, and machines are shared and noisy. So each
+//! figure is paired with a reference. Both are measured in turns, and the table shows the median and the range of the
+//! ratios.
 
 mod cpu;
 mod measures;
@@ -13,16 +13,15 @@ mod setup;
 mod tracing;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use harness::servers;
-
 use common::args::Bench as Args;
 use common::go_tools::COLLECTOR;
 use common::steps::step;
 use common::{go_tools, workspace};
+use harness::servers;
 
 use setup::Setup;
 
@@ -36,7 +35,7 @@ pub(crate) struct Row {
     /// One value a round; what is quoted is the median.
     pub(crate) values: Vec<f64>,
     pub(crate) unit: &'static str,
-    /// What is asked for, and hoped for; `AtMost` where less is better.
+    /// The required value and the aim; `AtMost` where less is better.
     pub(crate) goal: Option<Goal>,
     /// The figures that the values were made from.
     pub(crate) detail: String,
@@ -54,7 +53,7 @@ pub(crate) struct Bench {
     pub(crate) binary: PathBuf,
     pub(crate) rounds: u32,
     pub(crate) duration: Duration,
-    /// Where Go is, which builds it.
+    /// None without Go, which builds it.
     pub(crate) collector: Option<PathBuf>,
 }
 
@@ -88,7 +87,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     std::fs::create_dir_all(&dir)?;
     let binary = match &args.binary {
         Some(binary) => std::path::absolute(binary)?,
-        None => step("build, release", |_| release_build())?,
+        None => step("build, release", |progress| {
+            let args = ["build", "--release", "--package", "chat-service"];
+            progress.run(workspace::offline_cargo(&args))?;
+            Ok(harness::places::target_dir()?.join("release/chat-service"))
+        })?,
     };
     let collector = collector(args)?;
     let duration = Duration::from_secs(args.seconds);
@@ -123,13 +126,6 @@ fn collector(args: &Args) -> Result<Option<PathBuf>> {
         }
         _ => step("build the collector", |progress| COLLECTOR.build(progress)).map(Some),
     }
-}
-
-fn release_build() -> Result<PathBuf> {
-    let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--release", "--package", "chat-service"]).env("SQLX_OFFLINE", "true");
-    setup::output(build.current_dir(workspace::root()))?;
-    Ok(harness::places::target_dir()?.join("release").join("chat-service"))
 }
 
 impl Goal {
@@ -221,7 +217,7 @@ pub(crate) fn figures(one: (&str, &[f64]), other: (&str, &[f64])) -> String {
     format!("{} {:.0}/s, {} {:.0}/s", one.0, median(one.1), other.0, median(other.1))
 }
 
-/// Where a measurement may leave files that are gone with the run.
+/// A folder for a measurement's files, deleted with the run.
 pub(crate) fn scratch(bench: &Bench, name: &str) -> PathBuf {
     Path::new(&bench.dir).join(name)
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask dashboards`: Grafana's dashboards, written from the Rust of this folder, and asked of a Prometheus.
+//! `cargo xtask dashboards`: writes Grafana's dashboards from the Rust of this folder, or checks them on a Prometheus.
 //!
 //! The files are in the chart, which may not reach outside its folder; `deploy/grafana` links to them.
 
@@ -18,10 +18,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-
-use check::Scope;
 use common::args::Dashboards as Args;
 use common::workspace;
+
+use check::Scope;
 use model::Dashboard;
 
 /// Where the chart finds them.
@@ -44,7 +44,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// In the order in which one looks at them.
+/// In reading order.
 pub(crate) fn all() -> Vec<Dashboard> {
     vec![overview::dashboard(), dependencies::dashboard(), runtime::dashboard(), product::dashboard()]
 }

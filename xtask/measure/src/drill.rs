@@ -1,6 +1,6 @@
-//! `cargo xtask drill`: every alert is seen to fire and to resolve, by the fault that it is for, on a real Prometheus that
-//! evaluates the rules as they are shipped, on a faster clock (`drill/scale.rs`). At the end every panel of the dashboards
-//! has to have data. What only a cluster can show is drilled by the check `alerts` of `cargo xtask e2e`.
+//! `cargo xtask drill`: injects each alert's fault, and checks that the alert fires and resolves. A real Prometheus
+//! evaluates the shipped rules on a faster clock (`common::prometheus::scale`). At the end every panel of the dashboards has
+//! to have data. The check `alerts` of `cargo xtask e2e` drills the alerts that need a cluster.
 
 mod collector;
 mod faults;
@@ -14,15 +14,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use common::args::Drill as Args;
+use common::prometheus::{self, ON_A_CLUSTER, Prometheus, RULES, Watch, scale};
+use common::steps::{Progress, Tally};
+use common::{signals, workspace};
 use harness::{install, places};
 
 use crate::dashboards::check::{self, Scope};
 use crate::rules::{self, Rule};
-use common::args::Drill as Args;
-use common::prometheus::{self, ON_A_CLUSTER, Prometheus, RULES, Watch, scale};
-use common::steps::{Progress, Tally};
-use common::workspace::offline_cargo;
-use common::{signals, workspace};
 use faults::{DRILLS, Drill, Lane};
 use scene::Scene;
 
@@ -37,11 +36,11 @@ const RESOLVE_LIMIT: Duration = Duration::from_secs(6 * 3600 / scale::FACTOR as 
 const PANELS_LIMIT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(250);
 
-/// How a drill went.
+/// The result of a drill.
 struct Outcome {
     drill: &'static Drill,
     times: Result<Vec<Times>>,
-    /// Other alerts that the fault fired, as it may.
+    /// Other alerts that the fault fired, which is allowed.
     others: BTreeSet<String>,
 }
 
@@ -61,13 +60,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(tally.close())
 }
 
-/// Fails with the names of alerts that nothing proves, and of drills whose alerts are gone.
+/// Fails with the names of alerts without a drill, and of drills without an alert.
 fn check_coverage() -> Result<()> {
     let mut rules = rules::all()?;
     rules.retain(|rule| rule.alert.is_some());
     let local = DRILLS.iter().flat_map(|drill| drill.alerts);
     let drilled: BTreeSet<&str> = local.chain(&ON_A_CLUSTER.1).copied().collect();
-    // A bare name does for a rule that has no namesake.
+    // A bare name is enough for a rule without a namesake.
     let proven = |rule: &Rule| {
         let namesakes = rules.iter().filter(|other| other.alert == rule.alert).count();
         drilled.iter().any(|key| is_of(key, rule) && (namesakes == 1 || key.contains(' ')))
@@ -170,11 +169,11 @@ fn play(tally: &mut Tally, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Every panel of the dashboards has data of all that happened.
+/// Every panel of the dashboards has data of the drills.
 fn check_panels(progress: &Progress, prometheus: &Prometheus, range: Duration) -> Result<()> {
     // The first fault is still within the range of the last query.
     let range = range + PANELS_LIMIT;
-    // As Grafana has it: no scrape is between two points of a graph.
+    // As in Grafana: no scrape falls between two points of a graph.
     let rate_interval = (scale::SCRAPE_INTERVAL * 4).max(range / check::POINTS + scale::SCRAPE_INTERVAL);
     let scope = Scope { rate_interval, range, ..Scope::default() };
     let report = check::check_panels(&prometheus.url(), &scope)?;
@@ -184,7 +183,7 @@ fn check_panels(progress: &Progress, prometheus: &Prometheus, range: Duration) -
     Ok(())
 }
 
-/// What an earlier run has left, its servers included if it was killed.
+/// Removes an earlier run's files, and its servers if it was killed.
 fn clear(dir: &Path) -> Result<()> {
     for lane in Lane::ALL {
         for server in ["postgres", "redis"] {
@@ -206,7 +205,7 @@ fn clear(dir: &Path) -> Result<()> {
 /// The lanes that are needed, all at once, and a Prometheus that scrapes them.
 fn set_stage(progress: &Progress, dir: &Path, drills: &[&Drill]) -> Result<(Vec<(Lane, Scene)>, Prometheus)> {
     install::ensure_programs(|line| progress.note(line))?;
-    progress.run(offline_cargo(&["build", "-p", "chat-service"]))?;
+    progress.run(workspace::build("chat-service"))?;
     let binary = places::service_binary()?;
     let lanes = Lane::ALL.into_iter().filter(|lane| drills.iter().any(|drill| drill.lane == *lane));
     progress.say("servers and replicas");
@@ -264,7 +263,7 @@ fn drill(watch: &Watch<'_>, scene: &Scene, drill: &'static Drill) -> Outcome {
 }
 
 fn fire_and_resolve(watch: &Watch<'_>, scene: &Scene, drill: &'static Drill) -> Result<Vec<Times>> {
-    // An alert that another fault has left would prove nothing.
+    // An alert of an earlier fault would prove nothing.
     watch.wait(RESOLVE_LIMIT, "fires before its fault", drill.alerts, |history, alert| {
         (!history.fires(alert, scene.namespace)).then_some(())
     })?;
@@ -274,7 +273,7 @@ fn fire_and_resolve(watch: &Watch<'_>, scene: &Scene, drill: &'static Drill) -> 
             Some(history.since(injected, alert, scene.namespace)?.0)
         })
     });
-    // Whatever came of it, the next drill finds a sound service.
+    // In any case, the next drill needs a healthy service.
     let healed = Instant::now();
     (drill.heal)(scene).context("heal the fault")?;
     scene.await_ready()?;

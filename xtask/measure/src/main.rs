@@ -1,4 +1,4 @@
-//! The commands of `cargo xtask` that measure and check the running service. They need what the front door does without: an
+//! The commands of `cargo xtask` that measure and check the running service. They need what the front door has not: an
 //! HTTP stack, a runtime, and parsers of YAML and SQL.
 
 mod bench;
@@ -45,7 +45,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {
-    // A benchmark ends at once: it has nothing to say half-way.
+    // Ctrl-C ends a benchmark at once: it has nothing to clean up.
     if !matches!(cli, Cli::Bench(_)) {
         signals::listen()?;
     }

@@ -1,4 +1,4 @@
-//! What a new migration has to keep to: forward only, no heavy lock without a reason, old and new binary both work.
+//! The rules for a new migration: forward only, no heavy lock without a reason, and both old and new binary work.
 
 mod history;
 mod locks;
@@ -58,7 +58,7 @@ mod tests {
             found.iter().map(|script| script.file.rsplit('/').next().expect("a name")).collect();
         assert_eq!(names, ["0001_first.sql", "0002_second_2.sql"]);
         assert!(locks::broken(&found[1].sql).is_empty());
-        // What it says of reasons is none.
+        // Its text about reasons is no reason.
         assert_eq!(locks::broken(&format!("{}DROP TABLE users;", found[1].sql)).len(), 1);
         for name in ["Second", "2nd", "a-b", "", "../x"] {
             let error = create(dir, name).expect_err("a bad name").to_string();

@@ -35,7 +35,7 @@ pub(crate) fn check(tally: &mut Tally) -> Option<PathBuf> {
     promtool
 }
 
-/// Which metrics there are is asked of the built service.
+/// Compares with the metrics of the built service.
 pub(crate) fn check_metrics(tally: &mut Tally, promtool: Option<&Path>, postgres: &Postgres, redis: &Redis) {
     let find = |progress: &Progress| Metrics::find(progress, postgres, redis);
     if let Some(there) = tally.check("metrics: scrape", "", find) {
@@ -46,7 +46,7 @@ pub(crate) fn check_metrics(tally: &mut Tally, promtool: Option<&Path>, postgres
 
 pub(crate) use observe::check as check_observers;
 
-/// Reads every query with Prometheus's own parser, which takes it for a recording rule of that name.
+/// Reads every query with Prometheus's own parser, as a recording rule of that name.
 fn parse_queries(progress: &Progress, promtool: &Path, queries: &[(String, String)]) -> Result<()> {
     let rule = |(name, expr): &(String, String)| json!({ "record": name, "expr": expr });
     let rules: Vec<Value> = queries.iter().map(rule).collect();

@@ -5,10 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
-
 use common::prometheus::RULES;
 use common::workspace;
+use serde::Deserialize;
 
 pub(crate) const TESTS: &str = "deploy/prometheus/tests";
 

@@ -7,13 +7,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
+use common::args::Soak as Args;
+use common::steps::{Progress, Tally, step};
+use common::{signals, workspace};
 use harness::{install, places};
 use tests::history_checker::{self, Options, Report, check};
-
-use common::args::Soak as Args;
-use common::signals;
-use common::steps::{Progress, Tally, step};
-use common::workspace::offline_cargo;
 
 /// Every way to break the service that `service/src/failpoints.rs` knows. The first ones are found within seconds;
 /// the others only where a fault meets a window in use.
@@ -46,7 +44,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let binary = match &args.binary {
         Some(binary) => std::path::absolute(binary)?,
         None => step("build", |progress| {
-            progress.run(offline_cargo(&["build", "-p", "chat-service"]))?;
+            progress.run(workspace::build("chat-service"))?;
             places::service_binary()
         })?,
     };
@@ -75,11 +73,12 @@ pub(crate) fn self_check(tally: &mut Tally, seed: u64) {
 
 /// Builds the service with the ways to break it, as a file of its own.
 fn broken_build(progress: &Progress) -> Result<()> {
-    let build = |more: &[&str]| offline_cargo(&[&["build", "-p", "chat-service"], more].concat());
-    progress.run(build(&["--features", "failpoints"]))?;
+    let mut build = workspace::build("chat-service");
+    build.args(["--features", "chat-service/failpoints"]);
+    progress.run(build)?;
     let copied = std::fs::copy(places::target_dir()?.join("debug/chat-service"), broken_binary()?);
     // Whatever came of the copy, the sound one goes back to where others look for it.
-    progress.run(build(&[]))?;
+    progress.run(workspace::build("chat-service"))?;
     copied?;
     Ok(())
 }

@@ -1,16 +1,16 @@
-//! Where Postgres and Redis come from: the user's own, installed programs, containers, packages, in that order.
+//! The sources of Postgres and Redis: the user's own, installed programs, containers, packages, in that order.
 
 use std::net::{TcpStream, ToSocketAddrs};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
+use common::steps::{Progress, step};
 use harness::servers::{ports, programs};
 use harness::{Postgres, PostgresOptions, Redis, RedisOptions, install};
 
 use super::container::{Container, Engine};
 use super::settings::Settings;
-use common::steps::{Progress, step};
 
 pub(crate) const POSTGRES_DIR: &str = "postgres";
 pub(crate) const REDIS_DIR: &str = "redis";
@@ -32,7 +32,7 @@ pub(crate) struct Backends {
 
 #[derive(Debug)]
 pub(crate) enum Backend {
-    /// The user's own, named by this variable.
+    /// The user's own, set by this variable.
     Given(&'static str),
     Postgres(Postgres),
     Redis(Redis),
@@ -101,10 +101,7 @@ pub(crate) fn start(dir: &Path, settings: &Settings) -> Result<Backends> {
 }
 
 pub(crate) fn start_postgres(dir: &Path, engine: Option<&Engine>, progress: &Progress) -> Result<Backend> {
-    let mut options = PostgresOptions::durable();
-    if ports::is_free(POSTGRES_PORT) {
-        options = options.port(POSTGRES_PORT);
-    }
+    let options = PostgresOptions::durable().port(ports::prefer(POSTGRES_PORT)?);
     if programs::postgres_bin_dirs().is_empty() {
         if let Some(engine) = engine {
             return engine.postgres(progress).map(Backend::Container);
@@ -133,10 +130,7 @@ fn start_redis(dir: &Path, engine: Option<&Engine>, progress: &Progress) -> Resu
         };
         return engine.redis(progress).map(Backend::Container);
     }
-    let mut options = RedisOptions::default();
-    if ports::is_free(REDIS_PORT) {
-        options = options.port(REDIS_PORT);
-    }
+    let options = RedisOptions::default().port(ports::prefer(REDIS_PORT)?);
     Ok(Backend::Redis(Redis::start(&dir.join(REDIS_DIR), options)?))
 }
 

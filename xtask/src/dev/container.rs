@@ -6,12 +6,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use common::steps::Progress;
+use common::{signals, workspace};
 use harness::places::stable_hash;
 use harness::servers::{daemon, ports, programs, redis};
 
 use super::backends::{DATABASE, POSTGRES_PORT, REDIS_PORT};
-use common::steps::Progress;
-use common::{signals, workspace};
 
 const POSTGRES_IMAGE: &str = "postgres:17-alpine";
 const REDIS_IMAGE: &str = "redis:7-alpine";
@@ -50,7 +50,7 @@ impl Engine {
     }
 
     pub(crate) fn postgres(&self, progress: &Progress) -> Result<Container> {
-        let port = port(POSTGRES_PORT)?;
+        let port = ports::prefer(POSTGRES_PORT)?;
         let volume = format!("{}:/var/lib/postgresql/data", name("postgres"));
         let options = [
             "-p",
@@ -69,7 +69,7 @@ impl Engine {
     }
 
     pub(crate) fn redis(&self, progress: &Progress) -> Result<Container> {
-        let port = port(REDIS_PORT)?;
+        let port = ports::prefer(REDIS_PORT)?;
         let publish = format!("127.0.0.1:{port}:6379");
         let options = ["-p", &publish, REDIS_IMAGE, "redis-server", "--save", ""];
         let url = format!("redis://127.0.0.1:{port}/0");
@@ -189,8 +189,4 @@ fn remove(program: &PathBuf, name: &str) -> Result<()> {
 fn name(what: &str) -> String {
     let clone = stable_hash(workspace::root().as_os_str().as_encoded_bytes());
     format!("chat-service-dev-{what}-{:08x}", clone >> 32)
-}
-
-fn port(wanted: u16) -> Result<u16> {
-    if ports::is_free(wanted) { Ok(wanted) } else { ports::free() }
 }

@@ -1,4 +1,4 @@
-//! What a newcomer needs to know of the running service: the addresses, and a conversation to paste.
+//! What `cargo xtask dev` prints of the running service: its addresses, and a conversation to paste.
 
 use std::time::SystemTime;
 
@@ -33,7 +33,7 @@ pub(crate) fn text(addresses: &Addresses, backends: &Backends, observers: Option
     )
 }
 
-/// No comments and no `jq`: it has to work as pasted in any shell of a bare machine.
+/// No comments and no `jq`: it has to work as pasted in the shell of a bare machine.
 fn conversation(api: &str, suffix: &str) -> String {
     let (ana, ben) = (format!("ana{suffix}"), format!("ben{suffix}"));
     let user = |name: &str| {
@@ -80,7 +80,7 @@ fn suffix(postgres: &Backend) -> String {
     [String::new()].into_iter().chain(numbers).find(is_free).unwrap_or_default()
 }
 
-/// In a database that we cannot look into, the time is new.
+/// For a database that we cannot query, the time is new.
 fn clock() -> String {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     now.as_secs().to_string()

@@ -1,11 +1,15 @@
-//! `--observe`: a Prometheus with the rules, a collector for traces, and Grafana where it is installed or an engine can
-//! run it. Their configuration is in `deploy/observability`.
+//! `--observe`: a Prometheus with the rules, a collector for traces, and Grafana where it is installed or a container
+//! engine is. Their configuration is in `deploy/observability`.
 
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use common::go_tools::COLLECTOR;
+use common::prometheus::Prometheus;
+use common::steps::{Progress, step};
+use common::{go_tools, workspace};
 use harness::install;
 use harness::servers::collector::{Collector, Spans};
 use harness::servers::daemon::{self, Daemon};
@@ -14,22 +18,18 @@ use harness::servers::{ports, programs};
 use super::container::{Container, Engine};
 use super::service::Addresses;
 use super::settings::Settings;
-use common::go_tools::COLLECTOR;
-use common::prometheus::Prometheus;
-use common::steps::{Progress, step};
-use common::{go_tools, workspace};
 
 const CONFIG: &str = "deploy/observability";
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 
-/// Tried first, so that bookmarks stay good.
+/// Tried first, so that bookmarks stay valid.
 const PROMETHEUS_PORT: u16 = 9090;
 const COLLECTOR_PORT: u16 = 4318;
 const GRAFANA_PORT: u16 = 3000;
 
 const GRAFANA_END_LIMIT: Duration = Duration::from_secs(20);
 
-/// What watches the service. Dropping it ends all of it.
+/// What observes the service. Dropping it ends all of it.
 pub(crate) struct Observers {
     collector: Option<Collector>,
     /// Ends when it is dropped, as Grafana does.
@@ -84,7 +84,7 @@ impl Observers {
         self.lines.iter().map(|line| format!("  {line}\n")).collect()
     }
 
-    /// The collector last: it still takes what the service sends at its end.
+    /// The collector last: it still receives the service's last spans.
     pub(crate) fn stop(mut self) -> Result<()> {
         match self.grafana.take() {
             Some(Grafana::Container(container)) => container.stop()?,
@@ -95,10 +95,6 @@ impl Observers {
     }
 }
 
-fn port(wanted: u16) -> Result<u16> {
-    if ports::is_free(wanted) { Ok(wanted) } else { ports::free() }
-}
-
 fn start_prometheus(progress: &Progress, dir: &Path, service: &Addresses) -> Result<Prometheus> {
     let programs = install::ensure_prometheus(|line| progress.note(line))?;
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
@@ -107,17 +103,17 @@ fn start_prometheus(progress: &Progress, dir: &Path, service: &Addresses) -> Res
     let target = format!("{}:{}", service.host, service.ops_port);
     let deploy = workspace::root().join("deploy");
     let config = config.replace("127.0.0.1:9000", &target).replace("../", &format!("{}/", deploy.display()));
-    Prometheus::launch(&programs.server, dir, &config, port(PROMETHEUS_PORT)?, &[])
+    Prometheus::launch(&programs.server, dir, &config, ports::prefer(PROMETHEUS_PORT)?, &[])
 }
 
 fn start_collector(progress: &Progress, dir: &Path) -> Result<Collector> {
     let program = COLLECTOR.build(progress)?;
-    Collector::start(&program, &dir.join("collector"), Some(port(COLLECTOR_PORT)?), Spans::Kept)
+    Collector::start(&program, &dir.join("collector"), Some(ports::prefer(COLLECTOR_PORT)?), Spans::Kept)
 }
 
 /// Grafana, with its URL.
 fn start_grafana(progress: &Progress, dir: &Path, prometheus: &str) -> Result<Option<(Grafana, String)>> {
-    let port = port(GRAFANA_PORT)?;
+    let port = ports::prefer(GRAFANA_PORT)?;
     let url = format!("http://127.0.0.1:{port}");
     let provisioning = workspace::root().join(CONFIG).join("grafana");
     let dashboards = workspace::root().join("deploy/grafana");
@@ -140,7 +136,7 @@ fn run_grafana(program: &Path, dir: &Path, port: u16, value: impl Fn(&str) -> St
     if program.ends_with("grafana") {
         command.arg("server");
     }
-    // Where packages keep what it shows.
+    // Where packages install its pages.
     let home = Path::new("/usr/share/grafana");
     if home.is_dir() {
         command.arg("--homepath").arg(home);

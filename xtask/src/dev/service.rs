@@ -1,4 +1,4 @@
-//! The service as a child: its variables, its start, its end.
+//! The service as a child process: its variables, start and end.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -9,17 +9,17 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use common::steps::Progress;
+use common::{signals, workspace};
 use harness::http;
 use harness::servers::{daemon, ports};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::backends::Backends;
 use super::settings::Settings;
-use common::steps::Progress;
-use common::{signals, workspace};
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
-/// On top of the service's own grace.
+/// On top of the service's own grace period.
 const END_MARGIN: Duration = Duration::from_secs(10);
 const REQUEST_LIMIT: Duration = Duration::from_secs(2);
 const LIMITS: [&str; 3] =
@@ -27,7 +27,7 @@ const LIMITS: [&str; 3] =
 
 pub(crate) struct Service {
     binary: PathBuf,
-    /// What the user has not set.
+    /// Those that the user has not set.
     variables: Vec<(&'static str, String)>,
     addresses: Addresses,
     grace: Duration,
@@ -175,7 +175,7 @@ impl Drop for Service {
     }
 }
 
-/// Kept, so that a token outlives a restart.
+/// Kept in a file, so that tokens stay valid after a restart.
 pub(super) fn secret_key(file: &Path) -> Result<String> {
     if let Ok(key) = fs::read_to_string(file) {
         return Ok(key);
@@ -188,7 +188,7 @@ pub(super) fn secret_key(file: &Path) -> Result<String> {
     Ok(key)
 }
 
-/// The status that a GET is answered with, if it is.
+/// The status of a GET, if there is an answer.
 fn status_of(host: &str, port: u16, path: &str) -> Option<u16> {
     let address = (host, port).to_socket_addrs().ok()?.next()?;
     Some(http::get(address, path, REQUEST_LIMIT).ok()?.status)

@@ -6,16 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use harness::places;
-use serde_json::Value;
-
 use common::chart::{CHART, HELM, MODULE, SCHEMA_SOURCES, at_top, module_folder, values_files};
 use common::go_tools::{self, GoTool};
 use common::steps::{Progress, Tally};
-use common::workspace::{self, in_ci};
+use common::workspace;
+use harness::places;
+use serde_json::Value;
 
-/// What manifests are rendered for and checked against. Helm built from its module takes itself for 1.20 when no cluster
-/// is there to ask.
+/// The version to render for and check against. Helm, built as a module, assumes 1.20 when it has no cluster to ask.
 const KUBERNETES: &str = "1.34.4";
 
 const HELM_UNITTEST: GoTool =
@@ -30,7 +28,7 @@ const fn plain(name: &'static str, package: &'static str) -> GoTool {
     GoTool { name, module: MODULE, package, settings: &[] }
 }
 
-/// Values that must be refused, and what the refusal must speak of.
+/// Values that the chart must refuse, and a word of the refusal.
 const REFUSED: [(&str, &str); 20] = [
     ("replicaCuont=1", "replicaCuont"),
     ("image.tga=1", "tga"),
@@ -54,7 +52,7 @@ const REFUSED: [(&str, &str); 20] = [
     ("terminationGracePeriodSeconds=30", "35"),
 ];
 
-/// Variables that the chart sets out of other values.
+/// Variables that the chart sets from other values.
 const CHARTS_OWN: [&str; 15] = [
     "SECRET_KEY",
     "SECRET_KEY_PREVIOUS",
@@ -73,7 +71,7 @@ const CHARTS_OWN: [&str; 15] = [
     "OTEL_*",
 ];
 
-/// Pods that are not the chart's, to ask the NetworkPolicies about.
+/// Other pods, to evaluate the NetworkPolicies for.
 const OTHERS: &str = "
 apiVersion: v1
 kind: Namespace
@@ -99,7 +97,7 @@ metadata: {name: neighbour, namespace: chat}
 spec: {containers: [{name: c, image: c}]}
 ";
 
-/// Everything that the policies allow to or from the chart's pods: no more, and no less. `any` is any address.
+/// Exactly what the policies allow to or from the chart's pods. `any` is any address.
 const REACHABLE: [&str; 12] = [
     "any => server : TCP 8000",
     "create-secret => any : TCP 53,443,6443,UDP 53",
@@ -123,12 +121,12 @@ struct Tools {
     linter: PathBuf,
     netpolicy: PathBuf,
     schemas: PathBuf,
-    /// What the steps leave behind for a reader: renderings, schemas, the package.
+    /// Where the steps leave renderings, schemas and the package.
     out: PathBuf,
 }
 
 pub(super) fn check(tally: &mut Tally) {
-    if !can_check("chart") {
+    if !go_tools::can_use("chart") {
         return;
     }
     let Some(tools) = tally.check("chart: tools", "", build) else { return };
@@ -154,17 +152,6 @@ pub(super) fn check(tally: &mut Tally) {
             lint.args(["lint", "--config", "deploy/lint/kube-linter.yaml"]).args(&files);
             progress.run(at_top(&mut lint))
         });
-    }
-}
-
-/// Whether Go is there; says so if not. In CI a check fails instead of being left out.
-pub(super) fn can_check(what: &str) -> bool {
-    match go_tools::go() {
-        Err(error) if !in_ci() => {
-            println!("  {what:24}skipped: {error:#}");
-            false
-        }
-        _ => true,
     }
 }
 
@@ -235,7 +222,7 @@ impl Tools {
         Ok(path.trim().to_owned())
     }
 
-    /// Renders twice, once from the folder and once from the package: nothing random, nothing that is packaged apart.
+    /// Renders twice, from the folder and from the package: both have to be the same.
     fn render_all(&self, progress: &Progress) -> Result<Vec<PathBuf>> {
         let package = self.package(progress, CHART)?;
         let mut files = Vec::new();
@@ -270,7 +257,7 @@ impl Tools {
         Ok(files)
     }
 
-    /// An unchanged Job keeps its name, and is the same object; a changed one, which cannot be applied, is another.
+    /// An unchanged Job keeps its name. A changed Job cannot be applied over the old one, and so has another name.
     fn migration(&self, progress: &Progress) -> Result<()> {
         let name = |set: &str| -> Result<String> {
             let rendered = self.template(progress, CHART, &[], &[set])?;
@@ -316,7 +303,7 @@ impl Tools {
         Ok(())
     }
 
-    /// Under another chart there are `global` of everybody's and the condition `enabled`; a typo is still one.
+    /// As a sub-chart it gets shared `global` values and the condition `enabled`; typos are still refused.
     fn umbrella(&self, progress: &Progress) -> Result<()> {
         let folder = self.out.join("umbrella");
         let _ = fs::remove_dir_all(&folder);
@@ -344,7 +331,7 @@ impl Tools {
         Ok(())
     }
 
-    /// Rules and dashboards have braces of their own, which must come through as they are.
+    /// Rules and dashboards have braces of their own, which Helm must not touch.
     fn packaged_files(&self, progress: &Progress) -> Result<()> {
         let package = self.package(progress, CHART)?;
         let folder = self.out.join("with-files");
@@ -384,7 +371,7 @@ impl Tools {
         Ok(())
     }
 
-    /// Evaluates the policies as a cluster would that enforces them.
+    /// Evaluates the policies as an enforcing cluster would.
     fn reach(&self, progress: &Progress) -> Result<()> {
         let folder = self.out.join("reach");
         fs::create_dir_all(&folder)?;
@@ -424,7 +411,7 @@ impl Tools {
         Ok(())
     }
 
-    /// Against the schemas that the API server itself goes by.
+    /// Against the API server's own schemas.
     fn conform(&self, progress: &Progress, files: &[PathBuf]) -> Result<()> {
         let location = schemas(progress, &self.schemas, &self.out)?;
         let conform = |files: &[PathBuf]| {
@@ -433,7 +420,7 @@ impl Tools {
             progress.run(at_top(&mut conform))
         };
         conform(files)?;
-        // Schemas that let everything through would look the same.
+        // Schemas that accept everything would look the same.
         let default = fs::read_to_string(self.out.join("default.yaml"))?;
         let broken = self.out.join("broken.yaml");
         fs::write(&broken, default.replacen("terminationGracePeriodSeconds", "terminationGraceSeconds", 1))?;
@@ -459,7 +446,7 @@ fn schemas(progress: &Progress, program: &Path, out: &Path) -> Result<String> {
     Ok(format!("{}/{{{{.Group}}}}/{{{{.ResourceAPIVersion}}}}/{{{{.ResourceKind}}}}.json", schemas.display()))
 }
 
-/// Objects that are not the chart's, against the same schemas.
+/// Other objects, against the same schemas.
 pub(super) fn conform_to_kubernetes(progress: &Progress, file: &Path) -> Result<()> {
     let out = places::target_dir()?.join("chart");
     let location = schemas(progress, &SCHEMAS.build(progress)?, &out)?;

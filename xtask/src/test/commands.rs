@@ -1,5 +1,4 @@
-//! The commands themselves: examples that work, completions that complete, a doctor that finds what is missing, and a
-//! release that is made, in a clone of this clone.
+//! The commands themselves: their examples, the completions, the doctor, and a release in a clone of this clone.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,15 +6,13 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use harness::servers::{daemon, programs};
-use harness::{Scratch, install, places};
-
-use super::chart;
 use common::chart::HELM;
 use common::steps::{Progress, Tally};
 use common::workspace::{self, in_ci};
+use harness::servers::{daemon, programs};
+use harness::{Scratch, install, places};
 
-/// Above every version that there will be.
+/// Above every real version.
 const VERSION: &str = "999.0.0";
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -73,7 +70,7 @@ end
 pub(super) fn check(tally: &mut Tally) {
     tally.check("commands: completions", "xtask/src/completions.rs", completions);
     tally.check("commands: doctor", "", doctor);
-    if chart::can_check("commands: release") {
+    if common::go_tools::can_use("commands: release") {
         tally.check("commands: release", "", release);
     }
 }
@@ -98,7 +95,7 @@ fn completions(progress: &Progress) -> Result<()> {
         fs::write(&script, daemon::run_ok(ours(&["completions", shell])?, LIMIT)?)?;
         fs::write(&ask, questions)?;
         let mut command = Command::new(shell);
-        // Nobody's start-up files, and nothing of them written.
+        // Without the user's start-up files.
         command.arg(&ask).arg(&script).env("HOME", scratch.path()).env_remove("XDG_CONFIG_HOME");
         let said = progress.run(command)?;
         let answers: Vec<&str> = said.lines().map(str::trim_end).collect();
@@ -129,7 +126,7 @@ fn is_there(program: &str) -> bool {
     programs::in_path(program).is_some()
 }
 
-/// Here is what `dev` and `test` need, or this would not run. Where nothing else is, everything is missing, with its fix.
+/// With an empty PATH the doctor has to report every tool with its fix.
 fn doctor(progress: &Progress) -> Result<()> {
     progress.run(ours(&["doctor"])?)?;
     let scratch = Scratch::new("doctor")?;
@@ -148,7 +145,7 @@ fn doctor(progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-/// In a clone of what is committed, so that this one stays as it is.
+/// In a clone of this clone, which stays unchanged.
 fn release(progress: &Progress) -> Result<()> {
     let scratch = Scratch::new("release")?;
     let clone = scratch.path().join("clone");
@@ -225,7 +222,7 @@ fn versions(clone: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What is published can be installed, and asks for the image of its version.
+/// The packaged chart can be installed, and asks for the image of its version.
 fn artefacts(progress: &Progress, helm: &Path, made: &Path) -> Result<()> {
     let chart = made.join(format!("chat-service-{VERSION}.tgz"));
     let ask = |words: &[&str]| {
@@ -266,15 +263,22 @@ mod tests {
     use super::*;
     use crate::Cli;
 
-    /// The words of each `cargo xtask ...` that a text would have somebody type.
+    /// The words of each `cargo xtask ...` in a text.
     fn examples(text: &str) -> Vec<Vec<String>> {
         let mut found = Vec::new();
         for part in text.split("cargo xtask ").skip(1) {
             let line = part.lines().next().unwrap_or_default();
-            // Where the command ends and the text about it goes on.
+            // The end of the command in prose.
             let ends = ["  ", "`", " && ", " #", " | ", ")", " <", ",", ";", ". ", "\"", "://..."];
             let end = ends.iter().filter_map(|end| line.find(end)).min().unwrap_or(line.len());
-            let words: Vec<String> = line[..end].split_whitespace().map(str::to_owned).collect();
+            let mut words: Vec<String> = Vec::new();
+            // Odd pieces are quoted.
+            for (index, piece) in line[..end].split('\'').enumerate() {
+                match index % 2 {
+                    0 => words.extend(piece.split_whitespace().map(str::to_owned)),
+                    _ => words.push(piece.to_owned()),
+                }
+            }
             // `<TAB>` is for the shell.
             if !words.is_empty() && !words[0].starts_with('<') {
                 found.push(words);
@@ -283,7 +287,7 @@ mod tests {
         found
     }
 
-    /// Whether clap takes it. In prose a name alone stands for the command, whatever it requires.
+    /// Whether clap accepts it. In prose a name alone stands for the command, whatever it requires.
     fn is_taken(words: &[String]) -> Result<(), String> {
         if let [name] = words
             && Cli::command().find_subcommand(name).is_some()

@@ -1,4 +1,4 @@
-//! A run of `cargo test`, counted by its tests, and its failures without the rest of what it prints.
+//! A run of `cargo test`, counted by its tests, with the failures out of its output.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use anyhow::bail;
 use common::steps::Tally;
 use harness::servers::daemon;
 
-/// A test run counts as its tests, and as one failure more when it fails for another reason, such as a build.
+/// A run counts as its tests, or as one failure when it fails for another reason, such as a build.
 pub(super) fn run(tally: &mut Tally, name: &str, fix: &str, command: Command) {
     let mut counts = (0, 0);
     let mut failures = Failures::default();
@@ -34,7 +34,7 @@ pub(super) fn run(tally: &mut Tally, name: &str, fix: &str, command: Command) {
     tally.failed += counts.1;
 }
 
-/// What libtest says of the failed tests, out of all that the run says.
+/// libtest's report of the failed tests, out of the whole output.
 #[derive(Default)]
 struct Failures {
     lines: Vec<String>,

@@ -1,5 +1,5 @@
-//! What the developer's loop stands on and cannot be run here: kind's configuration is read by kind itself, what
-//! `cargo xtask kind --dry-run` prints is shown to the programs that it is for, and workflows go through actionlint.
+//! Checks of the developer's loop that need no Docker: kind reads its configuration, the programs parse the commands that
+//! `cargo xtask kind --dry-run` prints, and actionlint reads the workflows.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,14 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use harness::servers::programs;
-use harness::{Scratch, places};
-
-use super::chart;
 use common::cluster;
 use common::go_tools::GoTool;
 use common::steps::{Progress, Tally};
 use common::workspace::{self, in_ci};
+use harness::servers::programs;
+use harness::{Scratch, places};
 
 const MODULE: &str = "deploy/dev";
 const KIND: GoTool = GoTool { name: "kind", module: MODULE, package: "sigs.k8s.io/kind", settings: &[] };
@@ -27,8 +25,8 @@ const ACTIONLINT: GoTool = GoTool {
     settings: &[],
 };
 
-/// Answers kind's questions about the engine and writes down its calls. The one that would start a node fails: from
-/// there on, nothing but Docker could answer.
+/// A stand-in for Docker that answers kind's questions and writes down its calls. The call that starts a node fails: only
+/// Docker could do the rest.
 const DOCKER: &str = r#"#!/bin/sh
 echo "$*" >> "$DOCKER_CALLS"
 case "$1 $2" in
@@ -39,7 +37,7 @@ case "$1 $2" in
 esac
 "#;
 
-/// What `kind up` asks of Docker where nothing is there yet. Its own client, where there is one, has to take it as well.
+/// The Docker commands of the first `kind up`. Docker's own client, where installed, has to accept them as well.
 const DOCKERS: [&str; 5] = [
     "docker inspect --format {{.State.Running}} chat-registry",
     "docker run --detach --restart=always --name chat-registry --publish 127.0.0.1:5001:5000 docker.io/library/registry:3.0.0",
@@ -50,7 +48,7 @@ const DOCKERS: [&str; 5] = [
 ];
 
 pub(super) fn check(tally: &mut Tally) {
-    if !chart::can_check("kind, workflows") {
+    if !common::go_tools::can_use("kind, workflows") {
         return;
     }
     tally.check("kind: configuration", "", configuration);
@@ -75,7 +73,7 @@ fn configuration(progress: &Progress) -> Result<()> {
     );
     let port = format!("--publish=127.0.0.1:{0}:{0}/TCP", cluster::NODE_PORT);
     ensure!(node.contains(&port) && node.contains("--name chat-control-plane "), "no {port}: {node}");
-    // A file that kind would not take does not get so far.
+    // kind refuses a broken file before that.
     for (part, instead, reason) in [
         ("extraPortMappings", "extraPortMapings", "extraPortMapings"),
         ("hostPort: 30080", "hostPort: 300800", "300800"),
@@ -109,7 +107,7 @@ fn node_of(progress: &Progress, config: &Path) -> Result<String> {
     node.map(str::to_owned).ok_or(error)
 }
 
-/// Every printed command is one that its program takes. The programs parse, and show their help instead of working.
+/// Each program has to accept its printed commands; with --help it parses them and does nothing.
 fn dry_run(progress: &Progress) -> Result<()> {
     let kind = KIND.build(progress)?;
     let kubectl = kubectl(progress)?;
@@ -145,7 +143,7 @@ fn dry_run(progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-/// Elsewhere than in CI, the one of the cluster's program is not built for this alone.
+/// Only CI builds kubectl for this alone.
 fn kubectl(progress: &Progress) -> Result<Option<PathBuf>> {
     match programs::in_path("kubectl") {
         Some(program) => Ok(Some(program)),
@@ -158,7 +156,7 @@ fn takes(progress: &Progress, program: &Path, words: &[String]) -> Result<()> {
     let mut help = Command::new(program);
     help.args(&words[1..]).arg("--help").env("KUBECONFIG", "/dev/null");
     let said = progress.run(help)?;
-    // For a command that it does not have, a program shows the help of the group.
+    // For an unknown command, a program shows the help of the group.
     let is_name =
         |word: &&String| word.chars().all(|c| c.is_ascii_lowercase() || c == '-') && !word.starts_with('-');
     let names = words[1..].iter().take_while(is_name);
@@ -180,7 +178,7 @@ fn takes_docker(progress: &Progress, words: &[String]) -> Result<()> {
 
 /// The words of a printed line as a shell splits it, without the variables before them.
 fn words(line: &str) -> Result<Vec<String>> {
-    // Behind a word of its own, what looks like a variable is one no longer.
+    // After `printf`, an assignment is a plain word.
     let split = Command::new("sh").arg("-c").arg(format!("printf '%s\\n' {line}")).output()?;
     let all = String::from_utf8(split.stdout)?;
     let is_variable = |word: &&str| {
@@ -211,12 +209,12 @@ fn ctlptl() -> Result<()> {
     Ok(())
 }
 
-/// actionlint's own rules, and ours: actions by their commit, no more rights than are used, an end to every job.
+/// actionlint's rules, and ours: actions pinned by commit, minimal permissions, a timeout for every job.
 fn workflows(progress: &Progress) -> Result<()> {
     let actionlint = ACTIONLINT.build(progress)?;
     let lint = |file: &Path| {
         let mut lint = Command::new(&actionlint);
-        // Neither of the two is there everywhere, and the scripts are a line each.
+        // Not every machine has the two, and the scripts have one line each.
         lint.args(["-no-color", "-shellcheck=", "-pyflakes="]).arg(file).current_dir(workspace::root());
         progress.run(lint)
     };

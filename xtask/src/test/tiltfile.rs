@@ -1,22 +1,22 @@
-//! The Tiltfile: what it names exists, it fits the chart, it does the right thing for each kind of cluster, and it
-//! touches no other. And that a broken one is noticed.
+//! Checks of the Tiltfile: what it names exists, it fits the chart, it works for each kind of cluster and touches no
+//! other; and broken ones are noticed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use harness::places;
-
-use super::chart;
 use common::chart::HELM;
 use common::steps::{Progress, Tally};
 use common::tiltfile::{Plan, Scenario, plan};
 use common::workspace;
+use harness::places;
+
+use super::chart;
 
 const KIND: &str = "kind-chat";
 
-/// Breaks of the Tiltfile, each with what the refusal speaks of.
+/// Broken Tiltfiles, each with a word of the refusal.
 const BROKEN: [(&str, &str, &str); 14] = [
     ("auto_init = auto", "auto_start = auto", "unexpected keyword argument"),
     ("k8s_yaml(chart)", "k8s_yml(chart)", "undefined: k8s_yml"),
@@ -43,7 +43,7 @@ const BROKEN: [(&str, &str, &str); 14] = [
 ];
 
 pub(super) fn check(tally: &mut Tally) {
-    if !chart::can_check("Tiltfile") {
+    if !common::go_tools::can_use("Tiltfile") {
         return;
     }
     let file = workspace::root().join("Tiltfile");
@@ -110,7 +110,7 @@ fn image(all: &Plan) -> Result<(bool, String)> {
     Ok((image.skips_local_docker, image.command.join(" ")))
 }
 
-/// Each command is one that its program takes, and the objects that it names are there.
+/// Each program accepts its command, and the objects that it names exist.
 fn commands(progress: &Progress, all: &Plan) -> Result<()> {
     let of_images = all.images.iter().map(|image| &image.command);
     let of_units = all.resources.iter().map(|unit| &unit.command).filter(|command| !command.is_empty());
@@ -136,7 +136,7 @@ fn one_command(progress: &Progress, all: &Plan, words: &[String]) -> Result<()> 
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["cargo", "xtask", rest @ ..] => {
-            // clap reads in order: what it does not know is an error before it comes to the help.
+            // clap reads from left to right: an unknown argument is an error before it reaches the help.
             let mut help = Command::new(std::env::current_exe()?);
             help.args(rest).arg("--help");
             let said = progress.run(help)?;
@@ -254,7 +254,7 @@ fn broken(progress: &Progress, helm: &Path, file: &Path) -> Result<()> {
         refused(plan(progress, helm, &copy, Scenario::up(KIND)), reason)
             .with_context(|| format!("{instead:?} instead of {part:?}"))?;
     }
-    // What only the comparison with the programs can find.
+    // Only the comparison with the programs finds these.
     for (part, instead) in [
         ("'load', '--address'", "'load', '--adress'"),
         ("'seed', '--url'", "'sead', '--url'"),

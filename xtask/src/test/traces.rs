@@ -1,4 +1,4 @@
-//! What the service exports, as a real OpenTelemetry Collector has it: `tests/it/process/traces.rs`.
+//! The tests of `tests/it/process/traces.rs`, which need a real OpenTelemetry Collector.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -6,14 +6,13 @@ use std::process::Command;
 use common::go_tools::{self, COLLECTOR};
 use common::servers::Servers;
 use common::steps::Tally;
-use common::workspace::in_ci;
 
 use super::{count, test_command};
 
-/// Tells the tests where the collector is.
+/// Names the collector for the tests.
 const PROGRAM: &str = "TEST_COLLECTOR";
 
-/// Runs the tests that need a collector, which the others leave out.
+/// Runs these tests, which the other run leaves out.
 pub(super) fn check(tally: &mut Tally, servers: &Servers) {
     let Some(program) = program(tally) else { return };
     let Ok(mut command) = test_command(servers) else { return };
@@ -21,7 +20,7 @@ pub(super) fn check(tally: &mut Tally, servers: &Servers) {
     count::run(tally, "traces", "cargo xtask test -- --test it -- --ignored NAME runs one alone", command);
 }
 
-/// For a run of single tests that may be among these.
+/// For a run of single tests, which may be some of these.
 pub(super) fn prepare(tally: &mut Tally, command: &mut Command, args: &[String]) {
     let may_be = |arg: &String| arg == "--ignored" || arg == "--include-ignored";
     if args.iter().any(may_be)
@@ -33,10 +32,7 @@ pub(super) fn prepare(tally: &mut Tally, command: &mut Command, args: &[String])
 
 /// The built collector.
 fn program(tally: &mut Tally) -> Option<PathBuf> {
-    if !in_ci()
-        && let Err(error) = go_tools::go()
-    {
-        println!("  {:24}skipped: {error:#}", "traces");
+    if !go_tools::can_use("traces") {
         return None;
     }
     tally.check("build the collector", "", |progress| COLLECTOR.build(progress))

@@ -72,9 +72,14 @@ pub fn spawn(mut command: Command) -> io::Result<Child> {
 }
 
 /// Runs a short command. At the limit, kills it with everything that it started.
-pub fn run(mut command: Command, limit: Duration) -> Result<Output> {
+pub fn run(command: Command, limit: Duration) -> Result<Output> {
+    run_with(Stdio::null(), command, limit)
+}
+
+/// As [`run`], with an input.
+pub fn run_with(input: Stdio, mut command: Command, limit: Duration) -> Result<Output> {
     let name = command.get_program().to_string_lossy().into_owned();
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = spawn(command).with_context(|| format!("start {name}"))?;
     let pid = Pid::from_child(&child);
     let (done, output) = mpsc::channel();

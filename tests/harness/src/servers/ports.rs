@@ -20,6 +20,11 @@ pub fn is_free_everywhere(port: u16) -> bool {
     TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
 }
 
+/// This port if it is free, else another one.
+pub fn prefer(wanted: u16) -> Result<u16> {
+    if is_free(wanted) { Ok(wanted) } else { free() }
+}
+
 /// A port on which nothing listens, and which this process has not handed out recently.
 pub fn free() -> Result<u16> {
     static NEXT: AtomicU16 = AtomicU16::new(0);

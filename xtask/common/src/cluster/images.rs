@@ -1,4 +1,4 @@
-//! The images that a node without a registry needs, and the way of an image into the node.
+//! The images of the node, which has no registry, and how they get into it.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -77,7 +77,7 @@ pub(super) fn load_once(progress: &Progress, archive: &Path, name: &str) -> Resu
     load(progress, archive)
 }
 
-/// Archives are kept beside the tools: as those they depend on the clone and the packages alone.
+/// Beside the tools: like these, archives depend on the clone and the packages alone.
 fn archive(name: &str) -> Result<PathBuf> {
     let dir = places::target_dir()?.join("tools/images");
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
@@ -102,7 +102,7 @@ fn is_newer(archive: &Path, programs: &[&Path]) -> Result<bool> {
     let sources: Vec<PathBuf> = fs::read_dir(sources())?.flatten().map(|entry| entry.path()).collect();
     for path in sources.iter().map(PathBuf::as_path).chain(programs.iter().copied()) {
         let data = fs::metadata(path).with_context(|| format!("look at {}", path.display()))?;
-        // A package keeps the time at which it was built: what counts is when it came here.
+        // Packages keep their build time, so the time of installation counts as well.
         let changed = data.modified()?.max(data.created().unwrap_or(data.modified()?));
         if changed > made {
             return Ok(false);
@@ -113,7 +113,7 @@ fn is_newer(archive: &Path, programs: &[&Path]) -> Result<bool> {
 
 /// An image of the folder, as an archive; the folder is used up.
 fn pack(progress: &Progress, name: &str, tag: &str, root: &Path, archive: &Path) -> Result<()> {
-    // Nothing of it in the machine's own storage of images.
+    // Not in the machine's own image storage.
     let storage = archive.with_extension("storage");
     let buildah = |args: &[&str]| {
         let mut command = Command::new("buildah");

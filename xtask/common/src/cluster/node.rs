@@ -1,10 +1,9 @@
-//! The node's one process: to start it, to find it, and to leave nothing of it.
+//! The node's main process: its start, how to find it, and its end without leftovers.
 
 use std::fs::{self, File, OpenOptions};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -15,10 +14,10 @@ use rustix::process::{Flock, FlockType, Pid, Signal, fcntl_getlk, kill_process};
 use super::{API, NODE_PORT};
 use crate::workspace;
 
-/// What the kubelet sets for the whole machine, namespaces or not.
+/// Settings of the whole machine that the kubelet changes.
 const SYSCTLS: [&str; 4] =
     ["vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops"];
-/// Every cluster of kubeadm's calls it so, and a Tiltfile that allows it would allow all of them.
+/// The context's name in every kubeadm cluster. A Tiltfile that allows it would allow all of them.
 const KUBEADMS_CONTEXT: &str = "kubernetes-super-admin@kubernetes";
 const CGROUP: &str = "chat-service-cluster";
 
@@ -41,7 +40,7 @@ pub(super) fn find() -> Result<Option<i32>> {
 }
 
 pub(super) fn start(program: &Path) -> Result<()> {
-    // Before anything is touched: the cgroup below would be that of the other one.
+    // Before anything changes: the cgroup below would be the other cluster's.
     if TcpListener::bind(API).is_err() {
         bail!(
             "{API} is taken: another clone's cluster runs on this machine; end it with its `cargo xtask cluster down`"
@@ -50,7 +49,7 @@ pub(super) fn start(program: &Path) -> Result<()> {
     let data = data()?;
     fs::create_dir_all(data.join("logs")).with_context(|| format!("create {}", data.display()))?;
     save_sysctls()?;
-    // Of a node that did not end by `down`, such as at a reboot.
+    // Left by a node that did not end with `down`, such as at a reboot.
     remove_cgroups()?;
     let log = data.join("logs/node.log");
     let output = File::create(&log).with_context(|| format!("create {}", log.display()))?;
@@ -60,7 +59,7 @@ pub(super) fn start(program: &Path) -> Result<()> {
     command.args(["-port", &format!("{API}=127.0.0.1:6443")]);
     command.args(["-port", &format!("127.0.0.1:{NODE_PORT}={NODE_PORT}")]);
     command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
-    // It leaves the node behind in a session of its own, and ends.
+    // It starts the node in another session, and ends.
     let status = daemon::spawn(command)?.wait()?;
     let begun = daemon::poll(Duration::from_secs(20), find)?;
     if !status.success() || begun.is_none() {
@@ -82,7 +81,7 @@ pub(super) fn down() -> Result<()> {
         }
     }
     if !dir()?.exists() {
-        // Whatever runs is another clone's.
+        // What runs is another clone's.
         return Ok(());
     }
     remove_cgroups()?;
@@ -128,7 +127,7 @@ fn remove_tree(group: &Path) -> bool {
 
 fn save_sysctls() -> Result<()> {
     let path = dir()?.join("sysctls");
-    // Those of a node that did not end by `down` are the kubelet's by now.
+    // After a node that did not end with `down`, these are the kubelet's.
     if path.exists() {
         return Ok(());
     }
@@ -153,7 +152,7 @@ pub(super) fn write_kubeconfig(api: &str) -> Result<bool> {
     if find()?.is_none() {
         bail!("the node ended. {}", last_words());
     }
-    // The last one that is made: behind it, all certificates are there.
+    // The last one that is made: all other certificates exist by then.
     let made = data()?.join("pki/kubelet.conf").exists();
     let Ok(inside) = fs::read_to_string(data()?.join("pki/super-admin.conf")) else { return Ok(false) };
     let path = super::kubeconfig()?;
@@ -167,17 +166,9 @@ pub(super) fn containerd(args: &[&str], input: Option<File>) -> Result<String> {
     let pid = find()?.context("no cluster runs: cargo xtask cluster up")?;
     let mut command = Command::new("nsenter");
     command.args(["--mount", "--target", &pid.to_string(), "--", "ctr", "--namespace", "k8s.io"]).args(args);
-    command.stdin(input.map_or_else(Stdio::null, Stdio::from)).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = daemon::spawn(command).context("start nsenter")?;
-    // An image of a hundred megabytes takes seconds; `thread` waits so that a stuck one has an end.
-    let (done, output) = std::sync::mpsc::channel();
-    let group = Pid::from_child(&child);
-    thread::spawn(move || done.send(child.wait_with_output()));
-    let Ok(output) = output.recv_timeout(Duration::from_secs(180)) else {
-        let _ = rustix::process::kill_process_group(group, Signal::KILL);
-        bail!("containerd does not answer");
-    };
-    let output = output?;
+    // An image of a hundred megabytes takes seconds.
+    let input = input.map_or_else(Stdio::null, Stdio::from);
+    let output = daemon::run_with(input, command, Duration::from_secs(180))?;
     if !output.status.success() {
         bail!("ctr {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
     }

@@ -1,5 +1,5 @@
-//! The static binary, and what makes two builds of a commit the same: no path of this machine in it, and no time but
-//! the commit's.
+//! The static binary. Two builds of a commit are equal: the binary has no path of this machine, and no time but the
+//! commit's.
 
 use std::env;
 use std::path::PathBuf;

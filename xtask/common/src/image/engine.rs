@@ -14,7 +14,7 @@ use super::{Image, Options};
 use crate::steps::Progress;
 use crate::workspace;
 
-/// A daemon that hangs is none.
+/// For a daemon that hangs.
 const PROBE_LIMIT: Duration = Duration::from_secs(20);
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub(super) struct Recipe<'a> {
     pub(super) stage: Option<&'a PathBuf>,
 }
 
-/// The first that works, or the one that is wanted. buildah is installed where it can be: it needs no daemon.
+/// The wanted one, or the first that works. If none does, buildah is installed: it needs no daemon.
 pub(super) fn find(wanted: Option<Engine>, progress: &Progress) -> Result<Engine> {
     let all = [Engine::Docker, Engine::Podman, Engine::Buildah];
     if let Some(engine) =
@@ -74,8 +74,8 @@ impl Engine {
             && (self != Self::Docker || (answers(&["version"]) && answers(&["buildx", "version"])))
     }
 
-    /// The program as a command. buildah keeps its images in `dir`, and so leaves nothing behind; the others have
-    /// theirs, from which a user may run the image at once.
+    /// The program as a command. buildah keeps its images in `dir`, and leaves nothing behind. The others
+    /// have their own storage, from which a user can run the image.
     fn command(self, dir: &Path) -> Command {
         let mut command = Command::new(self.program());
         if self == Self::Buildah {
@@ -114,7 +114,7 @@ impl Engine {
             build.arg("--build-arg").arg(format!("{argument}={value}"));
         }
         match stage {
-            // The context is not read then; an empty one spares a daemon the whole clone.
+            // The context is not used then, and need not be the whole clone.
             Some(stage) => build.arg("--build-context").arg(format!("build={}", stage.display())).arg(stage),
             None => build.arg(workspace::root()),
         };
@@ -144,7 +144,7 @@ pub(super) fn image_id(archive: &Path) -> Result<String> {
     Ok(file.to_string_lossy().into_owned())
 }
 
-/// Pushes the image under its tag. A registry on this machine may be without TLS, as docker has it, too.
+/// Pushes the image under its tag. As with docker, a registry on this machine needs no TLS.
 pub(super) fn push(options: &Options, image: &Image, repository: &str, progress: &Progress) -> Result<()> {
     let engine = find(options.engine, progress)?;
     let remote = format!("{repository}:{}", options.tag);

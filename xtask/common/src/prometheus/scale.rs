@@ -1,4 +1,4 @@
-//! The real rules on a faster clock: every window of time divided by one factor, and nothing else changed.
+//! The shipped rules on a faster clock: every time window is divided by one factor, and nothing else changes.
 //!
 //! | in the rules | in a drill | |
 //! | --- | --- | --- |
@@ -13,7 +13,7 @@
 //! How far back Prometheus looks for the newest sample is not scaled as much ([`LOOKBACK`]). A window under four scrapes
 //! would make `rate` a matter of luck: the rules may have none, or the drill does not start.
 //!
-//! What is not scaled is the service: it notices a Postgres that is gone after two seconds, here as anywhere.
+//! The service is not scaled: it still takes two seconds to notice that Postgres is unavailable.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-/// By how much time passes faster.
+/// The factor of the faster clock.
 pub const FACTOR: u32 = 120;
 
 /// Of each replica.

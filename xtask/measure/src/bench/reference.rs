@@ -7,10 +7,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use argon2::{Algorithm, Argon2, Params, Version};
-use harness::servers::programs;
+use harness::servers::{daemon, programs};
 
-use super::setup::{self, CONTENT, DATABASE, Setup};
+use super::setup::{CONTENT, DATABASE, Setup};
 use super::{Bench, scratch};
+
+/// For one run of a reference, which takes two minutes at most.
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// Rows a second of single-row INSERTs by 64 clients: the very row that the service inserts, into a table with
 /// the same columns and key, prepared, durable, on the same server.
@@ -29,14 +32,11 @@ pub(crate) fn pgbench_insert(bench: &Bench, setup: &Setup) -> Result<f64> {
              md5(:client_id::text)::uuid, '{CONTENT}', clock_timestamp());\n"
         ),
     )?;
-    let text = setup::output(
-        Command::new(setup.postgres.bin_dir().join("pgbench"))
-            .args(["--no-vacuum", "--protocol=prepared", "--client=64", "--jobs=1"])
-            .arg(format!("--time={}", bench.duration.as_secs()))
-            .arg("--file")
-            .arg(&script)
-            .arg(setup.postgres.url(DATABASE)),
-    )?;
+    let mut pgbench = Command::new(setup.postgres.bin_dir().join("pgbench"));
+    pgbench.args(["--no-vacuum", "--protocol=prepared", "--client=64", "--jobs=1"]);
+    pgbench.arg(format!("--time={}", bench.duration.as_secs())).arg("--file").arg(&script);
+    pgbench.arg(setup.postgres.url(DATABASE));
+    let text = daemon::run_ok(pgbench, LIMIT)?;
     let line = text.lines().find(|line| line.starts_with("tps = ")).context("pgbench printed no tps")?;
     Ok(line.split_whitespace().nth(2).context("pgbench printed no rate")?.parse()?)
 }
@@ -47,17 +47,10 @@ pub(crate) fn redis_get(bench: &Bench, setup: &Setup) -> Result<f64> {
         programs::in_path("redis-benchmark").context("redis-benchmark comes with redis-tools: install it")?;
     // As many requests as take about the wanted time at a rate that most machines reach.
     let requests = 50_000 * bench.duration.as_secs();
-    let text = setup::output(
-        Command::new(benchmark).args(["-h", "127.0.0.1", "-p", &setup.redis.port().to_string()]).args([
-            "-t",
-            "get",
-            "-c",
-            "64",
-            "-n",
-            &requests.to_string(),
-            "--csv",
-        ]),
-    )?;
+    let mut get = Command::new(benchmark);
+    get.args(["-h", "127.0.0.1", "-p", &setup.redis.port().to_string()]);
+    get.args(["-t", "get", "-c", "64", "-n", &requests.to_string(), "--csv"]);
+    let text = daemon::run_ok(get, LIMIT)?;
     let line =
         text.lines().find(|line| line.starts_with("\"GET\"")).context("redis-benchmark printed no GET")?;
     let rate = line.split(',').nth(1).context("redis-benchmark printed no rate")?;

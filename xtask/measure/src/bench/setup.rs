@@ -3,10 +3,9 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, User, http};
 use load::Script;
 
@@ -112,13 +111,3 @@ impl Setup {
 
 /// A message like most: a sentence.
 pub(crate) const CONTENT: &str = "Shall we meet at the station at seven, or is that too late for you?";
-
-/// A program that is run to its end, with what it printed.
-pub(crate) fn output(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("run {command:?}"))?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    if !output.status.success() {
-        bail!("{command:?} failed: {text}{}", String::from_utf8_lossy(&output.stderr));
-    }
-    Ok(text)
-}

@@ -1,4 +1,4 @@
-//! What the replicas send their traces to: the least that an exporter takes for an OTLP collector. It can be gone.
+//! A minimal OTLP collector for the traces of the replicas, which can be stopped.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -39,7 +39,7 @@ impl Collector {
         *lock(&self.thread) = Some(thread::spawn(move || {
             while !stop.load(Ordering::Relaxed) {
                 match listener.accept() {
-                    // A connection that breaks off is the exporter's to notice.
+                    // The exporter notices a broken connection.
                     Ok((stream, _)) => drop(answer(stream)),
                     Err(_) => thread::sleep(POLL),
                 }
@@ -63,7 +63,7 @@ impl Drop for Collector {
     }
 }
 
-/// Takes one export. The next one comes on a connection of its own, and finds out whether anybody listens.
+/// Receives one export. The next one needs a new connection, which a stopped collector refuses.
 fn answer(stream: TcpStream) -> Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(SILENCE_LIMIT))?;

@@ -1,5 +1,5 @@
-//! The faults, and the alerts that each has to fire. Those of one lane come one after the other on the same replicas;
-//! lanes are independent, and run at the same time.
+//! The faults, and the alerts that each has to fire. Those of one lane run one after the other on the same replicas;
+//! lanes run at the same time.
 
 use std::thread;
 use std::time::Duration;
@@ -26,11 +26,11 @@ pub(super) struct Drill {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lane {
-    /// Something is gone.
+    /// A dependency is unavailable.
     Outages,
-    /// Too much is wanted.
+    /// Overload.
     Overload,
-    /// Requests fail, and all that the service depends on is there.
+    /// Requests fail although all dependencies are available.
     Errors,
     /// Requests are slow.
     Latency,
@@ -211,7 +211,7 @@ pub(super) const DRILLS: [Drill; 13] = [
             "ChatServiceErrorBudgetBurn 1d",
             "ChatServiceErrorBudgetBurn 3d",
         ],
-        // What the service does not know, unlike a table that is not there yet, which is a 503.
+        // An unexpected error: a missing table would be a 503.
         inject: |scene| {
             scene.sql(
                 "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
@@ -242,12 +242,12 @@ pub(super) const DRILLS: [Drill; 13] = [
     },
 ];
 
-/// Whoever writes or reads messages waits, with a connection in hand. Readiness sees none of it: another table answers.
+/// All reads and writes of messages wait, each with a connection of the pool. Readiness reads another table, and stays.
 fn lock_messages(scene: &Scene) -> Result<()> {
     let locked = {
         let postgres = lock(&scene.postgres);
         let (port, password) = (postgres.port(), postgres.password().to_owned());
-        // Ends with its session, which the healing ends.
+        // Ends with its session, which `heal` ends.
         thread::spawn(move || {
             let login = harness::servers::sql::Login {
                 host: "127.0.0.1",

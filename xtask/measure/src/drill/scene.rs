@@ -1,4 +1,4 @@
-//! What the alerts of one lane watch: a Postgres, a Redis, two replicas of the service, each with its own proxy to
+//! The service that the alerts of one lane watch: a Postgres, a Redis, two replicas of the service, each with its own proxy to
 //! Postgres, a collector of traces, and clients that send and read.
 
 use std::net::SocketAddr;
@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::Result;
+use common::prometheus::ScrapeJob;
 use harness::http::Client;
 use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, User};
 use load::Script;
@@ -18,29 +19,28 @@ use tokio::runtime::Runtime;
 
 use super::collector::Collector;
 use super::faults::Lane;
-use common::prometheus::ScrapeJob;
 
 pub(super) const DATABASE: &str = "drill";
-/// As the chart names the Service behind its ServiceMonitor, so that `job` is what it is in a cluster.
+/// The chart's name of the Service behind its ServiceMonitor, so that `job` is as in a cluster.
 const SERVICE: &str = "chat-chat-service-ops";
 const REPLICAS: usize = 2;
-/// People per replica, and what each waits for between two requests: 40 requests a second and replica when all is well,
-/// and still some when each takes a second.
+/// Clients per replica, and their pause between two requests: 40 requests a second and replica when all is well, and
+/// some even when each takes a second.
 const TALKERS: usize = 4;
 const PAUSE: Duration = Duration::from_millis(100);
-/// A crowd ends by itself, whatever becomes of the drill.
+/// A crowd ends after this time, even if the drill fails.
 const CROWD_LIMIT: Duration = Duration::from_secs(120);
 
 pub(super) struct Scene {
-    /// Also the namespace in the labels, so that no lane's faults are taken for another's.
+    /// Also the namespace in the labels, which separates the lanes.
     pub(super) namespace: &'static str,
     pub(super) users: Vec<User>,
     pub(super) replicas: Vec<Replica>,
-    /// The lines of each replica.
+    /// The proxy of each replica.
     pub(super) to_postgres: Vec<Proxy>,
     pub(super) redis: Mutex<Redis>,
     pub(super) postgres: Mutex<Postgres>,
-    /// What a fault has running, and its healing ends.
+    /// Started by a fault, and stopped when it is healed.
     crowds: Mutex<Vec<Crowd>>,
     pub(super) collector: Collector,
     talkers: Option<Talkers>,
@@ -53,7 +53,7 @@ struct Crowd {
     thread: JoinHandle<Result<load::Report>>,
 }
 
-/// Threads that do something again and again until it is dropped.
+/// Threads that repeat something until the value is dropped.
 struct Talkers {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
@@ -83,7 +83,7 @@ impl Scene {
             ];
             let environment = urls.into_iter().chain(more.iter().cloned());
             let replica = Replica::start(binary, log, environment)?;
-            // The first migrates while the second would wait.
+            // The first one migrates.
             replica.await_ready()?;
             replicas.push(replica);
             lines.push(to_postgres);
@@ -143,7 +143,7 @@ impl Scene {
         self.to_postgres.iter().for_each(|to_postgres| to_postgres.set(link));
     }
 
-    /// Lets so many connections per replica ask for the same, in turn of the requests, until the fault is healed.
+    /// Runs a script on so many connections per replica, until the fault is healed.
     pub(super) fn crowd(&self, per_replica: usize, request: impl Fn(SocketAddr, &User, &User) -> Script) {
         let scripts = (0..per_replica * self.replicas.len())
             .map(|number| {
@@ -158,7 +158,7 @@ impl Scene {
         lock(&self.crowds).push(Crowd { stop, thread });
     }
 
-    /// Ends what [`Self::crowd`] began.
+    /// Stops the crowds.
     pub(super) fn disperse(&self) -> Result<()> {
         for crowd in std::mem::take(&mut *lock(&self.crowds)) {
             crowd.stop.store(true, Ordering::Relaxed);
@@ -174,7 +174,7 @@ impl Scene {
             let number = fastrand::usize(..users.len());
             let (from, to) = (&users[number], &users[(number + 1) % users.len()]);
             let body = json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"});
-            // Whatever the answer is: this makes traffic, and the service counts.
+            // Any answer will do: this makes traffic, which the service counts.
             let _ = client.ask("POST", "/send", Some(&from.token), &body.to_string());
             thread::sleep(PAUSE);
             let _ = client.ask("GET", &format!("/messages?peer_id={}", to.id), Some(&from.token), "");

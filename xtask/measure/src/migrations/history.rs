@@ -1,4 +1,4 @@
-//! Forward only: no way back, no gap, and nothing changed that others may have applied.
+//! Migrations go forward only, without gaps, and a shared one never changes.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -6,15 +6,14 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
-
 use common::migrations::Script;
 use common::steps::Progress;
 
-/// Each script has to be as the commit has it that brought it to the main line: there somebody may have applied it.
+/// Each script has to be as in the commit that brought it to the main line: somebody may have applied it since.
 pub(super) fn check(dir: &Path, scripts: &[Script], progress: &Progress) -> Result<()> {
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        // sqlx would take the pair for a migration with a way back.
+        // sqlx takes such a pair for a reversible migration.
         if name.ends_with(".down.sql") || name.ends_with(".up.sql") {
             bail!("{name}: migrations go forward only; fix a mistake with the next one");
         }
@@ -47,8 +46,7 @@ pub(super) fn check(dir: &Path, scripts: &[Script], progress: &Progress) -> Resu
     Ok(())
 }
 
-/// The scripts that the main line has had, as they were when they came. On a branch, what is the branch's own may
-/// still change.
+/// The scripts of the main line, as they were added. On a branch, the branch's own scripts may still change.
 fn originals(dir: &Path) -> Vec<(String, String)> {
     let branch = git(dir, &["rev-parse", "--abbrev-ref", "HEAD"]).unwrap_or_default();
     let shared = || ["origin/main", "main"].iter().find_map(|main| git(dir, &["merge-base", main, "HEAD"]));

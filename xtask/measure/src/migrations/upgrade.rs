@@ -25,10 +25,10 @@ use harness::{Postgres, Redis, Replica, Scratch, places};
 use serde_json::Value;
 
 const DATABASE: &str = "migrate_check";
-/// Where all migrations are applied in the ordinary way, to take the bookkeeping from.
+/// Has all migrations applied by the binary; the bookkeeping is copied from it.
 const REFERENCE: &str = "migrate_reference";
 
-/// A request that waited longer met a lock. The tables are small here: what takes so long, takes minutes elsewhere.
+/// A request that took longer waited for a lock. The tables are small here: in production it would wait for minutes.
 const SLOWEST: Duration = Duration::from_secs(3);
 const PAIRS: usize = 4;
 const PAUSE: Duration = Duration::from_millis(2);
@@ -229,7 +229,7 @@ impl Trial<'_> {
         let replica = self.start(binary, "new")?;
         replica.await_health(503, "unavailable").context("on the schema without the newest migration")?;
         let over = AtomicBool::new(false);
-        // Live all the while.
+        // It has to be live all the time.
         let asked = thread::scope(|scope| {
             let probe = scope.spawn(|| -> Result<u64> {
                 let (mut client, mut count) = (Client::new(replica.operations), 0);
@@ -283,7 +283,7 @@ mod tests {
 
     use super::*;
 
-    /// The checker checked: this binary serves as the old one while a script changes the schema under it.
+    /// Checks the check: this binary serves as the old one while a script changes the schema under it.
     #[test]
     fn a_migration_that_breaks_the_serving_binary_is_caught_and_one_that_adds_is_not() {
         let scratch = Scratch::new("upgrade-test").expect("a directory");

@@ -7,17 +7,17 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
+use common::steps::{Progress, Tally};
+use common::workspace;
 use harness::places;
 
 use super::scrape::Metrics;
 use super::{metrics, parse_queries};
 use crate::rules::{self, AlertTest, Rule};
-use common::steps::{Progress, Tally};
-use common::workspace;
 
 const RUNBOOKS: &str = "deploy/runbooks";
 
-/// What a reader at night looks for, in this order.
+/// The sections of every runbook, in this order.
 const SECTIONS: [&str; 5] = ["Meaning", "Impact", "Diagnosis", "Mitigation", "Escalation"];
 
 const SEVERITIES: [&str; 3] = ["critical", "warning", "info"];
@@ -26,7 +26,7 @@ const SEVERITIES: [&str; 3] = ["critical", "warning", "info"];
 const LINT_EXCUSED: [(&str, &str); 1] =
     [("db_client_connection_count", "the semantic conventions' own name for it")];
 
-/// How the names of what the service exports, what the rules record and what a cluster exports begin.
+/// Prefixes of all metrics: of the service, of recording rules and of a cluster.
 const PREFIXES: [&str; 9] = [
     "chat_",
     "container_",
@@ -58,7 +58,7 @@ pub(super) fn check_metrics(tally: &mut Tally, promtool: Option<&Path>, there: &
     }
 }
 
-/// A second rule of the same name and labels is refused by this, and so would be a fault in the first.
+/// promtool's lint; a duplicate rule proves that it works.
 fn lint(progress: &Progress, promtool: &Path) -> Result<()> {
     let promtool_check = |files: &[PathBuf]| {
         let mut command = Command::new(promtool);
@@ -94,7 +94,7 @@ fn runbooks() -> Result<BTreeMap<String, String>> {
     Ok(runbooks)
 }
 
-/// Alerts, runbooks and unit tests are of one another.
+/// Every alert has a runbook and unit tests, and the reverse.
 fn three_ways(rules: &[Rule], runbooks: &BTreeMap<String, String>, tests: &[AlertTest]) -> Result<()> {
     let mut severities: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     let alerts = rules.iter().filter_map(|rule| Some((rule.alert.as_deref()?, rule)));
@@ -129,7 +129,7 @@ fn three_ways(rules: &[Rule], runbooks: &BTreeMap<String, String>, tests: &[Aler
     Ok(())
 }
 
-/// What a person who is woken gets to read.
+/// The text that an alert carries.
 fn check_words(alert: &str, rule: &Rule) -> Result<()> {
     ensure!(SEVERITIES.contains(&rule.label("severity")), "the severity is none of {SEVERITIES:?}");
     let annotation = |name: &str| rule.annotations.get(name).with_context(|| format!("no {name}"));
@@ -207,7 +207,7 @@ fn parse(progress: &Progress, promtool: &Path) -> Result<()> {
     parse_queries(progress, promtool, &queries)
 }
 
-/// Whatever a rule or a runbook names is exported, recorded, or another exporter's.
+/// Every metric in a rule or a runbook is exported, recorded, or of another exporter.
 fn exist(there: &Metrics) -> Result<()> {
     let mut named: Vec<(String, String)> = Vec::new();
     for rule in rules::all()? {

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
+use common::go_tools::{self, GoTool};
+use common::steps::{Progress, Tally};
+use common::workspace;
 use harness::places;
 
 use super::scrape::{self, Metrics};
@@ -14,9 +17,6 @@ use super::{lint, metrics, parse_queries};
 use crate::dashboards::check::{self, Scope};
 use crate::dashboards::{self, overview};
 use crate::rules;
-use common::go_tools::{self, GoTool};
-use common::steps::{Progress, Tally};
-use common::workspace::{self, in_ci};
 
 const MODEL: GoTool =
     GoTool { name: "dashboards", module: "deploy/lint", package: "./dashboards", settings: &[] };
@@ -30,17 +30,15 @@ pub(super) fn check(tally: &mut Tally, promtool: Option<&Path>) {
     tally.check("dashboards: generated", "cargo xtask dashboards", |_| dashboards::compare());
     tally.check("dashboards: lint", "", |_| lint::all());
     tally.check("dashboards: rules", "", |_| agrees_with_rules());
-    if go_tools::go().is_ok() || in_ci() {
+    if go_tools::can_use("dashboards: model") {
         tally.check("dashboards: model", "", model);
-    } else {
-        println!("  {:24}skipped: needs Go", "dashboards: model");
     }
     if let Some(promtool) = promtool {
         tally.check("dashboards: PromQL", "", |progress| parse(progress, promtool));
     }
 }
 
-/// Every query names metrics that there are, and every metric of the service is looked at.
+/// Every query names existing metrics, and every metric of the service is in use.
 pub(super) fn check_metrics(tally: &mut Tally, there: &Metrics) {
     tally.check("dashboards: metrics", "", |_| {
         exist(there)?;
@@ -48,7 +46,7 @@ pub(super) fn check_metrics(tally: &mut Tally, there: &Metrics) {
     });
 }
 
-/// Grafana's own model, and that it is one: a field that it does not have is refused.
+/// Grafana's own model accepts the dashboards, and refuses unknown fields.
 fn model(progress: &Progress) -> Result<()> {
     let tool = MODEL.build(progress)?;
     let check = |files: &[PathBuf]| {
@@ -110,7 +108,7 @@ fn agrees_with_rules() -> Result<()> {
     Ok(())
 }
 
-/// Whatever a query names is exported, recorded, or another exporter's.
+/// Every metric in a query is exported, recorded, or of another exporter.
 fn exist(there: &Metrics) -> Result<()> {
     for question in questions() {
         for name in metrics::of(&question.expr) {
@@ -125,13 +123,13 @@ fn exist(there: &Metrics) -> Result<()> {
     Ok(())
 }
 
-/// Whatever the service exports is on a dashboard.
+/// Every metric of the service is on a dashboard.
 fn shown(there: &Metrics) -> Result<()> {
     let rules = rules::all()?;
     let asked: BTreeSet<String> = questions()
         .iter()
         .map(|question| &question.expr)
-        // By way of what is recorded of it, or in an alert.
+        // Or in a recording rule or an alert.
         .chain(rules.iter().map(|rule| &rule.expr))
         .flat_map(|expr| metrics::of(expr))
         .map(|name| there.family(&name))

@@ -1,13 +1,13 @@
-//! What no schema says: that panels have their place, their words and their unit, and leave the choices to the reader.
+//! Rules beyond the schema: each panel has a place, a description and a unit, and uses the variables.
 
 use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
+use common::workspace;
 use serde_json::Value;
 
 use crate::dashboards;
-use common::workspace;
 
 const PLUGINS: [&str; 7] = ["row", "stat", "timeseries", "heatmap", "bargauge", "state-timeline", "table"];
 const COLUMNS: u64 = 24;

@@ -1,4 +1,4 @@
-//! Which metrics an expression names. Whether it is one at all is for Prometheus's own parser to say.
+//! The metrics in an expression, whose syntax Prometheus's own parser checks.
 
 use std::collections::BTreeSet;
 

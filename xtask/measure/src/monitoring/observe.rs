@@ -1,5 +1,5 @@
-//! `cargo xtask dev --observe`, as a developer has it: the alerts are evaluated, a request's trace is in the file, and
-//! Ctrl-C ends all of it.
+//! Runs `cargo xtask dev --observe`: the alerts are evaluated, a request's trace is in the file, and Ctrl-C ends
+//! everything.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -8,6 +8,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use common::go_tools;
+use common::prometheus;
+use common::steps::{Progress, Tally};
+use common::workspace::{self, in_ci};
 use harness::http;
 use harness::servers::daemon::{self, Daemon};
 use harness::servers::ports;
@@ -15,14 +19,10 @@ use harness::{Postgres, Redis, Scratch, install};
 use rustix::process::Signal;
 
 use crate::rules;
-use common::go_tools;
-use common::prometheus;
-use common::steps::{Progress, Tally};
-use common::workspace::{self, in_ci};
 
 const DATABASE: &str = "observed";
 
-/// A build that has nothing to do, the servers, and the first scrapes.
+/// For a build without changes, the servers, and the first scrapes.
 const READY_LIMIT: Duration = Duration::from_secs(120);
 const SCRAPE_LIMIT: Duration = Duration::from_secs(40);
 const EXPORT_LIMIT: Duration = Duration::from_secs(20);

@@ -1,22 +1,22 @@
-//! What the built service exports, and which other metrics there are.
+//! The metrics of the built service, and those of other exporters.
 
 use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use harness::http::Client;
-use harness::{Postgres, Redis, Replica, Scratch, places};
-
-use crate::rules;
 use common::chart;
 use common::go_tools;
 use common::steps::Progress;
 use common::workspace::in_ci;
+use harness::http::Client;
+use harness::{Postgres, Redis, Replica, Scratch, places};
+
+use crate::rules;
 
 /// Whose documentation names the metrics of Kubernetes' objects.
 const KUBE_STATE_METRICS: &str = "k8s.io/kube-state-metrics/v2@v2.18.0";
 
-/// What Prometheus makes itself, of each scrape and of each alert.
+/// Metrics that Prometheus itself makes.
 const PROMETHEUS_OWN: [&str; 4] = ["up", "scrape_duration_seconds", "scrape_samples_scraped", "ALERTS"];
 
 /// Names that the kubelet and its cAdvisor export; there is no list of them to compare with.
@@ -30,7 +30,7 @@ const KUBELET: [&str; 7] = [
     "kubelet_volume_stats_used_bytes",
 ];
 
-/// All metrics that an expression may name.
+/// All existing metrics.
 pub(super) struct Metrics {
     /// A scrape of a service without traffic.
     pub(super) text: String,
