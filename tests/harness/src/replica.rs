@@ -111,7 +111,7 @@ impl Replica {
 
     pub fn signal(&self, signal: Signal) {
         if let Some(child) = &*self.child() {
-            // It may have ended by itself, which whoever waits for it finds out.
+            // It may have ended already; whatever waits for it notices.
             let _ = kill_process(Pid::from_child(child), signal);
         }
     }

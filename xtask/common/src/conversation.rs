@@ -131,7 +131,7 @@ impl Pair {
         let body = json!({"recipient_id": self.users[1 - from].id, "content": content}).to_string();
         let message = client.expect(201, "POST", "/send", Some(&self.users[from].token), &body)?;
         let seq = message["seq"].as_u64();
-        // Nobody else writes to this conversation.
+        // No other client writes to this conversation.
         self.contents.push(content);
         ensure!(seq == Some(number as u64 + 1), "seq {seq:?} follows {number}");
         Ok(())

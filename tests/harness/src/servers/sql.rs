@@ -30,7 +30,7 @@ pub fn query(login: Login<'_>, sql: &str) -> Result<Vec<Row>> {
     let beside_server = programs::postgres_bin_dirs().into_iter().map(|dir| dir.join("psql"));
     let psql = beside_server.into_iter().find(|file| file.is_file()).or_else(|| programs::in_path("psql"));
     let mut command = Command::new(psql.context("psql is missing: install Postgres's client programs")?);
-    // Nobody's settings, and messages in English.
+    // Without the user's settings, and with messages in English.
     command.env_clear().env("PGHOST", login.host).env("PGPORT", login.port.to_string());
     command.env("PGUSER", login.user).env("PGPASSWORD", login.password).env("PGDATABASE", login.database);
     command.env("PGCLIENTENCODING", "UTF8").env("PGSSLMODE", "disable").env("PGGSSENCMODE", "disable");
