@@ -34,7 +34,7 @@ impl Collector {
     /// Starts the built program on this port, or any free one; its files are in `dir`.
     pub fn start(program: &Path, dir: &Path, port: Option<u16>, spans: Spans) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
-        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/observability/collector.yaml");
+        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/observability/collector.yaml");
         let port = port.map_or_else(ports::free, Ok)?;
         let file = dir.join("traces.jsonl");
         let mut command = dies_with_us(program, "KILL");
