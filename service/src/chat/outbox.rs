@@ -82,8 +82,9 @@ pub enum SendError {
     /// Postgres became unavailable before it confirmed the commit.
     #[error("the message may or may not be stored")]
     OutcomeUnknown,
-    #[error("the message was not stored")]
-    NotStored,
+    /// The writer ended before it answered.
+    #[error("the writer ended: the message may or may not be stored")]
+    WriterEnded,
     #[error(transparent)]
     Database(#[from] sqlx::Error),
     #[error("{0}")]
@@ -175,7 +176,7 @@ impl Outbox {
             self.metrics.message_sent(SendOutcome::Refused);
             return Err(SendError::QueueFull);
         }
-        let answer = answer.await.unwrap_or(Err(SendError::NotStored));
+        let answer = answer.await.unwrap_or(Err(SendError::WriterEnded));
         self.metrics.message_sent(match &answer {
             Ok(accepted) if accepted.replayed => SendOutcome::Replayed,
             Ok(_) => SendOutcome::Stored,

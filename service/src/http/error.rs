@@ -163,7 +163,7 @@ impl From<SendError> for Error {
             SendError::OutcomeUnknown => Self::Unavailable(
                 "the database is unavailable: the message may not have been stored, try again",
             ),
-            SendError::NotStored => Self::Unavailable("the message was not stored: try again"),
+            SendError::WriterEnded => Self::Unavailable("the message may not have been stored: try again"),
             SendError::Database(error) => Self::Database(error),
             SendError::Internal(fault) => Self::internal(fault),
         }

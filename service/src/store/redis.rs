@@ -266,16 +266,16 @@ impl Source {
         fn reason<E: std::fmt::Display>(error: E) -> RedisError {
             RedisError::from((ErrorKind::Io, "connect", error.to_string()))
         }
+        let one = |mut connection: MultiplexedConnection| {
+            connection.set_response_timeout(RESPONSE_TIMEOUT);
+            Connection::One(connection)
+        };
         Ok(match self {
-            Self::Single(pool) => {
-                Connection::One(deadpool_redis::Connection::take(pool.get().await.map_err(reason)?))
-            }
+            Self::Single(pool) => one(deadpool_redis::Connection::take(pool.get().await.map_err(reason)?)),
             Self::Cluster(pool) => {
                 Connection::Cluster(cluster::Connection::take(pool.get().await.map_err(reason)?))
             }
-            Self::Sentinel(pool) => {
-                Connection::One(sentinel::Connection::take(pool.get().await.map_err(reason)?))
-            }
+            Self::Sentinel(pool) => one(sentinel::Connection::take(pool.get().await.map_err(reason)?)),
         })
     }
 }

@@ -9,7 +9,7 @@ use anyhow::{Result, bail, ensure};
 use common::migrations::Script;
 use common::steps::Progress;
 
-/// Each script has to be as in the commit that brought it to the main line: somebody may have applied it since.
+/// Each script must be as in the commit that brought it to the main branch: it may have been applied since.
 pub(super) fn check(dir: &Path, scripts: &[Script], progress: &Progress) -> Result<()> {
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
@@ -46,7 +46,7 @@ pub(super) fn check(dir: &Path, scripts: &[Script], progress: &Progress) -> Resu
     Ok(())
 }
 
-/// The scripts of the main line, as they were added. On a branch, the branch's own scripts may still change.
+/// The scripts of the main branch, as they were added. On a branch, the branch's own scripts may still change.
 fn originals(dir: &Path) -> Vec<(String, String)> {
     let branch = git(dir, &["rev-parse", "--abbrev-ref", "HEAD"]).unwrap_or_default();
     let shared = || ["origin/main", "main"].iter().find_map(|main| git(dir, &["merge-base", main, "HEAD"]));
