@@ -10,8 +10,8 @@
 //! - A thread of the ordinary scheduling class takes jobs that have waited for too long. Without it, no login succeeded on
 //!   two cores with eight busy processes; with it, a login took 1.1 s.
 //!
-//! `cargo xtask bench --only storm` compares the p99 of reads during a storm with the p99 without. The ratio was 1.2 and 1.3
-//! with all three mechanisms, and 1.8 without the scheduling class or without the pauses.
+//! `cargo xtask bench --only storm` divides the p99 of reads during a storm by the p99 without. Its median was 1.1, and 1.8
+//! without the scheduling class or without the pauses.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
