@@ -41,8 +41,8 @@ impl Operation {
         responses.keys().map(|status| status.parse().expect("a status")).collect()
     }
 
-    /// The path and the body of a request about `ben` that succeeds. **A new operation is added here.** What it creates is
-    /// named by `name`, which has to be new.
+    /// The path and the body of a request about `ben` that succeeds. An operation with parameters or a body is added here.
+    /// What it creates is named by `name`, which must be new.
     pub(crate) fn example(&self, ben: &User, name: &str) -> (String, Option<Value>) {
         let path = self.path.clone();
         match self.to_string().as_str() {
@@ -54,7 +54,7 @@ impl Operation {
             "POST /send" => (path, Some(json!({"recipient_id": ben.id, "content": name}))),
             "GET /messages" => (format!("{path}?peer_id={}", ben.id), None),
             "GET /users/{username}" => (format!("/users/{}", ben.name), None),
-            "GET /me" | "GET /healthz" => (path, None),
+            _ if self.method == Method::GET && !path.contains('{') => (path, None),
             _ => panic!("no example of a request for {self}: add one here"),
         }
     }
