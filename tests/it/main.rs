@@ -2,7 +2,6 @@
 
 mod architecture;
 mod authentication;
-mod cache;
 mod docs;
 mod errors;
 mod harness;
@@ -17,6 +16,7 @@ mod migrations;
 mod operations;
 mod process;
 mod properties;
+mod recent_window;
 mod send;
 mod support;
 mod users;
