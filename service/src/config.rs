@@ -110,6 +110,9 @@ pub struct Config {
     /// Networks whose X-Forwarded-For is believed
     #[arg(long = "TRUSTED_PROXIES", value_delimiter = ',', value_name = "10.0.0.0/8,192.168.0.0/16")]
     pub trusted_proxies: Vec<IpNet>,
+    /// How long an idle connection is kept; longer than any load balancer in front keeps it
+    #[arg(long = "KEEP_ALIVE_SECONDS", default_value_t = 75, value_parser = clap::value_parser!(u32).range(5..=3600))]
+    pub keep_alive_seconds: u32,
 
     /// Recent messages kept in Redis per conversation; 0 switches the window off
     #[arg(long = "CACHE_WINDOW", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1000))]
@@ -121,7 +124,7 @@ pub struct Config {
     /// Largest request body
     #[arg(long = "MAX_BODY_BYTES", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1024..=16_777_216))]
     pub max_body_bytes: u32,
-    /// When a request is given up with 503
+    /// When a request is given up with 503, and its body, after half of this, with 408
     #[arg(long = "REQUEST_TIMEOUT_MS", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(100..=600_000))]
     pub request_timeout_ms: u32,
     /// How long a stopping process may take to finish what it has begun
@@ -222,6 +225,15 @@ impl Config {
 
     pub fn request_timeout(&self) -> Duration {
         Duration::from_millis(self.request_timeout_ms.into())
+    }
+
+    /// How long a request's body may take: half of the request's time, so that the other half is left for the work.
+    pub fn body_timeout(&self) -> Duration {
+        self.request_timeout() / 2
+    }
+
+    pub fn keep_alive(&self) -> Duration {
+        Duration::from_secs(self.keep_alive_seconds.into())
     }
 
     pub fn statement_timeout(&self) -> Duration {

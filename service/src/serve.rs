@@ -20,7 +20,7 @@ use crate::app::{App, Tasks};
 use crate::config::{Config, EXIT_CONFIG};
 use crate::http::routes::{self, public_api};
 use crate::store::migrations::{self, MigrationError};
-use crate::workers::{self, Port, Workers};
+use crate::workers::{self, Limits, Port, Workers};
 
 /// How long an unready process still accepts requests: a probe's period. Of a grace shorter than ten times this it takes a
 /// tenth, and leaves the rest to the requests in flight.
@@ -36,6 +36,12 @@ const DRAIN_POLL: Duration = Duration::from_millis(10);
 
 /// How long the last responses may take to reach the socket, and connections to close.
 const LAST_BYTES: Duration = Duration::from_millis(250);
+
+/// How long a client may take for a request's head, or to begin with one.
+const HEAD_LIMIT: Duration = Duration::from_secs(30);
+
+/// An HTTP/2 client is asked this often whether it is still there, and may take as long to answer.
+const HTTP2_PING: Duration = Duration::from_secs(20);
 
 /// Between two attempts to migrate a database that is unavailable.
 const MIGRATE_RETRY: Duration = Duration::from_secs(1);
@@ -95,14 +101,15 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     }
     let (stop, stopping) = watch::channel(false);
     let workers = Workers::start(workers::default_count())?;
+    let limits = Limits { keep_alive: config.keep_alive(), head: HEAD_LIMIT, ping: HTTP2_PING };
     let api = public_api();
     let (app, mut tasks) = App::start(config, api.endpoints(), &workers, &stopping)?;
     let migration = first_answers(&app).await?;
     app.watch_postgres(&mut tasks);
 
     let (public_address, operations_address) = (public.local_addr()?, operations.local_addr()?);
-    let public_port = workers.serve(public, &api.service(&app))?;
-    let operations_port = workers.serve(operations, &routes::operations(&app))?;
+    let public_port = workers.serve(public, &api.service(&app), limits)?;
+    let operations_port = workers.serve(operations, &routes::operations(&app), limits)?;
     tracing::info!(public = %public_address, operations = %operations_address, version = env!("CARGO_PKG_VERSION"), "listening");
     Ok(Running {
         app,
@@ -155,7 +162,7 @@ impl Running {
             tokio::time::sleep(LAME_DUCK.min(grace / 10)).await;
         }
         let drain = async {
-            self.public_port.stop_graceful(deadline.saturating_duration_since(Instant::now()));
+            self.public_port.stop_graceful();
             // Not until all connections are closed: one that never sends a request would hold up the shutdown.
             loop {
                 while self.app.metrics.active_requests() > 0 {
@@ -170,7 +177,8 @@ impl Running {
             // The operations port goes on answering until the requests and the writers are done.
             self.stop.send_replace(true);
             while self.tasks.writers.join_next().await.is_some() {}
-            self.operations_port.stop_forceful();
+            self.operations_port.stop_graceful();
+            tokio::time::timeout(LAST_BYTES, self.operations_port.closed()).await.ok();
         };
         if tokio::time::timeout_at(deadline, drain).await.is_err() {
             tracing::warn!("the grace is over: ending with requests in flight");

@@ -8,6 +8,8 @@
 //! The price is balance: a connection never moves. A new one goes to the worker with the fewest, so that the many similar
 //! clients of a service spread evenly. All requests of one HTTP/2 connection are served by one core.
 
+mod connection;
+
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -15,17 +17,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use std::{io, net, thread};
 
-use salvo::conn::tcp::TcpCoupler;
-use salvo::conn::{Accepted, Acceptor, ConnCtrl, Holding, SocketAddr, StraightStream};
-use salvo::fuse::{ArcFusePolicy, ConnObserver, FuseAction, FuseInfo, TransProto};
-use salvo::http::Version;
+use salvo::Service;
+use salvo::conn::{ConnCtrl, SocketAddr};
 use salvo::http::uri::Scheme;
-use salvo::server::ServerHandle;
-use salvo::{Server, Service};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+pub use self::connection::Limits;
+use self::connection::Protocols;
 
 /// A read costs a worker some five times what it costs Redis, which has one thread: more workers would only wait for it.
 /// On a machine with more cores, run more replicas.
@@ -33,6 +35,9 @@ const WORKERS_MAX: usize = 8;
 
 /// Accepted connections that wait for one worker. Above that the worker gets no more.
 const BACKLOG_MAX: usize = 1024;
+
+/// Connections that the kernel may have taken before a listener is closed: Linux keeps at most this many, unless told otherwise.
+const KERNEL_BACKLOG_MAX: usize = 4096;
 
 /// The pause after a failed accept, which mostly means that no file descriptors are left.
 const ACCEPT_RETRY: Duration = Duration::from_millis(10);
@@ -86,17 +91,17 @@ impl Workers {
     }
 
     /// Serves the listener's connections, each on one worker.
-    pub fn serve(&self, listener: TcpListener, service: &Service) -> io::Result<Port> {
-        let address = SocketAddr::from(listener.local_addr()?);
+    pub fn serve(&self, listener: TcpListener, service: &Service, limits: Limits) -> io::Result<Port> {
+        let address = listener.local_addr()?;
         let (mut port, mut workers) = (Port::default(), Vec::new());
         for runtime in &self.runtimes {
             let (queue, accepted) = mpsc::channel(BACKLOG_MAX);
-            let server = Server::new(WorkerAcceptor::new(accepted, address.clone()));
-            port.handles.push(server.handle());
-            port.servers.spawn_on(server.try_serve(copy(service)), runtime);
+            let server =
+                Server { service: copy(service), address, limits, accepted, stop: port.stop.clone() };
+            port.servers.spawn_on(server.run(), runtime);
             workers.push(Backlog { queue, connections: Arc::default() });
         }
-        port.accepting.spawn(distribute(listener, workers));
+        port.accepting.spawn(distribute(listener, workers, port.stop.clone()));
         Ok(port)
     }
 
@@ -133,23 +138,26 @@ impl Drop for EndReporter {
 #[derive(Default)]
 pub struct Port {
     accepting: JoinSet<()>,
-    servers: JoinSet<io::Result<()>>,
-    handles: Vec<ServerHandle>,
+    servers: JoinSet<()>,
+    stop: CancellationToken,
 }
 
 impl Port {
-    /// Accepts no more connections, and no more requests on the open ones. Closes what is left after `limit`.
-    pub fn stop_graceful(&mut self, limit: Duration) {
-        self.accepting.abort_all();
-        self.handles.iter().for_each(|handle| handle.stop_graceful(limit));
+    /// Accepts no more connections than the kernel has taken already, and no more requests on the open ones, except the
+    /// first of a connection and one that has begun to arrive.
+    pub fn stop_graceful(&self) {
+        self.stop.cancel();
     }
 
-    pub fn stop_forceful(&self) {
-        self.handles.iter().for_each(ServerHandle::stop_forceful);
+    /// Closes all connections.
+    pub fn stop_forceful(&mut self) {
+        self.accepting.abort_all();
+        self.servers.abort_all();
     }
 
     /// Returns when all connections are closed, after a stop.
     pub async fn closed(&mut self) {
+        while self.accepting.join_next().await.is_some() {}
         while self.servers.join_next().await.is_some() {}
     }
 
@@ -182,33 +190,51 @@ struct AcceptedSocket {
     counted: CountedConnection,
 }
 
-/// Gives each new connection to the worker with the fewest.
-async fn distribute(listener: TcpListener, workers: Vec<Backlog>) {
+/// Gives each new connection to the worker with the fewest. On `stop` those, too, that the kernel has taken, because their
+/// clients believe that they are connected.
+async fn distribute(listener: TcpListener, workers: Vec<Backlog>, stop: CancellationToken) {
     loop {
-        let accepted = listener.accept().await.and_then(|(stream, remote)| {
-            // A response in two segments must not wait until the client has acknowledged the first. This fails only if the
-            // client has closed the connection, which is no reason to pause.
-            stream.set_nodelay(true).ok();
-            Ok((stream.into_std()?, remote))
-        });
-        let (socket, remote) = match accepted {
-            Ok(accepted) => accepted,
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => break,
+        };
+        match accepted.and_then(|(stream, remote)| Ok((stream.into_std()?, remote))) {
+            Ok((socket, remote)) => hand_over(&workers, socket, remote),
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
                 tokio::time::sleep(ACCEPT_RETRY).await;
-                continue;
             }
-        };
-        let worker = workers.iter().min_by_key(|worker| worker.connections.load(Ordering::Relaxed));
-        let Some(Backlog { queue, connections }) = worker else { return };
-        let accepted = AcceptedSocket { socket, remote, counted: CountedConnection::new(connections) };
-        if queue.try_send(accepted).is_err() {
-            tracing::warn!("a connection was closed: its worker has a full backlog");
+        }
+    }
+    // Not tokio's listener: it may not know yet what the kernel has.
+    let Ok(listener) = listener.into_std() else { return };
+    for _ in 0..KERNEL_BACKLOG_MAX {
+        match listener.accept() {
+            Ok((socket, remote)) if socket.set_nonblocking(true).is_ok() => {
+                hand_over(&workers, socket, remote);
+            }
+            // The client has closed it.
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => return tracing::warn!(%error, "connections that wait could not be accepted"),
         }
     }
 }
 
-/// Counts for its worker until the connection, which owns it as an observer, is closed.
+fn hand_over(workers: &[Backlog], socket: net::TcpStream, remote: net::SocketAddr) {
+    // A response in two segments must not wait until the client has acknowledged the first. This fails only if the client
+    // has closed the connection.
+    socket.set_nodelay(true).ok();
+    let worker = workers.iter().min_by_key(|worker| worker.connections.load(Ordering::Relaxed));
+    let Some(Backlog { queue, connections }) = worker else { return };
+    let accepted = AcceptedSocket { socket, remote, counted: CountedConnection::new(connections) };
+    if queue.try_send(accepted).is_err() {
+        tracing::warn!("a connection was closed: its worker has a full backlog");
+    }
+}
+
+/// Counts for its worker until the connection, which owns it, is closed.
 struct CountedConnection(Arc<AtomicUsize>);
 
 impl CountedConnection {
@@ -224,59 +250,61 @@ impl Drop for CountedConnection {
     }
 }
 
-impl ConnObserver for CountedConnection {}
-
-/// Hands a worker's connections to salvo.
-struct WorkerAcceptor {
+/// Serves one worker's connections of one port.
+struct Server {
+    service: Service,
+    address: net::SocketAddr,
+    limits: Limits,
     accepted: mpsc::Receiver<AcceptedSocket>,
-    holding: Holding,
+    stop: CancellationToken,
 }
 
-impl WorkerAcceptor {
-    fn new(accepted: mpsc::Receiver<AcceptedSocket>, local_addr: SocketAddr) -> Self {
-        let http_versions = vec![Version::HTTP_11, Version::HTTP_2];
-        Self { accepted, holding: Holding { local_addr, http_versions, http_scheme: Scheme::HTTP } }
-    }
-}
-
-impl Acceptor for WorkerAcceptor {
-    type Coupler = TcpCoupler<Self::Stream>;
-    type Stream = StraightStream<TcpStream>;
-
-    fn holdings(&self) -> &[Holding] {
-        std::slice::from_ref(&self.holding)
-    }
-
-    async fn accept(
-        &mut self,
-        policy: Option<ArcFusePolicy>,
-    ) -> io::Result<Accepted<Self::Coupler, Self::Stream>> {
+impl Server {
+    /// Returns when the port accepts no more connections and all are closed.
+    async fn run(mut self) {
+        let protocols = Arc::new(Protocols::new(self.limits));
+        let mut connections = JoinSet::new();
         loop {
-            let Some(AcceptedSocket { socket, remote, counted }) = self.accepted.recv().await else {
-                // The port accepts no more connections, and the server is about to be stopped.
-                return std::future::pending().await;
-            };
-            let stream = TcpStream::from_std(socket)?;
-            let (remote_addr, local_addr) = (remote.into(), self.holding.local_addr.clone());
-            let info = FuseInfo { trans_proto: TransProto::Tcp, remote_addr, local_addr };
-            let fuse_config = match &policy {
-                None => None,
-                Some(policy) => match policy.decide(&info).await {
-                    FuseAction::Accept(config) => Some(config),
-                    FuseAction::Reject => continue,
+            tokio::select! {
+                accepted = self.accepted.recv() => match accepted {
+                    Some(accepted) => self.serve(&protocols, accepted, &mut connections),
+                    None => break,
                 },
-            };
-            let conn_ctrl = ConnCtrl::new();
-            return Ok(Accepted {
-                coupler: TcpCoupler::new(),
-                stream: StraightStream::new(stream, fuse_config, conn_ctrl.clone(), Some(Arc::new(counted))),
-                fuse_config,
-                conn_ctrl,
-                local_addr: info.local_addr,
-                remote_addr: info.remote_addr,
-                http_scheme: Scheme::HTTP,
-            });
+                Some(ended) = connections.join_next() => log_panic(ended),
+            }
         }
+        while let Some(ended) = connections.join_next().await {
+            log_panic(ended);
+        }
+    }
+
+    fn serve(&self, protocols: &Arc<Protocols>, accepted: AcceptedSocket, connections: &mut JoinSet<()>) {
+        let AcceptedSocket { socket, remote, counted } = accepted;
+        let stream = match TcpStream::from_std(socket) {
+            Ok(stream) => stream,
+            Err(error) => return tracing::warn!(%error, "a connection could not be served"),
+        };
+        // Salvo's documentation hides this: it is how its own server makes a service for hyper.
+        let service = self.service.hyper_handler(
+            SocketAddr::from(self.address),
+            SocketAddr::from(remote),
+            Scheme::HTTP,
+            None,
+            ConnCtrl::new(),
+            None,
+        );
+        let (protocols, stop) = (Arc::clone(protocols), self.stop.clone());
+        connections.spawn(async move {
+            protocols.serve(stream, service, stop).await;
+            drop(counted);
+        });
+    }
+}
+
+/// A panic of a handler is caught by the middleware. One beyond it ends its connection only.
+fn log_panic(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(%error, "a connection's task failed");
     }
 }
 
@@ -292,13 +320,23 @@ mod tests {
         current().to_string()
     }
 
+    const PATIENT: Limits = Limits {
+        keep_alive: Duration::from_secs(60),
+        head: Duration::from_secs(60),
+        ping: Duration::from_secs(60),
+    };
+
     /// Three workers, each of which answers with its index.
     async fn served() -> (Workers, Port, net::SocketAddr) {
+        served_within(PATIENT).await
+    }
+
+    async fn served_within(limits: Limits) -> (Workers, Port, net::SocketAddr) {
         let workers = Workers::start(3).expect("threads");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let service = Service::new(Router::new().get(which));
-        let port = workers.serve(listener, &service).expect("serves");
+        let port = workers.serve(listener, &service, limits).expect("serves");
         (workers, port, address)
     }
 
@@ -343,11 +381,106 @@ mod tests {
         assert_eq!(of(&connections, 1), 2);
     }
 
+    /// Waits until the service closes the connection, and returns how long that took.
+    async fn until_closed(mut stream: TcpStream) -> Duration {
+        let started = std::time::Instant::now();
+        let mut rest = Vec::new();
+        let closed = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut rest));
+        closed.await.expect("closed").expect("no reset");
+        started.elapsed()
+    }
+
+    /// An idle connection is kept longer than a silent or slow client.
+    const SHORT: Limits = Limits {
+        keep_alive: Duration::from_secs(3),
+        head: Duration::from_secs(1),
+        ping: Duration::from_millis(500),
+    };
+
+    #[tokio::test]
+    async fn an_idle_connection_is_kept_for_longer_than_a_head_may_take_and_not_for_ever() {
+        let (_workers, _port, address) = served_within(SHORT).await;
+        let (mut stream, index) = connect(address).await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(ask(&mut stream).await, index);
+        let taken = until_closed(stream).await;
+        assert!((2..6).contains(&taken.as_secs()), "closed after {taken:?}");
+    }
+
+    #[tokio::test]
+    async fn a_head_that_never_ends_is_cut_wherever_it_begins() {
+        let (_workers, _port, address) = served_within(SHORT).await;
+        let silent = TcpStream::connect(address).await.expect("connects");
+        let mut first = TcpStream::connect(address).await.expect("connects");
+        first.write_all(b"GET / HT").await.expect("writes");
+        let (mut second, _) = connect(address).await;
+        second.write_all(b"GET / HTTP/1.1\r\nhost").await.expect("writes");
+        let preface = &b"PRI * HTTP/2.0\r\n\r\nS"[..];
+        let mut http2 = TcpStream::connect(address).await.expect("connects");
+        http2.write_all(preface).await.expect("writes");
+        let taken = futures_util::join!(
+            until_closed(silent),
+            until_closed(first),
+            until_closed(second),
+            until_closed(http2)
+        );
+        for taken in [taken.0, taken.1, taken.2, taken.3] {
+            assert!((800..2500).contains(&taken.as_millis()), "closed after {taken:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_http2_peer_that_answers_no_pings_is_noticed() {
+        let limits = Limits { ping: SHORT.ping, ..PATIENT };
+        let (_workers, _port, address) = served_within(limits).await;
+        let mut stream = TcpStream::connect(address).await.expect("connects");
+        let empty_settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.expect("writes");
+        stream.write_all(&empty_settings).await.expect("writes");
+        let taken = until_closed(stream).await;
+        assert!((800..5000).contains(&taken.as_millis()), "closed after {taken:?}");
+    }
+
+    #[tokio::test]
+    async fn connections_that_have_just_come_are_served_once_more_when_the_port_stops() {
+        let (_workers, mut port, address) = served().await;
+        let (mut used, _) = connect(address).await;
+        let mut streams = Vec::new();
+        // The blocking way, so that no other task runs meanwhile: they are in the kernel's queue.
+        for number in 0..60 {
+            let stream = net::TcpStream::connect(address).expect("connects");
+            stream.set_nonblocking(true).expect("a socket");
+            let mut stream = TcpStream::from_std(stream).expect("a socket");
+            match number % 3 {
+                0 => stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("asks"),
+                1 => stream.write_all(b"GET / HT").await.expect("asks"),
+                _ => {}
+            }
+            streams.push(stream);
+        }
+        used.write_all(b"GET / HT").await.expect("asks");
+        streams.push(used);
+        port.stop_graceful();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        for (number, mut stream) in streams.into_iter().enumerate() {
+            match if number == 60 { 1 } else { number % 3 } {
+                0 => {}
+                1 => stream.write_all(b"TP/1.1\r\nhost: x\r\n\r\n").await.expect("asks"),
+                _ => stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("asks"),
+            }
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap_or_else(|error| panic!("{number}: {error}"));
+            assert!(answer.starts_with("HTTP/1.1 200"), "{number}: {answer:?}");
+        }
+        let closed = tokio::time::timeout(Duration::from_secs(2), port.closed());
+        assert!(closed.await.is_ok(), "all connections are closed");
+    }
+
     #[tokio::test]
     async fn a_stopping_port_closes_idle_connections_and_refuses_new_ones() {
         let (_workers, mut port, address) = served().await;
         let (mut stream, _) = connect(address).await;
-        port.stop_graceful(Duration::from_secs(5));
+        port.stop_graceful();
         let closed = tokio::time::timeout(Duration::from_secs(2), port.closed());
         assert!(closed.await.is_ok(), "the connection is idle");
         assert_eq!(stream.read(&mut [0; 8]).await.ok(), Some(0));

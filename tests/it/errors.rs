@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use chat_service::http::routes::public_api;
 use reqwest::Method;
 use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use crate::support::{TestApp, User, operations, text};
 
@@ -101,6 +103,127 @@ async fn a_chunked_body_is_counted_as_it_arrives() {
             assert_eq!(answer.status, status, "{length} bytes to {path}");
             answer.problem(status);
         }
+    }
+}
+
+/// A POST whose body is framed by `framing`, as far as its end or its first bytes.
+fn post(path: &str, user: &User, framing: &str, body: &str) -> String {
+    format!(
+        "POST {path} HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {}\r\ncontent-type: application/json\r\n\
+         {framing}\r\n\r\n{body}",
+        user.token
+    )
+}
+
+/// The number of requests to `path` with this status, and of those that took at most 250 ms.
+async fn counted(app: &TestApp, path: &str, status: u16) -> (f64, f64) {
+    let labels =
+        format!("http_request_method=\"POST\",http_response_status_code=\"{status}\",http_route=\"{path}\"");
+    let name = "http_server_request_duration_seconds";
+    let all = app.metric(&format!("{name}_count{{{labels}}}")).await;
+    (all, app.metric(&format!("{name}_bucket{{{labels},le=\"0.25\"}}")).await)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_stops_half_way_is_408_and_no_failure_of_the_service() {
+    let app = TestApp::with(&[("REQUEST_TIMEOUT_MS", "2000")]).await;
+    let ana = app.user("ana").await;
+    for path in ["/register", "/login", "/send"] {
+        for framing in ["content-length: 20", "transfer-encoding: chunked"] {
+            for body in ["", "5\r\n{\"x\":\r\n"] {
+                let started = Instant::now();
+                let answer = app.raw(post(path, &ana, framing, body).as_bytes()).await;
+                answer.problem(408);
+                assert_eq!(answer.header("connection"), Some("close"), "{path}");
+                let taken = started.elapsed();
+                assert!((900..1900).contains(&taken.as_millis()), "{path}: {taken:?}");
+            }
+        }
+        assert_eq!(counted(&app, path, 503).await, (0.0, 0.0), "{path}");
+        assert_eq!(counted(&app, path, 408).await, (4.0, 4.0), "{path}: the client's time counts as ours");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_arrives_slowly_is_no_slow_request() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    let body = json!({"recipient_id": ben.id, "content": "hello"}).to_string();
+    let (first, rest) = body.split_at(10);
+    let framing = format!("connection: close\r\ncontent-length: {}", body.len());
+    let mut stream = TcpStream::connect(app.running.public).await.expect("connects");
+    stream.write_all(post("/send", &ana, &framing, first).as_bytes()).await.expect("writes");
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    stream.write_all(rest.as_bytes()).await.expect("writes");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
+    assert_eq!(counted(&app, "/send", 201).await, (1.0, 1.0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_is_declared_or_found_too_large_is_413_before_its_end() {
+    let app = TestApp::start().await;
+    let ana = app.user("ana").await;
+    let chunk = format!("11000\r\n{}\r\n", "x".repeat(0x11000));
+    for path in ["/register", "/login", "/send"] {
+        for (framing, body) in [
+            ("content-length: 65537", ""),
+            ("content-length: 1000000000000", "{"),
+            ("content-length: 65537\r\nexpect: 100-continue", ""),
+            ("transfer-encoding: chunked", chunk.as_str()),
+        ] {
+            let started = Instant::now();
+            let answer = app.raw(post(path, &ana, framing, body).as_bytes()).await;
+            answer.problem(413);
+            assert_eq!(answer.header("connection"), Some("close"), "{path} {framing}");
+            let taken = started.elapsed();
+            assert!(taken < Duration::from_secs(2), "{path} {framing}: {taken:?}");
+        }
+    }
+}
+
+/// Sends everything, then reads everything.
+async fn exchange(app: &TestApp, request: &[u8]) -> String {
+    let mut stream = TcpStream::connect(app.running.public).await.expect("connects");
+    stream.write_all(request).await.expect("the service reads on");
+    let mut answer = String::new();
+    let reading = tokio::time::timeout(Duration::from_secs(20), stream.read_to_string(&mut answer));
+    reading.await.expect("the end of the connection").expect("no reset");
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_sends_what_is_refused_is_not_reset_before_it_reads_the_answer() {
+    let app = TestApp::start().await;
+    let ana = app.user("ana").await;
+    let stranger = User { token: "none".to_owned(), ..ana.clone() };
+    let body = "x".repeat(8_000_000);
+    let framing = format!("content-length: {}", body.len());
+    for (user, status) in [(&ana, 413), (&stranger, 401)] {
+        for _ in 0..5 {
+            let answer = exchange(&app, post("/send", user, &framing, &body).as_bytes()).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_http_is_answered_with_a_status_alone() {
+    let app = TestApp::start().await;
+    let many = "a: b\r\n".repeat(101);
+    let long = format!("a: {}\r\n", "b".repeat(3_000_000));
+    for (request, status) in [
+        ("GET /me\r\n\r\n".to_owned(), 400),
+        ("GET /me HTTP/1.1\r\na b: c\r\n\r\n".to_owned(), 400),
+        (format!("GET /{} HTTP/1.1\r\n\r\n", "a".repeat(70_000)), 414),
+        (format!("GET /me HTTP/1.1\r\n{many}\r\n"), 431),
+        (format!("GET /me HTTP/1.1\r\n{long}\r\n"), 431),
+    ] {
+        let answer = exchange(&app, request.as_bytes()).await.to_ascii_lowercase();
+        assert!(answer.starts_with(&format!("http/1.1 {status}")), "{answer}");
+        assert!(answer.contains("connection: close") && answer.ends_with("\r\n\r\n"), "{answer}");
+        assert!(!answer.contains("x-request-id"), "it has an id: correct the documents");
     }
 }
 

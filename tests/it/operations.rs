@@ -14,6 +14,7 @@ const INTERNAL_ERROR: u16 = 500;
 struct Apps {
     usual: TestApp,
     limited: TestApp,
+    impatient: TestApp,
     without_postgres: TestApp,
 }
 
@@ -66,12 +67,22 @@ async fn every_documented_status_is_the_response_to_some_request() {
     // Without windows, because a window can answer without Postgres.
     let unreachable = "postgres://postgres@127.0.0.1:1/nowhere";
     let without_postgres = usual.replica(&[("DATABASE_URL", unreachable), ("CACHE_WINDOW", "0")]).await;
-    let apps = Apps { usual, limited, without_postgres };
+    let impatient = usual.replica(&[("REQUEST_TIMEOUT_MS", "400")]).await;
+    let apps = Apps { usual, limited, impatient, without_postgres };
     let (ana, ben) = apps.usual.pair().await;
     for operation in operations() {
         let mut seen = BTreeSet::from([INTERNAL_ERROR]);
         for request in requests(&apps, &operation, &ana, &ben) {
             seen.insert(request.response().await.status);
+        }
+        if operation.documented.get("requestBody").is_some() {
+            // The body never comes.
+            let head = format!(
+                "{operation} HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {}\r\n\
+                 content-type: application/json\r\ncontent-length: 9\r\n\r\n",
+                ana.token
+            );
+            seen.insert(apps.impatient.raw(head.as_bytes()).await.status);
         }
         assert_eq!(
             seen,

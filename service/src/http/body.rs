@@ -2,16 +2,18 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::time::Instant;
 
 use salvo::extract::{Extractible, Metadata};
 use salvo::http::{ParseError, StatusCode};
+use salvo::hyper::body::Body as _;
 use salvo::{Depot, Request};
 use salvo_oapi::{Components, Content, EndpointArgRegister, Operation, RequestBody, Required, ToSchema};
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::error::{self, Error, FieldError};
-use super::middleware::app;
+use super::middleware::{app, note_wait};
 
 /// A JSON body of type `T`. Every field of `T` is a [`Text`], which takes any JSON value, so that one pass
 /// finds the faults of all fields; the endpoint checks `T` itself.
@@ -71,8 +73,16 @@ impl<'ex, T: DeserializeOwned> Extractible<'ex> for Body<T> {
         if !is_json(req) {
             return Err(Error::NotJson);
         }
-        let limit_bytes = app(depot)?.config.max_body_bytes as usize;
-        let bytes = req.payload_with_max_size(limit_bytes).await.map_err(|error| match error {
+        let config = &app(depot)?.config;
+        let (limit_bytes, limit) = (config.max_body_bytes as usize, config.body_timeout());
+        // At once: what is refused need not be sent.
+        if req.body().size_hint().lower() > limit_bytes as u64 {
+            return Err(Error::BodyTooLarge { limit_bytes });
+        }
+        let started = Instant::now();
+        let read = tokio::time::timeout(limit, req.payload_with_max_size(limit_bytes)).await;
+        note_wait(depot, started.elapsed());
+        let bytes = read.map_err(|_| Error::BodyTooSlow { limit })?.map_err(|error| match error {
             ParseError::PayloadTooLarge => Error::BodyTooLarge { limit_bytes },
             error => Error::BadRequest(format!("the body could not be read: {error}").into()),
         })?;
@@ -171,6 +181,7 @@ impl<T: DeserializeOwned + ToSchema> EndpointArgRegister for Body<T> {
         );
         for (status, description) in [
             (StatusCode::BAD_REQUEST, "The body, or a query parameter, does not parse"),
+            (StatusCode::REQUEST_TIMEOUT, "The body did not arrive in time; the connection is closed"),
             (StatusCode::PAYLOAD_TOO_LARGE, "The body is larger than MAX_BODY_BYTES"),
             (StatusCode::UNSUPPORTED_MEDIA_TYPE, "The body is not application/json"),
             (StatusCode::UNPROCESSABLE_ENTITY, "Well-formed, but invalid: every invalid field is listed"),

@@ -31,6 +31,8 @@ pub(super) enum Error {
     Unauthorized(&'static str),
     #[error("{0}")]
     NotFound(Cow<'static, str>),
+    #[error("the body did not arrive within {} ms: send it faster, or less of it", .limit.as_millis())]
+    BodyTooSlow { limit: Duration },
     #[error("the body is larger than {limit_bytes} bytes")]
     BodyTooLarge { limit_bytes: usize },
     #[error("the body must be JSON: send Content-Type: application/json")]
@@ -113,6 +115,7 @@ impl Error {
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::Unauthorized(_) => StatusCode::UNAUTHORIZED,
             Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::BodyTooSlow { .. } => StatusCode::REQUEST_TIMEOUT,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Conflict(_) => StatusCode::CONFLICT,

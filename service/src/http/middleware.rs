@@ -3,7 +3,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
 use salvo::http::header::{CONNECTION, HeaderName, HeaderValue};
@@ -23,6 +23,19 @@ const TRACERESPONSE: HeaderName = HeaderName::from_static("traceresponse");
 /// The application, which the middleware adds to every request.
 pub(super) fn app(depot: &Depot) -> Result<&Arc<App>, Error> {
     depot.get_typed::<Arc<App>>().map_err(|_| Error::internal("the request did not pass the middleware"))
+}
+
+/// A shorter wait for a body is not worth a note: it came with the head.
+const WAIT_NOTED: Duration = Duration::from_millis(1);
+
+/// How long a request has waited for its client's body.
+struct Waited(Duration);
+
+/// The metrics do not count this time: it is the client's.
+pub(super) fn note_wait(depot: &mut Depot, wait: Duration) {
+    if wait >= WAIT_NOTED {
+        depot.insert_typed(Waited(wait));
+    }
 }
 
 /// Runs before everything else, also for 404 and 405.
@@ -79,12 +92,14 @@ impl Handler for Middleware {
         }
         res.headers_mut().insert(X_REQUEST_ID, id.header());
         // A draining process asks its clients to leave while it still answers: if it simply closed a connection, it
-        // could cut off the next request. HTTP/2 has GOAWAY for that.
-        if self.app.health.is_draining() && req.version() <= Version::HTTP_11 {
+        // could cut off the next request. HTTP/2 has GOAWAY for that. A body of which there is more is not read any further.
+        let unread = matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::PAYLOAD_TOO_LARGE);
+        if (unread || self.app.health.is_draining()) && req.version() <= Version::HTTP_11 {
             res.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         if let Some(record) = &mut record {
             record.status = Some(status);
+            record.waited = depot.get_typed().map_or(Duration::ZERO, |Waited(wait)| *wait);
             if let Some(header) = record.span.as_ref().and_then(Span::traceresponse) {
                 res.headers_mut().insert(TRACERESPONSE, header);
             }
@@ -100,6 +115,7 @@ struct Record<'a> {
     context: RequestContext,
     span: Option<Span>,
     status: Option<StatusCode>,
+    waited: Duration,
     _in_flight: InFlight,
 }
 
@@ -111,7 +127,8 @@ impl<'a> Record<'a> {
         let context = RequestContext { request_id: id.header(), trace_id };
         let span = traced.and_then(|traced| traced.span);
         let _in_flight = app.metrics.request_started();
-        Self { app, endpoint, started: Instant::now(), context, span, status: None, _in_flight }
+        let (started, waited) = (Instant::now(), Duration::ZERO);
+        Self { app, endpoint, started, context, span, status: None, waited, _in_flight }
     }
 }
 
@@ -123,7 +140,7 @@ impl Drop for Record<'_> {
         if let Some(span) = &self.span {
             span.answered(status);
         }
-        self.app.metrics.request_finished(self.endpoint, status, duration);
+        self.app.metrics.request_finished(self.endpoint, status, duration.saturating_sub(self.waited));
         CURRENT.sync_scope(self.context.clone(), || {
             tracing::info!(
                 method = self.endpoint.method,

@@ -16,6 +16,8 @@ A 1:1 chat back end. Register two users, log in, find the other's id, send a mes
 - Ids are opaque strings. Times are RFC 3339 in UTC.
 - Every error, the framework's own included, is an RFC 9457 problem (`application/problem+json`).
 - Every response carries `x-request-id`: yours if you sent a sane one, else a new one.
+- Only a request that is no HTTP has neither: what does not parse (400), has too long a target (414), or too many or too long
+  headers (431) never reaches the API. The response is a status alone, and the connection is closed.
 - An acknowledged message is committed. After a 201 every read shows it.";
 
 /// The document of a router's endpoints.

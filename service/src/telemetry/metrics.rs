@@ -160,7 +160,7 @@ impl Metrics {
         let requests = durations(
             &registry,
             "http_server_request_duration_seconds",
-            "Duration of HTTP requests",
+            "Duration of HTTP requests, without the wait for their bodies",
             &["http_request_method", "http_route", "http_response_status_code"],
         )?;
         let metrics = Self {

@@ -3,6 +3,7 @@
 
 mod commands;
 mod configuration;
+mod connections;
 mod faults;
 mod jobs;
 mod lifecycle;

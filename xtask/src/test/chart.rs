@@ -29,7 +29,7 @@ const fn plain(name: &'static str, package: &'static str) -> GoTool {
 }
 
 /// Values that the chart must refuse, and a word of the refusal.
-const REFUSED: [(&str, &str); 20] = [
+const REFUSED: [(&str, &str); 21] = [
     ("replicaCuont=1", "replicaCuont"),
     ("image.tga=1", "tga"),
     ("postgres.persistence.sise=1Gi", "sise"),
@@ -39,6 +39,7 @@ const REFUSED: [(&str, &str); 20] = [
     ("config.LOG_LEVEL=debug", "LOG_LEVEL"),
     ("config.APP_ENV=staging", "production"),
     ("config.SHUTDOWN_GRACE_SECONDS=0", "minimum"),
+    ("config.KEEP_ALIVE_SECONDS=4", "minimum"),
     ("ingress.enabled=yes", "boolean"),
     ("image.digest=latest", "digest"),
     ("image.pullPolicy=Sometimes", "pullPolicy"),
