@@ -13,7 +13,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use deadpool_redis::redis::IntoConnectionInfo as _;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use secrecy::{ExposeSecret as _, SecretString};
 use sqlx::postgres::PgConnectOptions;
 
@@ -107,8 +107,8 @@ pub struct Config {
     /// Registrations per client address and minute; 0 switches the limit off
     #[arg(long = "REGISTER_RATE_LIMIT_PER_MINUTE", default_value_t = 30)]
     pub register_rate_limit_per_minute: u32,
-    /// Networks whose X-Forwarded-For is believed
-    #[arg(long = "TRUSTED_PROXIES", value_delimiter = ',', value_name = "10.0.0.0/8,192.168.0.0/16")]
+    /// Networks or addresses whose X-Forwarded-For is believed, comma-separated
+    #[arg(long = "TRUSTED_PROXIES", value_delimiter = ',', value_name = "10.0.0.0/8,192.168.0.0/16", value_parser = trusted_proxy)]
     pub trusted_proxies: Vec<IpNet>,
     /// How long an idle connection is kept; longer than any load balancer in front keeps it
     #[arg(long = "KEEP_ALIVE_SECONDS", default_value_t = 75, value_parser = clap::value_parser!(u32).range(5..=3600))]
@@ -332,6 +332,24 @@ fn is_weak(key: &SecretString) -> bool {
     key == DEFAULT_SECRET_KEY || key.len() < SECRET_KEY_MIN_BYTES
 }
 
+/// A network, or an address as a network of its own, without the bits that its mask leaves out. IPv4 written as IPv6 is
+/// IPv4, as in the addresses that it is compared with.
+fn trusted_proxy(value: &str) -> Result<IpNet, &'static str> {
+    let value = value.trim();
+    if value.is_empty() {
+        return Err("an element of the list is empty; leave the comma out");
+    }
+    let network = value.parse::<IpNet>().or_else(|_| value.parse::<IpAddr>().map(IpNet::from));
+    let network = network.map_err(|_| "it is neither a network (CIDR) nor an IP address")?.trunc();
+    Ok(match network {
+        IpNet::V6(network) if network.prefix_len() >= 96 => match network.addr().to_ipv4_mapped() {
+            Some(address) => Ipv4Net::new_assert(address, network.prefix_len() - 96).into(),
+            None => network.into(),
+        },
+        network => network,
+    })
+}
+
 fn log_filter(value: &str) -> Result<String, String> {
     tracing_subscriber::EnvFilter::try_new(value).map(|_| value.to_owned()).map_err(|error| error.to_string())
 }
@@ -422,6 +440,39 @@ mod tests {
             assert!(error.contains(&format!("{name}:")), "{error}");
             assert!(error.contains(example), "{error}");
             assert!(!error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn trusted_proxies_are_networks_or_addresses_with_blanks_between() {
+        for (value, networks) in [
+            ("10.0.0.0/8,192.168.0.0/16", &["10.0.0.0/8", "192.168.0.0/16"][..]),
+            (" 10.0.0.0/8 , 192.168.0.0/16\t", &["10.0.0.0/8", "192.168.0.0/16"]),
+            ("10.1.2.3, 2001:db8::1", &["10.1.2.3/32", "2001:db8::1/128"]),
+            // What the mask leaves out does not count.
+            ("10.1.2.3/8,2001:db8::1/32", &["10.0.0.0/8", "2001:db8::/32"]),
+            // IPv4 written as IPv6 is IPv4.
+            ("::ffff:10.1.2.3, ::ffff:10.0.0.0/104", &["10.1.2.3/32", "10.0.0.0/8"]),
+            ("::/0", &["::/0"]),
+        ] {
+            let config = load(&[("TRUSTED_PROXIES", value)]).expect(value);
+            let found: Vec<_> = config.trusted_proxies.iter().map(ToString::to_string).collect();
+            assert_eq!(found, networks, "{value:?}");
+        }
+        for (value, words) in [
+            ("everybody", "'everybody'"),
+            ("10.0.0.0/8, proxy", " proxy'"),
+            ("10.0.0.1:80", "'10.0.0.1:80'"),
+            ("10.0.0.0/33", "'10.0.0.0/33'"),
+            ("fe80::1%eth0", "'fe80::1%eth0'"),
+            ("10.0.0.0/8,,10.1.2.3", "empty"),
+            ("10.0.0.0/8,", "empty"),
+        ] {
+            let error = load(&[("TRUSTED_PROXIES", value)]).expect_err(value);
+            assert!(
+                error.starts_with("configuration: TRUSTED_PROXIES: ") && error.contains(words),
+                "{error}"
+            );
         }
     }
 

@@ -47,6 +47,49 @@ async fn a_database_that_is_newer_than_the_binary_is_refused_with_a_clear_line()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_two_old_addresses_that_are_one_now_both_stay() {
+    let database = Database::migrated().await;
+    // Their keys as older releases made them.
+    for (number, (email, key)) in [
+        ("ΑΣ@example.com", "ας@example.com"),
+        ("ασ@Example.com", "ασ@example.com"),
+        ("Ü@x.example", "ü@x.example"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let id = format!("00000000-0000-7000-8000-00000000000{number}");
+        let columns = "id, username, username_key, email, email_key, password_hash";
+        let row = format!("'{id}', 'u{number}', 'u{number}', '{email}', '{key}', 'hash'");
+        database.execute(&format!("INSERT INTO users ({columns}) VALUES ({row})")).await;
+    }
+    // Twice: the second time finds nothing to do.
+    for _ in 0..2 {
+        migrations::migrate(&database.options()).await.expect("users that collide do not stop it");
+        let keys: Vec<(String, String)> = sqlx::query_as("SELECT email, email_key FROM users ORDER BY id")
+            .fetch_all(&mut database.connect().await)
+            .await
+            .expect("users");
+        let keys: Vec<_> = keys.iter().map(|(email, key)| (email.as_str(), key.as_str())).collect();
+        assert_eq!(
+            keys,
+            [
+                ("ΑΣ@example.com", "ας@example.com"),
+                ("ασ@Example.com", "ασ@example.com"),
+                ("Ü@x.example", "ü@x.example")
+            ]
+        );
+    }
+    database.execute("DELETE FROM users WHERE username = 'u1'").await;
+    migrations::migrate(&database.options()).await.expect("migrated");
+    let key: String = sqlx::query_scalar("SELECT email_key FROM users WHERE username = 'u0'")
+        .fetch_one(&mut database.connect().await)
+        .await
+        .expect("a user");
+    assert_eq!(key, "ασ@example.com");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_migration_that_was_edited_after_it_was_applied_is_refused() {
     let database = Database::migrated().await;
     database.execute("UPDATE _sqlx_migrations SET checksum = 'x' WHERE version = 2").await;

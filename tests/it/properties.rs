@@ -27,7 +27,14 @@ fn content() -> impl Strategy<Value = String> {
     );
     let character = prop_oneof![3 => any::<char>(), 2 => special, 1 => prop::char::range(' ', '~')];
     let text = prop::collection::vec(character, 1..80).prop_map(String::from_iter);
-    text.prop_filter("a message has content", |text| !text.trim().is_empty() && !text.contains('\0'))
+    let refused = |c: char| c < ' ' && !"\t\r\n".contains(c);
+    // With a visible character: the others are mostly not.
+    let text = (text, 0_usize..80).prop_map(|(text, at)| {
+        let mut characters: Vec<char> = text.trim().chars().collect();
+        characters.insert(at.min(characters.len()), '.');
+        String::from_iter(characters)
+    });
+    text.prop_filter("a message has no control characters", move |text| !text.chars().any(refused))
 }
 
 #[test]

@@ -52,14 +52,16 @@ async fn content_loses_the_white_space_at_its_edges_and_nothing_else() {
     for (sent, kept) in [
         (" \t\r\n a  b\t\nc \u{a0}\u{2003}\u{3000}", "a  b\t\nc"),
         ("\u{85}\u{2028}x\u{2029}\u{1680}", "x"),
-        // To Unicode these are not white space, although they look empty.
-        ("\u{200b}\u{feff}\u{180e}", "\u{200b}\u{feff}\u{180e}"),
+        // To Unicode these are not white space; beside something visible they are kept.
+        ("\u{200b}\u{feff}.\u{180e}\u{2800}", "\u{200b}\u{feff}.\u{180e}\u{2800}"),
+        // VT and FF are white space.
+        ("\u{b}\u{c}x\u{c}", "x"),
         ("<script>alert('&amp;\"')</script>", "<script>alert('&amp;\"')</script>"),
         ("👩‍👩‍👧‍👦 🏳️‍🌈 \u{1f468}\u{1f3ff}", "👩‍👩‍👧‍👦 🏳️‍🌈 \u{1f468}\u{1f3ff}"),
         ("\u{202e}שלום עולם\u{202c} مرحبا", "\u{202e}שלום עולם\u{202c} مرحبا"),
         // Composed and decomposed characters are not changed.
         ("é e\u{301} ﬁ Ω Ω", "é e\u{301} ﬁ Ω Ω"),
-        ("\u{1}\u{7f}\u{9f}\u{fffd}\u{ffff}\u{10ffff}", "\u{1}\u{7f}\u{9f}\u{fffd}\u{ffff}\u{10ffff}"),
+        ("\u{7f}\u{9f}\u{fffd}\u{ffff}\u{10ffff}", "\u{7f}\u{9f}\u{fffd}\u{ffff}\u{10ffff}"),
         ("\\u0041 \\ / ' \" ; -- $1 %s", "\\u0041 \\ / ' \" ; -- $1 %s"),
         ("{\"content\": null}", "{\"content\": null}"),
     ] {
@@ -84,6 +86,48 @@ async fn content_has_1_to_4000_characters_however_many_bytes_they_take() {
         assert_eq!(answer.invalid_fields(), ["content"], "{:?}", &bad[..bad.len().min(12)]);
     }
     assert_eq!(app.seqs(&ana, &ben, "").await, [4, 3, 2, 1], "refused messages took no seq");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn content_that_shows_nothing_is_empty() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    for nothing in [
+        "\u{2800}",
+        "\u{3164}",
+        " \u{2800}\n\u{3164} ",
+        "\u{200b}\u{feff}\u{180e}",
+        "\u{ad}\u{34f}\u{61c}\u{115f}\u{1160}\u{17b4}\u{ffa0}",
+        "\u{200d}\u{fe0f}",
+        "\u{202e}\u{2066}\u{2069}",
+        "\u{e0041}\u{e01ef}\u{1d173}\u{fff0}",
+        &"\u{2060}".repeat(4000),
+    ] {
+        let answer = app.send(&ana, &ben, nothing).response().await;
+        assert_eq!(answer.status, 422, "{:?}", nothing.chars().take(8).collect::<String>());
+        assert_eq!(answer.invalid_fields(), ["content"]);
+        // One visible character is enough, wherever it is.
+        let content = format!("{nothing}.");
+        if content.chars().count() <= 4000 {
+            assert_eq!(app.sent(&ana, &ben, &content).await["content"], content.trim());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn control_characters_are_refused_but_tab_and_line_ends() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    for control in ('\0'..' ').rev().filter(|control| !"\t\r\n".contains(*control)) {
+        let answer = app.send(&ana, &ben, &format!("a{control}b")).response().await;
+        assert_eq!(answer.status, 422, "{control:?}");
+        let problem = answer.problem(422);
+        assert_eq!(problem["errors"][0]["field"], "content");
+        assert!(text(&problem, "detail").contains(&format!("U+{:04X}", u32::from(control))), "{problem}");
+    }
+    // DEL and C1 are not among them.
+    let kept = "a\tb\r\nc\u{7f}\u{80}\u{85}\u{9b}d";
+    assert_eq!(app.sent(&ana, &ben, kept).await["content"], kept);
 }
 
 #[tokio::test(flavor = "multi_thread")]

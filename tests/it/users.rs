@@ -4,8 +4,9 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use time::format_description::well_known::Rfc3339;
 use time::{Duration, OffsetDateTime, UtcOffset};
+use uuid::Uuid;
 
-use crate::support::{PASSWORD, TestApp, members, text, together};
+use crate::support::{Database, PASSWORD, TestApp, members, text, together};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registration_is_answered_with_201_and_the_user_as_given() {
@@ -62,13 +63,42 @@ async fn a_username_has_3_to_32_letters_digits_and_marks() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_email_is_a_valid_address() {
     let app = TestApp::start().await;
-    for (number, good) in
-        ["ana@example.com", "a.b+c@mail.example.org", "o'neil@example.com"].into_iter().enumerate()
-    {
-        app.register(&format!("user{number}"), good, PASSWORD).await.json(201);
+    let goods = [
+        "ana@example.com",
+        "a.b+c@mail.example.org",
+        "o'neil@example.com",
+        // Letters with marks that are no letters themselves: virama, tone mark, nukta, a combining accent.
+        "हिन्दी@example.com",
+        "ผู้ใช้@example.com",
+        "ज़ाहिर@example.com",
+        "e\u{301}va@example.com",
+        "ana@हिन्दी.example",
+        "ana@xn--bcher-kva.example",
+    ];
+    for (number, good) in goods.into_iter().enumerate() {
+        let user = app.register(&format!("user{number}"), good, PASSWORD).await;
+        assert_eq!(user.status, 201, "{good}");
+        assert_eq!(user.json(201)["email"], good, "as given");
     }
     let long = format!("{}@{}.com", "a".repeat(60), "b.".repeat(95) + "b");
-    for bad in ["", "ana", "ana@", "@example.com", "Ana <ana@example.com>", "a b@c.de", "a@b@c.de", &long] {
+    let bads = [
+        "",
+        "ana",
+        "ana@",
+        "@example.com",
+        "Ana <ana@example.com>",
+        "a b@c.de",
+        "a@b@c.de",
+        "a\u{200b}b@c.de",
+        "a\u{a0}b@c.de",
+        "a\u{85}b@c.de",
+        "a\0b@c.de",
+        "a@c\0.de",
+        "a@xn--.de",
+        &long,
+        &"é".repeat(20_000),
+    ];
+    for bad in bads {
         let answer = app.register("somebody", bad, PASSWORD).await;
         assert_eq!(answer.invalid_fields(), ["email"], "{bad:?}");
     }
@@ -86,6 +116,20 @@ async fn a_password_has_8_to_128_characters_whatever_their_bytes() {
     for bad in ["", "1234567", "ÄÖÜäöüß", &"x".repeat(129)] {
         let answer = app.register("somebody", "somebody@example.com", bad).await;
         assert_eq!(answer.invalid_fields(), ["password"], "{bad:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_passwords_characters_are_counted_in_nfc() {
+    let app = TestApp::start().await;
+    // U+1FB7 is three characters when it is decomposed.
+    let longest = "\u{3b1}\u{342}\u{345}".repeat(128);
+    assert_eq!(app.register("ana", "ana@example.com", &longest).await.status, 201);
+    app.login("ana", &"\u{1fb7}".repeat(128)).await.json(200);
+    for bad in ["e\u{301}".repeat(7), format!("{longest}x"), "e\u{301}\u{302}\u{303}\u{304}".repeat(4000)] {
+        let answer = app.register("ben", "ben@example.com", &bad).await;
+        assert_eq!(answer.status, 422, "{} characters", bad.chars().count());
+        assert_eq!(answer.invalid_fields(), ["password"]);
     }
 }
 
@@ -121,6 +165,54 @@ async fn a_username_or_an_email_that_is_taken_in_any_case_is_409() {
         assert!(text(&problem, "detail").contains(word), "{problem}");
     }
     app.register("other", "other@example.com", PASSWORD).await.json(201);
+}
+
+/// Spellings of one address, in pairs.
+const ONE_ADDRESS: &[(&str, &str)] = &[
+    ("ασ@example.com", "ΑΣ@example.com"),
+    ("ας@example.org", "ασ@example.org"),
+    ("straße@example.com", "STRASSE@example.com"),
+    ("\u{1e9e}a@example.com", "ßa@example.com"),
+    ("\u{e9}va@example.com", "E\u{301}VA@example.com"),
+    ("\u{fb01}n@example.com", "FIN@example.com"),
+    ("\u{13a0}@example.com", "\u{ab70}@example.com"),
+    ("ana@bücher.example", "ana@xn--bcher-kva.example"),
+    ("ana@MÜLLER.example", "ana@mu\u{308}ller.example"),
+    ("ana@ｅｘａｍｐｌｅ.net", "ana@example.net"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_address_in_another_spelling_is_409() {
+    let app = TestApp::start().await;
+    for (number, (one, other)) in ONE_ADDRESS.iter().enumerate() {
+        let user = app.register(&format!("user{number}"), one, PASSWORD).await.json(201);
+        assert_eq!(user["email"], *one, "as given");
+        let again = app.register("other", other, PASSWORD).await;
+        assert_eq!(again.status, 409, "{other} after {one}");
+        assert!(text(&again.problem(409), "detail").contains("email"));
+    }
+    // Other domains, although they look alike when folded.
+    app.register("ana1", "ana@straße.example", PASSWORD).await.json(201);
+    app.register("ana2", "ana@strasse.example", PASSWORD).await.json(201);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_from_before_it_was_folded_is_409_in_every_spelling() {
+    let database = Database::migrated().await;
+    // As releases before this one stored them.
+    for (number, (one, _)) in ONE_ADDRESS.iter().enumerate() {
+        let (id, key) = (Uuid::now_v7(), one.to_lowercase());
+        let row = format!("'{id}', 'User{number}', 'user{number}', '{one}', '{key}', 'hash'");
+        let columns = "id, username, username_key, email, email_key, password_hash";
+        database.execute(&format!("INSERT INTO users ({columns}) VALUES ({row})")).await;
+    }
+    let app = TestApp::on(database, &[]).await;
+    for (one, other) in ONE_ADDRESS {
+        for email in [one, other] {
+            let again = app.register("other", email, PASSWORD).await;
+            assert_eq!(again.status, 409, "{email} after {one}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -20,6 +20,7 @@ use super::response::JsonResponse;
 use crate::chat::history::{Page, PageRequest, Position};
 use crate::chat::message::{Message, RenderedMessage};
 use crate::chat::outbox::{Accepted, Outgoing};
+use crate::text;
 
 /// Unicode scalar values in a message, counted after its edges were trimmed.
 const CONTENT_MAX_CHARS: usize = 4000;
@@ -36,7 +37,8 @@ pub(super) struct SendMessage {
     #[serde(default)]
     #[salvo(schema(value_type = String, required = true, example = "01920b1e-9f6a-7c7e-8f4e-0f6c1f4f2a12"))]
     recipient_id: Text,
-    /// White space at the edges is dropped; what remains is stored and returned exactly.
+    /// White space at the edges is dropped; what remains is stored and returned exactly. It has a visible character, and no
+    /// control characters below U+0020 but tab, line feed and carriage return.
     #[serde(default)]
     #[salvo(schema(value_type = String, required = true, min_length = 1, max_length = 4000, example = "Hello, Ben!"))]
     content: Text,
@@ -217,14 +219,18 @@ fn check(caller: Caller, message: SendMessage, req: &Request) -> Result<Outgoing
 
 fn valid_content(content: String) -> Result<String, Cow<'static, str>> {
     let trimmed = content.trim();
+    let is_refused = |byte: u8| byte < b' ' && !matches!(byte, b'\t' | b'\r' | b'\n');
     // A byte is at most one character, so most messages need no counting.
     let length = if trimmed.len() <= CONTENT_MAX_CHARS { trimmed.len() } else { trimmed.chars().count() };
-    if trimmed.is_empty() {
-        Err("is empty: send 1 to 4000 characters that are not all white space".into())
+    // In ordinary text the first character is visible.
+    if !trimmed.chars().any(text::is_visible) {
+        Err("is empty: send 1 to 4000 characters of which one is visible".into())
     } else if length > CONTENT_MAX_CHARS {
         Err(format!("has {length} characters: send at most {CONTENT_MAX_CHARS}").into())
-    } else if trimmed.contains('\0') {
-        Err("has a NUL character: leave it out".into())
+    // Every byte is looked at, without an early end, so that the compiler takes many at once.
+    } else if trimmed.bytes().fold(false, |found, byte| found | is_refused(byte)) {
+        let control = trimmed.bytes().find(|byte| is_refused(*byte)).unwrap_or_default();
+        Err(format!("has the control character U+{control:04X}: of those send only tab and line ends").into())
     } else if trimmed.len() == content.len() {
         Ok(content)
     } else {
@@ -247,7 +253,19 @@ mod tests {
         assert_eq!(kept("<b>שלום</b> 👩‍👩‍👧"), "<b>שלום</b> 👩‍👩‍👧");
         assert_eq!(kept(&"🦀".repeat(4000)), "🦀".repeat(4000));
         assert_eq!(kept(&format!(" {} ", "x".repeat(4000))), "x".repeat(4000));
-        for bad in ["", " \u{2003}\n", "a\0b", &"x".repeat(4001), &"🦀".repeat(4001)] {
+        assert_eq!(kept("a\tb\r\nc\u{7f}\u{85}d"), "a\tb\r\nc\u{7f}\u{85}d");
+        assert_eq!(kept("\u{200d}\u{2800}.\u{fe0f}"), "\u{200d}\u{2800}.\u{fe0f}");
+        for bad in [
+            "",
+            " \u{2003}\n",
+            "a\0b",
+            "a\u{1b}[1m",
+            "\u{7}",
+            "\u{2800}",
+            "\u{3164} \u{200b}",
+            &"x".repeat(4001),
+            &"🦀".repeat(4001),
+        ] {
             assert!(valid_content(bad.to_owned()).is_err());
         }
     }

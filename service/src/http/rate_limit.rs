@@ -7,7 +7,7 @@ use salvo::{Depot, Request};
 use salvo_oapi::{Components, EndpointArgRegister, Operation};
 
 use super::caller::Caller;
-use super::client_ip::client_ip;
+use super::client_ip::{client_ip, counted_client};
 use super::error::{self, Error};
 use super::middleware::app;
 use crate::security::limits::Limit;
@@ -30,9 +30,9 @@ macro_rules! permit {
                 let app = app(depot)?;
                 let subject = match Caller::of(depot) {
                     Some(caller) => caller.id.simple().to_string(),
-                    None => client_ip(req, &app.config.trusted_proxies)
-                        .map(|address| address.to_string())
-                        .unwrap_or_default(),
+                    None => {
+                        client_ip(req, &app.config.trusted_proxies).map(counted_client).unwrap_or_default()
+                    }
                 };
                 app.limits.check($limit, &subject).await?;
                 Ok(Self)

@@ -1,6 +1,7 @@
 //! Users: register, log in, get the caller's user, find another.
 
 use std::borrow::Cow;
+use std::fmt::Display;
 
 use salvo::http::StatusCode;
 use salvo::{Depot, Request, Writer};
@@ -15,9 +16,11 @@ use super::error::{Error, Problem, USER_GONE};
 use super::middleware::app;
 use super::rate_limit::{LoginPermit, RegisterPermit};
 use super::response::JsonResponse;
+use crate::security::passwords::{PASSWORD_LENGTH, password_length};
 use crate::store::operation::Operation;
 use crate::store::postgres::{Database, violated_constraint};
 use crate::telemetry::metrics::AuthKind;
+use crate::text::{self, email_key};
 
 #[derive(Deserialize, ToSchema, Debug)]
 #[salvo(schema(name = "Register"))]
@@ -26,10 +29,11 @@ pub(super) struct Register {
     #[serde(default)]
     #[salvo(schema(value_type = String, required = true, min_length = 3, max_length = 32, pattern = "^[A-Za-z0-9_.-]+$", example = "ana"))]
     username: Text,
-    /// Unique without regard to case.
+    /// Unique without regard to case, and to whether the domain is written in Unicode or as `xn--`.
     #[serde(default)]
     #[salvo(schema(value_type = String, required = true, max_length = 254, example = "ana@example.com"))]
     email: Text,
+    /// Its characters are counted, and compared at a login, in Unicode's normal form C.
     #[serde(default)]
     #[salvo(schema(value_type = String, required = true, min_length = 8, max_length = 128, example = "correct horse battery"))]
     password: Text,
@@ -193,18 +197,39 @@ fn valid_username(username: String) -> Result<String, Cow<'static, str>> {
 }
 
 fn valid_email(email: String) -> Result<String, Cow<'static, str>> {
-    // RFC 5321 bounds the whole address; the library checks the rest.
+    let fault = |fault: &dyn Display| format!("is not an address ({fault}): use one like ana@example.com");
+    // RFC 5321 bounds the whole address.
+    if email.len() > 254 {
+        return Err(Cow::Borrowed("is longer than 254 bytes: use a shorter address"));
+    }
+    let Some((local, domain)) = email.rsplit_once('@') else {
+        return Err(fault(&email_address::Error::MissingSeparator).into());
+    };
+    let Some(domain) = text::ascii_domain(domain) else {
+        return Err(fault(&"its domain has a label that no domain can have").into());
+    };
+    // RFC 6531 allows every character beyond ASCII in the local part, also the marks that many scripts write vowels and
+    // tones with. White space, controls and what is invisible would be a typing error or a trick. For the library, which
+    // checks the rest, letters stand for them.
+    if local.chars().any(|c| !c.is_ascii() && (c.is_control() || !text::is_visible(c))) {
+        return Err(fault(&"it has an invisible character").into());
+    }
+    let address: String = local
+        .bytes()
+        .map(|byte| if byte.is_ascii() { char::from(byte) } else { 'x' })
+        .chain(['@'])
+        .chain(domain.chars())
+        .collect();
     let options = email_address::Options::default().without_display_text().without_domain_literal();
-    match email_address::EmailAddress::parse_with_options(&email, options.with_required_tld()) {
-        Ok(_) if email.len() <= 254 && !email.contains('\0') => Ok(email),
-        Ok(_) => Err(Cow::Borrowed("is longer than 254 bytes: use a shorter address")),
-        Err(error) => Err(format!("is not an address ({error}): use one like ana@example.com").into()),
+    match email_address::EmailAddress::parse_with_options(&address, options.with_required_tld()) {
+        Ok(_) => Ok(email),
+        Err(error) => Err(fault(&error).into()),
     }
 }
 
 fn valid_password(password: String) -> Result<String, Cow<'static, str>> {
-    let length = password.chars().count();
-    if (8..=128).contains(&length) {
+    let length = password_length(&password);
+    if PASSWORD_LENGTH.contains(&length) {
         Ok(password)
     } else {
         Err(format!("has {length} characters: use 8 to 128").into())
@@ -221,8 +246,8 @@ async fn find_taken(database: &Database, username: &str, email: &str) -> Result<
     let query = sqlx::query!(
         r#"SELECT EXISTS (SELECT FROM users WHERE username_key = $1) AS "username!",
                   EXISTS (SELECT FROM users WHERE email_key = $2) AS "email!""#,
-        username.to_lowercase(),
-        email.to_lowercase(),
+        username.to_ascii_lowercase(),
+        email_key(email),
     );
     let taken = database.run(Operation::CheckTaken, query.fetch_one(&mut *connection)).await?;
     Ok(match (taken.username, taken.email) {
@@ -248,9 +273,9 @@ async fn insert_user(
          VALUES ($1, $2, $3, $4, $5, $6) RETURNING created_at",
         id,
         username,
-        username.to_lowercase(),
+        username.to_ascii_lowercase(),
         email,
-        email.to_lowercase(),
+        email_key(&email),
         password_hash,
     );
     match database.run(Operation::InsertUser, query.fetch_one(&mut *connection)).await {
@@ -272,7 +297,7 @@ async fn find_credentials(database: &Database, username: &str) -> Result<Option<
     let query = sqlx::query_as!(
         Credentials,
         "SELECT id, password_hash FROM users WHERE username_key = $1",
-        username.to_lowercase()
+        username.to_ascii_lowercase()
     );
     database.run(Operation::FindCredentials, query.fetch_optional(&mut *connection)).await
 }
@@ -294,7 +319,7 @@ async fn find_by_username(
         r#"SELECT EXISTS (SELECT FROM users WHERE id = $1) AS "caller!", u.id AS "id?", u.username AS "username?"
            FROM (VALUES (1)) AS one LEFT JOIN users u ON u.username_key = $2"#,
         caller,
-        username.to_lowercase().replace('\0', "?"),
+        username.to_ascii_lowercase().replace('\0', "?"),
     );
     let found = database.run(Operation::FindUser, query.fetch_one(&mut *connection)).await?;
     let user = found.id.zip(found.username).map(|(id, username)| PublicUser { id, username });

@@ -24,7 +24,7 @@ const KEY_TTL: Duration = Duration::from_secs(120);
 const SHARDS: u64 = 64;
 
 /// Subjects counted in this process; above that the map starts anew. 100,000 entries take about 10 MB, and no limit per
-/// address stops a client that has that many addresses.
+/// client stops somebody who has that many addresses, or networks of IPv6.
 const LOCAL_SUBJECTS_MAX: usize = 100_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::IntoStaticStr, strum::VariantArray)]

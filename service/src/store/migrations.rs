@@ -7,6 +7,7 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection as _, PgConnection};
 use tokio::time::Instant;
 
+use super::email_keys;
 use super::operation::Operation;
 use super::postgres::{self, Database};
 
@@ -60,6 +61,9 @@ pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> 
         let outcome = MIGRATIONS.run_direct(None, &mut connection, false).await;
         if let Err(error) = outcome {
             return Err(explain(&mut connection, error).await);
+        }
+        if let Err(error) = email_keys::fold(&mut connection).await {
+            return Err(explain(&mut connection, MigrateError::Execute(error)).await);
         }
         connection.close().await.ok();
         Ok(known_version())

@@ -1,5 +1,6 @@
 //! Postgres and Redis: connections, migrations, and whether they answer.
 
+mod email_keys;
 pub(crate) mod health;
 pub mod migrations;
 pub(crate) mod operation;

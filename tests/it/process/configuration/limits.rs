@@ -88,3 +88,35 @@ fn the_forwarded_address_counts_only_behind_one_of_trusted_proxies() -> Result<(
     }
     Ok(())
 }
+
+#[test]
+fn a_proxy_that_forwards_no_address_is_warned_of_once() -> Result<()> {
+    let database = Database::create()?;
+    let service = Start::on(&database)
+        .env("TRUSTED_PROXIES", "127.0.0.1, 10.0.0.1")
+        .env("LOGIN_RATE_LIMIT_PER_MINUTE", "1000")
+        .ready()?;
+    let log_in =
+        |client: &str| Response::of(service.post("/login", &json!({})).header("x-forwarded-for", client));
+    // Nothing to warn of: a chain of proxies, a port, a header that an untrusted client wrote.
+    for good in ["203.0.113.1, 10.0.0.1", "203.0.113.1:51234", "nonsense, 203.0.113.1"] {
+        log_in(good)?.expect(422)?;
+    }
+    ensure!(
+        service.process.lines_with(&["WARN", "X-Forwarded-For"]).is_empty(),
+        "{}",
+        service.process.said()
+    );
+    let long = format!("a\tb\\{}", "x".repeat(5000));
+    for bad in [&format!("{long}, 10.0.0.1"), "unknown", &long] {
+        log_in(bad)?.expect(422)?;
+    }
+    service.process.logs(&["WARN", "X-Forwarded-For"])?;
+    let lines = service.process.lines_with(&["X-Forwarded-For"]);
+    ensure!(lines.len() == 1, "{lines:?}");
+    for word in ["10.0.0.1", r"a\tb\\xxx", "share"] {
+        ensure!(lines[0].contains(word), "{word}: {lines:?}");
+    }
+    ensure!(lines[0].len() < 600, "{} bytes", lines[0].len());
+    Ok(())
+}
