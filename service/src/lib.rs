@@ -10,4 +10,5 @@ pub mod security;
 pub mod serve;
 pub mod store;
 pub mod telemetry;
+mod timestamp;
 pub mod workers;

@@ -30,6 +30,7 @@ const DEFAULTS: &[(&str, Option<&str>)] = &[
     ("SEND_RATE_LIMIT_PER_MINUTE", Some("30")),
     ("REGISTER_RATE_LIMIT_PER_MINUTE", Some("30")),
     ("TRUSTED_PROXIES", None),
+    ("CORS_ALLOWED_ORIGINS", None),
     ("CACHE_WINDOW", Some("50")),
     ("CACHE_TTL_SECONDS", Some("30")),
     ("MAX_BODY_BYTES", Some("65536")),
