@@ -14,6 +14,7 @@ use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use deadpool_redis::redis::IntoConnectionInfo as _;
 use ipnet::{IpNet, Ipv4Net};
+use reqwest::Url;
 use secrecy::{ExposeSecret as _, SecretString};
 use sqlx::postgres::PgConnectOptions;
 
@@ -22,6 +23,9 @@ pub const DEFAULT_SECRET_KEY: &str = "please-change";
 
 /// HS256 is as strong as its key, and RFC 7518 asks for a key as long as the hash.
 const SECRET_KEY_MIN_BYTES: usize = 32;
+
+/// Stands for every origin in `CORS_ALLOWED_ORIGINS`.
+pub const ANY_ORIGIN: &str = "*";
 
 /// The exit code for a bad configuration: `EX_CONFIG` of sysexits.h.
 pub const EXIT_CONFIG: u8 = 78;
@@ -113,6 +117,9 @@ pub struct Config {
     /// How long an idle connection is kept; longer than any load balancer in front keeps it
     #[arg(long = "KEEP_ALIVE_SECONDS", default_value_t = 75, value_parser = clap::value_parser!(u32).range(5..=3600))]
     pub keep_alive_seconds: u32,
+    /// Origins whose pages may call the API from a browser, comma-separated; `*` for all
+    #[arg(long = "CORS_ALLOWED_ORIGINS", value_delimiter = ',', value_parser = origin, value_name = "https://chat.example.com,https://admin.example.com")]
+    pub cors_allowed_origins: Vec<String>,
 
     /// Recent messages kept in Redis per conversation; 0 switches the window off
     #[arg(long = "CACHE_WINDOW", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1000))]
@@ -299,6 +306,15 @@ impl Config {
                 self.ops_port
             )));
         }
+        if self.cors_allowed_origins.len() > 1
+            && self.cors_allowed_origins.iter().any(|one| one == ANY_ORIGIN)
+        {
+            return Err(ConfigError(
+                "CORS_ALLOWED_ORIGINS: '*' allows every origin, and others are listed beside it; for example \
+                 CORS_ALLOWED_ORIGINS=https://chat.example.com,https://admin.example.com"
+                    .to_owned(),
+            ));
+        }
         self.connect_options()?;
         self.check_redis_urls()
     }
@@ -352,6 +368,29 @@ fn trusted_proxy(value: &str) -> Result<IpNet, &'static str> {
 
 fn log_filter(value: &str) -> Result<String, String> {
     tracing_subscriber::EnvFilter::try_new(value).map(|_| value.to_owned()).map_err(|error| error.to_string())
+}
+
+/// An origin as browsers write it, because `Origin` is compared byte by byte; or [`ANY_ORIGIN`].
+fn origin(value: &str) -> Result<String, String> {
+    let value = value.trim();
+    if value == ANY_ORIGIN {
+        return Ok(value.to_owned());
+    }
+    let fault = || "an origin is scheme://host or scheme://host:port".to_owned();
+    let url = Url::parse(value).map_err(|_| fault())?;
+    if value.contains(ANY_ORIGIN) {
+        return Err(format!("{}, without a pattern", fault()));
+    }
+    let written = match url.scheme() {
+        "http" | "https" => url.origin().ascii_serialization(),
+        // Of an app with a browser inside, such as capacitor://localhost.
+        scheme => {
+            let host = url.host_str().filter(|host| !host.is_empty()).ok_or_else(fault)?.to_ascii_lowercase();
+            let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
+            format!("{scheme}://{host}{port}")
+        }
+    };
+    if value == written { Ok(written) } else { Err(format!("browsers write this origin as {written}")) }
 }
 
 /// The pairs of a `.env` file, none when there is no such file.
@@ -428,6 +467,7 @@ mod tests {
             ("LOG_FORMAT", "xml", "LOG_FORMAT=text"),
             ("MIGRATE_ON_START", "maybe", "MIGRATE_ON_START=true"),
             ("TRUSTED_PROXIES", "10.0.0.0/99", "TRUSTED_PROXIES=10.0.0.0/8"),
+            ("CORS_ALLOWED_ORIGINS", "https://a.example,*", "CORS_ALLOWED_ORIGINS=https://"),
             ("RUST_LOG", "chat=loud", "RUST_LOG=info"),
             ("REDIS_MODE", "ring", "REDIS_MODE=single"),
             ("REDIS_URL", "http://x", "REDIS_URL=redis://"),
@@ -471,6 +511,59 @@ mod tests {
             let error = load(&[("TRUSTED_PROXIES", value)]).expect_err(value);
             assert!(
                 error.starts_with("configuration: TRUSTED_PROXIES: ") && error.contains(words),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_origin_is_taken_only_as_browsers_write_it() {
+        let origins =
+            |value: &str| load(&[("CORS_ALLOWED_ORIGINS", value)]).map(|config| config.cors_allowed_origins);
+        assert!(origins("").expect("unset").is_empty());
+        for good in [
+            "*",
+            "https://chat.example.com",
+            "http://localhost:5173",
+            "https://192.0.2.1",
+            "http://[::1]:8080",
+            "https://xn--bcher-kva.example",
+            "capacitor://localhost",
+            "chrome-extension://abcdefghijklmnop",
+        ] {
+            assert_eq!(origins(good).expect(good), [good]);
+        }
+        let two = origins("https://a.example, https://b.example:8443").expect("two");
+        assert_eq!(two, ["https://a.example", "https://b.example:8443"]);
+        for (bad, fault) in [
+            ("https://chat.example.com/", "as https://chat.example.com;"),
+            ("https://chat.example.com/app", "as https://chat.example.com;"),
+            ("https://chat.example.com?x", "as https://chat.example.com;"),
+            ("https://chat.example.com#x", "as https://chat.example.com;"),
+            ("https://user@chat.example.com", "as https://chat.example.com;"),
+            ("https://Chat.Example.com", "as https://chat.example.com;"),
+            ("HTTPS://chat.example.com", "as https://chat.example.com;"),
+            ("https://chat.example.com:443", "as https://chat.example.com;"),
+            ("http://chat.example.com:80", "as http://chat.example.com;"),
+            ("https://bücher.example", "as https://xn--bcher-kva.example;"),
+            ("chat.example.com", "scheme://host"),
+            ("//chat.example.com", "scheme://host"),
+            ("localhost:5173", "scheme://host"),
+            ("https://", "scheme://host"),
+            ("https://*.example.com", "scheme://host"),
+            ("null", "scheme://host"),
+            ("file:///x", "scheme://host"),
+            ("capacitor://localhost/", "as capacitor://localhost;"),
+            ("https://a.example,", "scheme://host"),
+            ("https://a.example,,https://b.example", "scheme://host"),
+            ("https://a.example https://b.example", "scheme://host"),
+            ("https://a.example,https://b.example/", "as https://b.example;"),
+            ("https://a.example,*", "every origin"),
+        ] {
+            let error = origins(bad).expect_err(bad);
+            assert!(error.contains("CORS_ALLOWED_ORIGINS: ") && error.contains(fault), "{bad}: {error}");
+            assert!(
+                error.contains("; for example CORS_ALLOWED_ORIGINS=https://") && !error.contains('\n'),
                 "{error}"
             );
         }

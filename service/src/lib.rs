@@ -11,4 +11,5 @@ pub mod serve;
 pub mod store;
 pub mod telemetry;
 mod text;
+mod timestamp;
 pub mod workers;

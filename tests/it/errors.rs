@@ -47,10 +47,14 @@ async fn a_method_that_a_path_does_not_have_is_405_and_the_allowed_ones_are_name
     let mut allowed: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
     for endpoint in public_api().endpoints() {
         let path = endpoint.route.replace("{username}", "ana").replace("{**}", "");
-        allowed.entry(path).or_default().insert(endpoint.method);
+        let methods = allowed.entry(path).or_default();
+        methods.insert(endpoint.method);
+        if endpoint.method == "GET" {
+            methods.insert("HEAD");
+        }
     }
     for (path, allowed) in allowed {
-        for name in ["GET", "POST", "PUT", "DELETE", "PATCH", "BREW"]
+        for name in ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW"]
             .into_iter()
             .filter(|name| !allowed.contains(name))
         {
@@ -255,6 +259,27 @@ async fn a_body_without_the_content_type_of_json_is_415() {
             post(Some(kind)).await.problem(422);
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_with_invalid_utf_8_is_400_wherever_it_is() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    for path in ["/register", "/login", "/send"] {
+        let valid = format!(
+            "{{\"recipient_id\":\"{}\",\"content\":\"hello\",\"username\":\"carl\",\"password\":\"long enough\",\
+             \"email\":\"carl@example.com\",\"ignored\":\"?\",\"also\":{{\"?\":[\"?\"]}}}}",
+            ben.id
+        );
+        for (at, _) in valid.match_indices('?') {
+            let mut body = valid.clone().into_bytes();
+            body[at] = 0xff;
+            let request = app.post(path).by(&ana).header("content-type", "application/json").body(body);
+            let problem = request.response().await.problem(400);
+            assert!(text(&problem, "detail").contains("UTF-8"), "{problem}");
+        }
+    }
+    assert!(app.seqs(&ana, &ben, "").await.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,9 +2,11 @@
 
 mod architecture;
 mod authentication;
+mod cors;
 mod docs;
 mod errors;
 mod harness;
+mod head;
 mod health;
 mod history_checker;
 mod idempotency;
@@ -14,9 +16,11 @@ mod messages;
 mod metrics;
 mod migrations;
 mod operations;
+mod paths;
 mod process;
 mod properties;
 mod recent_window;
 mod send;
 mod support;
+mod times;
 mod users;

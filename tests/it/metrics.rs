@@ -170,3 +170,25 @@ async fn a_client_cannot_create_series() {
     let new: Vec<_> = after.keys().filter(|name| !before.contains_key(*name)).collect();
     assert!(new.is_empty(), "{new:?}");
 }
+
+/// A monitor's HEAD does the work of a GET, and creates no series of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_is_counted_as_the_get_that_it_stands_for() {
+    let app = TestApp::start().await;
+    let ana = app.user("ana").await;
+    let before = scrape(&app).await;
+    for (route, path) in [
+        ("/healthz", "/healthz"),
+        ("/me", "/me"),
+        ("/docs/{**}", "/docs/"),
+        ("/users/{username}", "/users/ana"),
+    ] {
+        let head = app.request(reqwest::Method::HEAD, path).by(&ana).response().await;
+        assert_eq!(head.status, 200, "{path}");
+        let name = request("GET", route, 200);
+        assert_eq!(scrape(&app).await[&name], before[&name] + 1.0, "{name}");
+    }
+    let after = scrape(&app).await;
+    let new: Vec<_> = after.keys().filter(|name| !before.contains_key(*name)).collect();
+    assert!(new.is_empty(), "{new:?}");
+}

@@ -5,6 +5,8 @@ use serde::Serialize;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use crate::timestamp;
+
 /// The two users of a conversation, in an order that does not depend on who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Pair {
@@ -40,7 +42,7 @@ pub(crate) struct Message {
     pub recipient_id: Uuid,
     #[salvo(schema(value_type = String, example = "Hello, Ben!"))]
     pub content: String,
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "timestamp::serialize")]
     #[salvo(schema(value_type = String, example = "2026-01-31T12:00:00.123456Z"))]
     pub created_at: OffsetDateTime,
 }

@@ -100,7 +100,11 @@ fn is_json(req: &Request) -> bool {
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     let body =
         |message: Cow<'static, str>| Error::Invalid(vec![FieldError { field: "body".into(), message }]);
-    let value = serde_json::from_slice(bytes).map_err(|error| {
+    // serde_json looks only into the strings that it keeps, and a body may have fields that nobody reads.
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        Error::BadRequest(format!("the body is not UTF-8: byte {}", error.valid_up_to() + 1).into())
+    })?;
+    let value = serde_json::from_str(text).map_err(|error| {
         if !error.is_data() {
             let (line, column) = (error.line(), error.column());
             return Error::BadRequest(format!("the body is not JSON: line {line}, column {column}").into());
@@ -243,6 +247,24 @@ mod tests {
         for text in ["[]", "1", "\"text\"", "null", "{\"one\": \"a\", \"one\": \"b\"}"] {
             assert!(matches!(parse::<Pair>(text.as_bytes()), Err(Error::Invalid(_))), "{text}");
         }
-        assert!(matches!(parse::<Pair>(b"{\"one\": \"\xff\"}"), Err(Error::BadRequest(_))));
+    }
+
+    #[test]
+    fn invalid_utf_8_is_refused_wherever_it_is() {
+        for body in [
+            &b"{\"one\": \"\xff\"}"[..],
+            b"{\"one\": \"a\", \"ignored\": \"\xff\"}",
+            b"{\"ignored\": {\"deep\": [\"\xed\xa0\x80\"]}}",
+            b"{\"ign\xc3ored\": 1}",
+            b"{\"one\": [\"\xc0\xaf\"]}",
+            b"{\"one\": {\"\xff\": 1}}",
+            b"[\"\xff\"]",
+            b"{}\xff",
+            b"\xff",
+        ] {
+            let answer = parse::<Pair>(body);
+            assert!(matches!(answer, Err(Error::BadRequest(_))), "{}", body.escape_ascii());
+        }
+        assert!(parse::<Pair>("{\"ignored\": \"é🦀\"}".as_bytes()).is_ok());
     }
 }

@@ -29,7 +29,7 @@ const PAGE_DEFAULT: i64 = 5;
 const PAGE_MAX: i64 = 100;
 
 const IDEMPOTENCY_KEY_MAX: usize = 255;
-const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+pub(super) const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
 #[derive(Deserialize, ToSchema, Debug)]
 #[salvo(schema(name = "SendMessage"))]
@@ -81,7 +81,7 @@ pub async fn send(
     tags("messages"),
     responses(
         (status_code = 200, description = "A page of messages, newest first", body = Vec<Message>, headers(
-            ("link" = String, description = "`rel=\"next\"` names the next page, where there is one: back in time, or with `after` forward"),
+            ("link" = String, description = "`rel=\"next\"` names the next page, relative to the request's URL, where there is one: back in time, or with `after` forward"),
             ("warning" = String, description = "`110` where Postgres is unavailable and the page may lack the newest messages"),
         )),
         (status_code = 404, description = "No such peer", body = Problem, content_type = "application/problem+json"),
@@ -117,13 +117,15 @@ fn json_array(messages: &[RenderedMessage]) -> Vec<u8> {
     json
 }
 
+/// A relative reference, so that it holds below any prefix that a proxy strips. With the path's last segment: a lone query is
+/// one, too, but parsers of RFC 2396, such as Java's `URI.resolve`, take it for the path's folder.
 fn link(peer: Uuid, limit: i64, next: Position) -> String {
     let (name, value) = match next {
         Position::Offset(offset) => ("offset", offset),
         Position::Before(seq) => ("before", seq),
         Position::After(seq) => ("after", seq),
     };
-    format!("</messages?peer_id={peer}&limit={limit}&{name}={value}>; rel=\"next\"")
+    format!("<messages?peer_id={peer}&limit={limit}&{name}={value}>; rel=\"next\"")
 }
 
 /// The query of `GET /messages`.

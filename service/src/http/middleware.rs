@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
-use salvo::http::header::{CONNECTION, HeaderName, HeaderValue};
-use salvo::http::{ResBody, StatusCode, Version};
+use salvo::cors::CorsHandler;
+use salvo::http::header::{CONNECTION, CONTENT_LENGTH, HeaderName, HeaderValue};
+use salvo::http::{Method, ResBody, StatusCode, Version};
 use salvo::{Depot, FlowCtrl, Handler, Request, Response, async_trait};
 
 use super::error::{Error, render_bare_status};
@@ -18,7 +19,7 @@ use crate::telemetry::metrics::{Endpoint, InFlight};
 use crate::telemetry::trace::{self, Span};
 
 /// Names a sampled request's span to the caller, in the form of W3C's Trace Context.
-const TRACERESPONSE: HeaderName = HeaderName::from_static("traceresponse");
+pub(super) const TRACERESPONSE: HeaderName = HeaderName::from_static("traceresponse");
 
 /// The application, which the middleware adds to every request.
 pub(super) fn app(depot: &Depot) -> Result<&Arc<App>, Error> {
@@ -44,16 +45,18 @@ pub(super) struct Middleware {
     app: Arc<App>,
     /// False on the operations port, whose probes and scrapes are neither logged nor counted.
     recorded: bool,
+    /// `None` where no page of another origin may call the API.
+    cors: Option<CorsHandler>,
 }
 
 impl Middleware {
-    pub(super) fn new(app: Arc<App>) -> Self {
-        Self { app, recorded: true }
+    pub(super) fn new(app: Arc<App>, cors: Option<CorsHandler>) -> Self {
+        Self { app, recorded: true, cors }
     }
 
-    /// Without logs and metrics.
+    /// Without logs, metrics and CORS.
     pub(super) fn unrecorded(app: Arc<App>) -> Self {
-        Self { app, recorded: false }
+        Self { app, recorded: false, cors: None }
     }
 
     /// Runs the handler and its extractors. A panic and a timeout become errors like any other.
@@ -86,9 +89,16 @@ impl Handler for Middleware {
                 trace::under(span.as_ref(), work).await;
             }
         }
+        // Here and not around the handlers, so that a page can read errors, too. No handler is left for it to call.
+        if let Some(cors) = &self.cors {
+            cors.handle(req, depot, res, ctrl).await;
+        }
         let status = *res.status_code.get_or_insert(StatusCode::OK);
         if (status.is_client_error() || status.is_server_error()) && !has_body(res) {
             render_bare_status(status, id.as_str(), res);
+        }
+        if req.method() == Method::HEAD {
+            drop_body(res);
         }
         res.headers_mut().insert(X_REQUEST_ID, id.header());
         // A draining process asks its clients to leave while it still answers: if it simply closed a connection, it
@@ -151,6 +161,15 @@ impl Drop for Record<'_> {
             );
         });
     }
+}
+
+/// Leaves of a body its length, where it is known.
+fn drop_body(res: &mut Response) {
+    let length = if has_body(res) { res.body.size() } else { Some(0) };
+    if let Some(length) = length {
+        res.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    res.take_body();
 }
 
 fn has_body(res: &Response) -> bool {

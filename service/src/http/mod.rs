@@ -3,11 +3,13 @@
 mod body;
 mod caller;
 mod client_ip;
+mod cors;
 mod error;
 mod health;
 mod messages;
 mod middleware;
 mod openapi;
+mod paths;
 mod query;
 mod rate_limit;
 mod request_id;

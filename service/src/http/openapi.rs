@@ -3,7 +3,7 @@
 use salvo::Router;
 use salvo::http::StatusCode;
 use salvo_oapi::security::{Http, HttpAuthScheme};
-use salvo_oapi::{Info, License, OpenApi, PathItemType, RefOr, Response, SecurityScheme, Tag};
+use salvo_oapi::{Info, License, OpenApi, PathItemType, RefOr, Response, SecurityScheme, Server, Tag};
 
 use super::caller::SECURITY_SCHEME;
 use super::error::{self, PROBLEM_JSON, Problem};
@@ -13,7 +13,10 @@ use crate::telemetry::metrics::EndpointName;
 const DESCRIPTION: &str = "\
 A 1:1 chat back end. Register two users, log in, find the other's id, send a message, read the conversation.
 
-- Ids are opaque strings. Times are RFC 3339 in UTC.
+- Ids are opaque strings. Times are RFC 3339 in UTC, with six digits after the second.
+- `HEAD` answers wherever `GET` does: with the same status and headers, without the body.
+- Each path has one spelling: another one, such as `/me/`, is 404.
+- References in responses (`Link`, `Location`, this document's server) are relative, so that a proxy may strip a prefix.
 - Every error, the framework's own included, is an RFC 9457 problem (`application/problem+json`).
 - Every response carries `x-request-id`: yours if you sent a sane one, else a new one.
 - Only a request that is no HTTP has neither: what does not parse (400), has too long a target (414), or too many or too long
@@ -30,6 +33,7 @@ pub(super) fn document(router: &Router) -> OpenApi {
             .description(DESCRIPTION)
             .license(License::new("Apache-2.0")),
     )
+    .servers([Server::new(".")])
     .add_security_scheme(SECURITY_SCHEME, SecurityScheme::Http(bearer))
     .tags([
         Tag::new("users").description("Accounts and access tokens"),

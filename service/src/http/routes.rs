@@ -1,21 +1,28 @@
 //! The only place where paths and middleware are named.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use salvo::http::StatusCode;
-use salvo::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue};
+use salvo::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION};
 use salvo::{Depot, FlowCtrl, Request, Response, Router, Service, handler};
 use salvo_oapi::OpenApi;
 use salvo_oapi::swagger_ui::SwaggerUi;
 
 use super::error::Error;
 use super::middleware::{Middleware, app};
-use super::{health, messages, openapi, users};
+use super::paths::{OneSpelling, with_head};
+use super::{cors, health, messages, openapi, users};
 use crate::app::App;
 use crate::telemetry::metrics::EndpointName;
 
 const DOCUMENT: &str = "/openapi.json";
+/// Relative, as every reference in a response, so that a proxy may strip a prefix.
+const DOCUMENT_FROM_DOCS: &str = "../openapi.json";
 const DOCS: &str = "/docs/{**}";
+
+/// The page of the documentation. Its assets lie beside it, so it ends with a slash, as no other path does.
+const DOCS_PAGE: &str = "/docs/";
 
 /// The public port's API, and all that is derived from it.
 #[derive(Debug)]
@@ -46,11 +53,15 @@ impl PublicApi {
 
     /// The service of the public port.
     pub fn service(self, app: &Arc<App>) -> Service {
-        let docs = SwaggerUi::new(DOCUMENT).title("chat-service");
-        let router = api()
+        let methods = self.endpoints().into_iter().map(|endpoint| endpoint.method);
+        let methods: BTreeSet<&str> = methods.chain(["HEAD"]).collect();
+        let cors = cors::handler(&app.config, methods.into_iter().filter_map(|method| method.parse().ok()));
+        let docs = SwaggerUi::new(DOCUMENT_FROM_DOCS).title("chat-service");
+        let router = Router::with_filter(OneSpelling { folders: &["/", DOCS_PAGE] })
+            .push(api())
             .push(Router::with_path(DOCUMENT).get(self.document))
-            .push(Router::with_path(DOCS).hoop(docs_headers).get(docs));
-        Service::new(router).hoop(Middleware::new(Arc::clone(app)))
+            .push(Router::with_path(DOCS).hoop(docs_headers).hoop(docs_redirect).get(docs));
+        Service::new(with_head(router)).hoop(Middleware::new(Arc::clone(app), cors))
     }
 }
 
@@ -71,11 +82,11 @@ fn api() -> Router {
 /// The service of the operations port, for probes and Prometheus. Its requests are neither logged nor counted: there would
 /// be more of them than of clients' requests.
 pub fn operations(app: &Arc<App>) -> Service {
-    let router = Router::new()
+    let router = Router::with_filter(OneSpelling { folders: &["/"] })
         .push(Router::with_path("/metrics").get(metrics))
         .push(Router::with_path("/livez").get(health::liveness))
         .push(Router::with_path("/healthz").get(health::readiness));
-    Service::new(router).hoop(Middleware::unrecorded(Arc::clone(app)))
+    Service::new(with_head(router)).hoop(Middleware::unrecorded(Arc::clone(app)))
 }
 
 #[handler]
@@ -111,4 +122,17 @@ async fn docs_headers(res: &mut Response) {
         ),
     );
     res.headers_mut().insert("cache-control", HeaderValue::from_static("no-cache"));
+}
+
+/// Swagger UI would redirect to an absolute path.
+#[handler]
+async fn docs_redirect(req: &mut Request, res: &mut Response, ctrl: &mut FlowCtrl) {
+    if req.uri().path() == DOCS_PAGE.trim_end_matches('/') {
+        let query = req.uri().query().map(|query| format!("?{query}")).unwrap_or_default();
+        if let Ok(target) = HeaderValue::from_str(&format!("docs/{query}")) {
+            res.headers_mut().insert(LOCATION, target);
+            res.status_code(StatusCode::FOUND);
+            ctrl.skip_rest();
+        }
+    }
 }

@@ -21,6 +21,7 @@ use crate::store::operation::Operation;
 use crate::store::postgres::{Database, violated_constraint};
 use crate::telemetry::metrics::AuthKind;
 use crate::text::{self, email_key};
+use crate::timestamp;
 
 #[derive(Deserialize, ToSchema, Debug)]
 #[salvo(schema(name = "Register"))]
@@ -60,7 +61,7 @@ pub(super) struct User {
     pub username: String,
     #[salvo(schema(example = "ana@example.com"))]
     pub email: String,
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "timestamp::serialize")]
     #[salvo(schema(value_type = String, example = "2026-01-31T12:00:00.123456Z"))]
     pub created_at: OffsetDateTime,
 }

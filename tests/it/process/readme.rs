@@ -31,6 +31,7 @@ const DEFAULTS: &[(&str, Option<&str>)] = &[
     ("REGISTER_RATE_LIMIT_PER_MINUTE", Some("30")),
     ("TRUSTED_PROXIES", None),
     ("KEEP_ALIVE_SECONDS", Some("75")),
+    ("CORS_ALLOWED_ORIGINS", None),
     ("CACHE_WINDOW", Some("50")),
     ("CACHE_TTL_SECONDS", Some("30")),
     ("MAX_BODY_BYTES", Some("65536")),

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
-use reqwest::{Method, RequestBuilder, StatusCode};
+use reqwest::{Method, RequestBuilder, StatusCode, Url};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -21,6 +21,8 @@ pub(crate) struct Request {
 /// A whole response.
 #[derive(Debug)]
 pub(crate) struct Response {
+    /// What was asked for. A raw request has none.
+    url: Option<Url>,
     pub(crate) status: u16,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Vec<u8>,
@@ -60,8 +62,9 @@ impl Request {
     pub(crate) async fn response(self) -> Response {
         let response = self.builder.send().await.expect("the service answers");
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        let url = Some(response.url().clone());
         let body = response.bytes().await.expect("a whole body").to_vec();
-        let answer = Response { status, headers, body };
+        let answer = Response { url, status, headers, body };
         answer.check_request_id();
         if let Some((method, path)) = &self.operation {
             document::check(method, path, &answer);
@@ -128,11 +131,23 @@ impl Response {
             .collect()
     }
 
-    /// The path and query of `Link: rel="next"`.
-    pub(crate) fn next(&self) -> Option<String> {
+    /// Where a reference in this response leads: it is relative to the request's URL, as a client sees it.
+    pub(crate) fn resolve(&self, reference: &str) -> Url {
+        let url = self.url.as_ref().expect("a request with a URL");
+        url.join(reference).unwrap_or_else(|error| panic!("{error} in {reference}"))
+    }
+
+    /// Where `Link: rel="next"` leads.
+    pub(crate) fn next_url(&self) -> Option<Url> {
         let link = self.header("link")?;
         let target = link.strip_prefix('<').and_then(|link| link.strip_suffix(">; rel=\"next\""));
-        Some(target.unwrap_or_else(|| panic!("an unexpected Link: {link}")).to_owned())
+        Some(self.resolve(target.unwrap_or_else(|| panic!("an unexpected Link: {link}"))))
+    }
+
+    /// The path and query of where `Link: rel="next"` leads.
+    pub(crate) fn next(&self) -> Option<String> {
+        let url = self.next_url()?;
+        Some(format!("{}?{}", url.path(), url.query().expect("a query")))
     }
 
     /// The `seq`s of a page.
@@ -176,7 +191,8 @@ fn parse(bytes: &[u8]) -> Response {
         })
         .collect();
     let body = bytes[end + 4..].to_vec();
-    let answer = Response { status: status.unwrap_or_else(|| panic!("no status: {head}")), headers, body };
+    let status = status.unwrap_or_else(|| panic!("no status: {head}"));
+    let answer = Response { url: None, status, headers, body };
     answer.check_request_id();
     answer
 }

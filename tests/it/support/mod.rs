@@ -4,6 +4,7 @@ mod client;
 mod database;
 mod document;
 mod operations;
+mod prefix_proxy;
 mod redis;
 
 use std::collections::BTreeMap;
@@ -12,7 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chat_service::config::Config;
 use chat_service::serve::{self, Running};
-use reqwest::Method;
+use reqwest::{Method, Url};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -20,6 +21,7 @@ pub(crate) use client::{Request, Response};
 pub(crate) use database::{Database, FUTURE_MIGRATION};
 pub(crate) use document::document;
 pub(crate) use operations::{Operation, operations};
+pub(crate) use prefix_proxy::PrefixProxy;
 pub(crate) use redis::RedisIndex;
 pub(crate) use tests::{PASSWORD, User};
 
@@ -108,8 +110,18 @@ impl TestApp {
     }
 
     /// A request to the operations port, which is not documented.
+    pub(crate) fn request_operations(&self, method: Method, path: &str) -> Request {
+        let url = format!("http://{}{path}", self.running.operations);
+        Request::undocumented(self.client.request(method, url))
+    }
+
     pub(crate) fn get_operations(&self, path: &str) -> Request {
-        Request::undocumented(self.client.get(format!("http://{}{path}", self.running.operations)))
+        self.request_operations(Method::GET, path)
+    }
+
+    /// A request to any URL, such as a proxy's. Redirects are not followed.
+    pub(crate) fn get_url(&self, url: Url) -> Request {
+        Request::undocumented(self.client.get(url))
     }
 
     /// Sends these bytes. The request must close the connection.
