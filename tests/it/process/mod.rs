@@ -3,6 +3,7 @@
 
 mod commands;
 mod configuration;
+mod dotenv;
 mod faults;
 mod jobs;
 mod lifecycle;
