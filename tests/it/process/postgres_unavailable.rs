@@ -4,12 +4,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
+use tests::proxy::{Link, Proxy};
 use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch};
 
 use super::lifecycle::send_until;
-use super::support::{Database, Response, Service, Start, User, eventually, within};
+use super::support::{Database, Response, Service, Start, User, closed_port, eventually, within};
 
 /// No refusal takes this long, even on a busy machine: the request's own timeout is half of it.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -129,6 +130,111 @@ fn with_a_frozen_postgres_requests_get_503_or_cached_history_until_it_continues(
     let message = service.send(&ana, &ben, "afterwards")?.expect(201)?.json()?;
     ensure!(message["seq"] == database.contents()?.len(), "{message}");
     database.has_no_gaps()
+}
+
+/// A user waits for no more than this before old messages appear, whatever `REQUEST_TIMEOUT_MS` is.
+const CACHED_PATIENCE: Duration = Duration::from_millis(1500);
+
+#[test]
+fn a_cached_read_is_answered_within_a_second_and_a_half_of_a_kill_or_a_freeze() -> Result<()> {
+    for request_timeout in ["10000", "3000", "1000", "300"] {
+        for freeze in [false, true] {
+            let Backends { mut postgres, redis, _scratch } = backends(PostgresOptions::fast())?;
+            let database = Database::on(&postgres)?;
+            let service = start(&database, &redis).ready()?;
+            let (ana, ben) = conversation(&service)?;
+            service.stop()?;
+            let service = start(&database, &redis).env("REQUEST_TIMEOUT_MS", request_timeout).ready()?;
+            // So that a session is open, and no lease is left.
+            service.read(&ben, &ana, 100)?.expect(200)?;
+            thread::sleep(Duration::from_secs(1));
+            if freeze {
+                postgres.pause();
+            } else {
+                postgres.kill()?;
+            }
+            // Not only those that come after the health check has noticed.
+            for _ in 0..4 {
+                let page = within(CACHED_PATIENCE, "a cached read", || service.read(&ben, &ana, 3))?;
+                let page = page.expect(200).with_context(|| format!("{request_timeout} ms, {freeze}"))?;
+                ensure!(page.header("warning") == "110 - \"Response is Stale\"", "{page:?}");
+                ensure!(page.contents()? == ["third", "second", "first"], "{page:?}");
+            }
+            if freeze {
+                postgres.resume();
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A server that died with its machine sends no reset. Its connections must not be waited for until TCP gives them up.
+#[test]
+fn connections_that_never_answer_again_do_not_keep_the_pool_from_recovering() -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    let Backends { postgres, redis, _scratch } = backends(PostgresOptions::fast())?;
+    let database = Database::on(&postgres)?;
+    let proxy = Proxy::start(runtime.handle(), postgres.port())?;
+    let setup = start(&database, &redis).ready()?;
+    let (ana, ben) = conversation(&setup)?;
+    setup.stop()?;
+    let service = through(&proxy, &postgres, &database, start(&database, &redis))
+        .env("DB_POOL_MAX", "4")
+        .env("DB_STATEMENT_TIMEOUT_MS", "3000")
+        .ready()?;
+    // All connections of the pool are in use when the server dies.
+    let lock = database.hold("LOCK TABLE users")?;
+    thread::scope(|scope| -> Result<()> {
+        let requests: Vec<_> = (0..8).map(|_| scope.spawn(|| service.me(&ana.token))).collect();
+        database.blocks(4)?;
+        proxy.set(Link::Lost);
+        lock.release();
+        requests.into_iter().try_for_each(|request| request.join().expect("no panic")?.is_unavailable())
+    })?;
+    service.becomes("unavailable")?;
+    proxy.set(Link::Open);
+    within(Duration::from_secs(20), "the recovery", || service.becomes("ok"))?;
+    has_recovered(&service, &ana, &ben)
+}
+
+/// Nor may such a connection keep the background tasks from their work: without a suspension every request would wait for
+/// leases for as long as Redis is unavailable.
+#[test]
+fn windows_stay_suspended_after_a_connection_that_never_answers_again() -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    let Backends { postgres, redis: _redis, _scratch } = backends(PostgresOptions::fast())?;
+    let database = Database::on(&postgres)?;
+    let proxy = Proxy::start(runtime.handle(), postgres.port())?;
+    let service = through(&proxy, &postgres, &database, Start::on(&database))
+        .env("REDIS_URL", &format!("redis://127.0.0.1:{}", closed_port()?))
+        .env("DB_STATEMENT_TIMEOUT_MS", "3000")
+        .listen()?;
+    service.becomes("degraded")?;
+    let (ana, ben) = service.two_users()?;
+    service.send(&ana, &ben, "first")?.expect(201)?;
+    let quick_read = || {
+        let read = || service.read(&ben, &ana, 1)?.expect(200);
+        eventually("a read that does not wait for leases", || {
+            within(Duration::from_millis(600), "", read).ok()
+        })
+    };
+    quick_read()?;
+    let lock = database.hold("LOCK TABLE window_suspension")?;
+    // The renewal.
+    database.blocks(1)?;
+    proxy.set(Link::Lost);
+    lock.release();
+    thread::sleep(Duration::from_secs(1));
+    proxy.set(Link::Open);
+    // The suspension from before is over.
+    thread::sleep(Duration::from_secs(10));
+    quick_read()?;
+    Ok(())
+}
+
+fn through(proxy: &Proxy, postgres: &Postgres, database: &Database, start: Start) -> Start {
+    let (direct, proxied) = (format!(":{}/", postgres.port()), format!(":{}/", proxy.port()));
+    start.env("DATABASE_URL", &database.url().replace(&direct, &proxied))
 }
 
 #[test]
