@@ -20,9 +20,17 @@ async fn status(app: &TestApp, method: &str, path: &str, token: &str) -> u16 {
 async fn each_path_has_one_spelling_and_any_other_is_404_whatever_the_method() {
     let app = TestApp::start().await;
     let ana = app.user("ana").await;
-    for path in
-        ["/me", "/me?", "http://test/me", "/users/ana", "/users/ANA", "/healthz", "/docs/", "/openapi.json"]
-    {
+    for path in [
+        "/me",
+        "/me?",
+        "http://test/me",
+        "/users/ana",
+        "/users/ANA",
+        "/users/%61na",
+        "/healthz",
+        "/docs/",
+        "/openapi.json",
+    ] {
         assert_eq!(status(&app, "GET", path, &ana.token).await, 200, "{path}");
     }
     for path in [
@@ -52,7 +60,6 @@ async fn each_path_has_one_spelling_and_any_other_is_404_whatever_the_method() {
         "/users//ana",
         "/users/ana/",
         "/users/./ana",
-        "/users/%61na",
         "/%75sers/ana",
         "/users%2Fana",
         "/usersana",

@@ -4,19 +4,51 @@ use salvo::http::{Method, Request};
 use salvo::routing::{Filter, FilterInfo, PathState, filters};
 use salvo::{Router, async_trait};
 
-/// Matches a request whose path is spelled in the one way that it has. The router would also match paths with more slashes,
-/// and with letters percent-encoded, so that proxies, caches and access rules in front would see other paths than it does.
+/// Lets every route of the router match only the one spelling of its path. The router alone would also match more slashes, and
+/// percent-encoded letters, so that proxies, caches and access rules in front would see other paths than it does. A route
+/// names its whole path, as in `api()`.
+pub(super) fn with_one_spelling(mut router: Router) -> Router {
+    let template = router.filters.iter().find_map(|filter| match filter.info() {
+        FilterInfo::Path(template) => Some(template),
+        _ => None,
+    });
+    if let Some(template) = template {
+        router.filters.push(Box::new(OneSpelling { template }));
+    }
+    let children = std::mem::take(&mut router.routers);
+    router.routers = children.into_iter().map(with_one_spelling).collect();
+    router
+}
+
+/// After a route's path filter, so that it costs no other route anything.
 #[derive(Debug)]
-pub(super) struct OneSpelling {
-    /// The paths that end with a slash.
-    pub folders: &'static [&'static str],
+struct OneSpelling {
+    template: String,
 }
 
 impl OneSpelling {
+    /// Literals are as in the template. A parameter is a value, which percent-encoding only writes in another way. Below a
+    /// folder are files with plain names.
     fn has(&self, path: &str) -> bool {
-        let segment = |segment: &str| !matches!(segment, "" | "." | "..") && !is_overencoded(segment);
-        self.folders.contains(&path)
-            || path.strip_prefix('/').is_some_and(|rest| rest.split('/').all(segment))
+        let Some(path) = path.strip_prefix('/') else { return false };
+        let mut given = path.split('/');
+        for part in self.template.trim_start_matches('/').split('/') {
+            let spelled = match part {
+                "{**}" => {
+                    let rest: Vec<&str> = given.collect();
+                    let is_plain = |name: &&str| !matches!(*name, "" | "." | "..") && !name.contains('%');
+                    return matches!(rest[..], [""]) || rest.iter().all(is_plain);
+                }
+                parameter if parameter.starts_with('{') => {
+                    given.next().is_some_and(|value| !value.is_empty())
+                }
+                literal => given.next() == Some(literal),
+            };
+            if !spelled {
+                return false;
+            }
+        }
+        given.next().is_none()
     }
 }
 
@@ -35,15 +67,6 @@ impl Filter for OneSpelling {
     ) -> Option<bool> {
         Some(self.has(req.uri().path()))
     }
-}
-
-/// Whether a segment percent-encodes a character that needs no encoding, by RFC 3986, or has a `%` that encodes nothing.
-fn is_overencoded(segment: &str) -> bool {
-    segment.split('%').skip(1).any(|rest| {
-        let encoded = rest.get(..2).filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()));
-        let byte = encoded.and_then(|digits| u8::from_str_radix(digits, 16).ok());
-        byte.is_none_or(|byte| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte))
-    })
 }
 
 /// Gives every `GET` of the router a `HEAD` with the same handlers; the middleware drops the body.
@@ -70,34 +93,47 @@ mod tests {
 
     #[test]
     fn a_path_has_one_spelling() {
-        let paths = OneSpelling { folders: &["/", "/docs/"] };
-        for path in
-            ["/", "/me", "/docs", "/docs/", "/users/a.b-c_d~", "/users/...", "/users/%20%2F%C3%A4", "/a/%25"]
-        {
-            assert!(paths.has(path), "{path}");
-        }
-        for path in [
-            "",
-            "*",
-            "me",
-            "//",
-            "/me/",
-            "//me",
-            "/docs//",
-            "/docs/x/",
-            "/./me",
-            "/../me",
-            "/me/.",
-            "/users/%41",
-            "/users/%7e",
-            "/users/%2E",
-            "/a%",
-            "/a%4",
-            "/a%zz",
-            "/a%+1",
-            "/%é",
+        for (template, good, bad) in [
+            (
+                "/me",
+                &["/me"][..],
+                &["me", "//me", "/me/", "/ME", "/m%65", "/./me", "/me/.", "/mex", "/", ""][..],
+            ),
+            (
+                "/users/{username}",
+                &["/users/ana", "/users/an%61", "/users/a%2Fb", "/users/a.b-c"],
+                &[
+                    "/users/",
+                    "/users",
+                    "//users/ana",
+                    "/users//ana",
+                    "/users/ana/",
+                    "/%75sers/ana",
+                    "/users/a/b",
+                ],
+            ),
+            (
+                "/docs/{**}",
+                &["/docs", "/docs/", "/docs/a.css", "/docs/a/b.css"],
+                &[
+                    "//docs/",
+                    "/docs//",
+                    "/docs/a/",
+                    "/docs//a",
+                    "/docs/./a",
+                    "/docs/../me",
+                    "/docs/%61",
+                    "/doc%73/",
+                ],
+            ),
         ] {
-            assert!(!paths.has(path), "{path}");
+            let route = OneSpelling { template: template.to_owned() };
+            for path in good {
+                assert!(route.has(path), "{path}");
+            }
+            for path in bad {
+                assert!(!route.has(path), "{path}");
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ use salvo_oapi::swagger_ui::SwaggerUi;
 
 use super::error::Error;
 use super::middleware::{Middleware, app};
-use super::paths::{OneSpelling, with_head};
+use super::paths::{with_head, with_one_spelling};
 use super::{cors, health, messages, openapi, users};
 use crate::app::App;
 use crate::telemetry::metrics::EndpointName;
@@ -57,11 +57,10 @@ impl PublicApi {
         let methods: BTreeSet<&str> = methods.chain(["HEAD"]).collect();
         let cors = cors::handler(&app.config, methods.into_iter().filter_map(|method| method.parse().ok()));
         let docs = SwaggerUi::new(DOCUMENT_FROM_DOCS).title("chat-service");
-        let router = Router::with_filter(OneSpelling { folders: &["/", DOCS_PAGE] })
-            .push(api())
+        let router = api()
             .push(Router::with_path(DOCUMENT).get(self.document))
             .push(Router::with_path(DOCS).hoop(docs_headers).hoop(docs_redirect).get(docs));
-        Service::new(with_head(router)).hoop(Middleware::new(Arc::clone(app), cors))
+        Service::new(with_head(with_one_spelling(router))).hoop(Middleware::new(Arc::clone(app), cors))
     }
 }
 
@@ -82,11 +81,11 @@ fn api() -> Router {
 /// The service of the operations port, for probes and Prometheus. Its requests are neither logged nor counted: there would
 /// be more of them than of clients' requests.
 pub fn operations(app: &Arc<App>) -> Service {
-    let router = Router::with_filter(OneSpelling { folders: &["/"] })
+    let router = Router::new()
         .push(Router::with_path("/metrics").get(metrics))
         .push(Router::with_path("/livez").get(health::liveness))
         .push(Router::with_path("/healthz").get(health::readiness));
-    Service::new(with_head(router)).hoop(Middleware::unrecorded(Arc::clone(app)))
+    Service::new(with_head(with_one_spelling(router))).hoop(Middleware::unrecorded(Arc::clone(app)))
 }
 
 #[handler]
