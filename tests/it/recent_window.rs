@@ -50,7 +50,7 @@ async fn reads_from_the_window_and_from_postgres_are_the_same_bytes() {
     let app = TestApp::with(&[("CACHE_WINDOW", "100")]).await;
     let without = app.replica(&[("CACHE_WINDOW", "0")]).await;
     let (ana, ben) = app.pair().await;
-    for content in ["1 2 3", "{\"seq\": 9}", "é\u{2028}🦀\\\"\u{1}", "<b>"] {
+    for content in ["1 2 3", "{\"seq\": 9}", "é\u{2028}🦀\\\"\t\u{7f}", "<b>"] {
         app.sent(&ana, &ben, content).await;
         app.sent(&ben, &ana, content).await;
     }
