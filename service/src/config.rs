@@ -3,9 +3,11 @@
 //! Every variable is declared once, as a clap argument whose long name is the variable's. clap supplies
 //! parsing, defaults and ranges; `from_variables` supplies the values and turns an error into one line.
 
+mod dotenv;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::Path;
 use std::str::FromStr as _;
 use std::time::Duration;
 
@@ -178,15 +180,32 @@ pub struct Variable {
 }
 
 impl Config {
-    /// Reads `.env` in the working directory, if there is one, and the environment, which wins.
+    /// Reads `.env` in the working directory, if there is one, and the environment, which wins. The file's variables become
+    /// part of the environment, where OpenTelemetry looks for its own: so this comes before any thread is started.
     pub fn from_environment() -> Result<Self, ConfigError> {
-        let mut variables = read_dotenv(PathBuf::from(".env"))?;
+        let file = dotenv::read(Path::new(".env")).map_err(|fault| ConfigError(format!(".env: {fault}")))?;
+        let command = Self::command();
+        let known = |name: &str| {
+            name.starts_with("OTEL_") || command.get_arguments().any(|known| known.get_long() == Some(name))
+        };
+        let mut variables = file.pairs;
         for (name, value) in std::env::vars_os() {
-            // A name that is not UTF-8 is none of ours; a value that is not must not be skipped silently.
+            // A name that is not UTF-8 is none of ours.
             let Ok(name) = name.into_string() else { continue };
-            variables.insert(name, value.to_string_lossy().into_owned());
+            match value.into_string() {
+                Ok(value) => variables.insert(name, value),
+                Err(_) if known(&name) => {
+                    return Err(ConfigError(format!(
+                        "{name}: its value is not UTF-8; for example use ASCII"
+                    )));
+                }
+                Err(_) => None,
+            };
         }
-        Self::from_variables(&variables)
+        let config = Self::from_variables(&variables)?;
+        // Variables that are set keep their values. Every line has been parsed before.
+        dotenvy::from_read(file.text.as_bytes()).ok();
+        Ok(config)
     }
 
     /// The configuration that these variables mean. Unknown names are ignored; an empty value counts as unset,
@@ -352,25 +371,6 @@ fn trusted_proxy(value: &str) -> Result<IpNet, &'static str> {
 
 fn log_filter(value: &str) -> Result<String, String> {
     tracing_subscriber::EnvFilter::try_new(value).map(|_| value.to_owned()).map_err(|error| error.to_string())
-}
-
-/// The pairs of a `.env` file, none when there is no such file.
-fn read_dotenv(path: PathBuf) -> Result<BTreeMap<String, String>, ConfigError> {
-    if !path.exists() {
-        return Ok(BTreeMap::new());
-    }
-    let unreadable = |error: dotenvy::Error| {
-        // A parse error quotes the line, which may hold a secret: so the error has only its kind and position.
-        let fault = match error {
-            dotenvy::Error::LineParse(_, position) => {
-                format!("a line does not parse at character {position}")
-            }
-            dotenvy::Error::Io(error) => error.to_string(),
-            _ => "it cannot be read".to_owned(),
-        };
-        ConfigError(format!(".env: {fault}; for example one line PORT=8000"))
-    };
-    dotenvy::from_path_iter(&path).map_err(unreadable)?.collect::<Result<_, _>>().map_err(unreadable)
 }
 
 /// clap's error as one line. Values of secrets are never part of it: the variables that hold one take any text.

@@ -73,9 +73,6 @@ fn run_configured(command: &Command) -> anyhow::Result<ExitCode> {
     if let Command::Healthcheck(args) = command {
         return Ok(healthcheck::run(&config, Duration::from_secs(args.wait.into())));
     }
-    // OpenTelemetry reads its standard variables only from the environment. Variables that are set keep their values, and
-    // no other thread runs yet.
-    dotenvy::from_path(".env").ok();
     let telemetry = match Telemetry::start(&config) {
         Ok(telemetry) => telemetry,
         Err(error) if error.is::<BadVariable>() => {

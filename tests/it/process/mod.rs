@@ -4,6 +4,7 @@
 mod commands;
 mod configuration;
 mod connections;
+mod dotenv;
 mod faults;
 mod jobs;
 mod lifecycle;

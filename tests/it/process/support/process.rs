@@ -1,5 +1,6 @@
 //! The built binary as a process with a clean environment.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -17,9 +18,9 @@ use super::{Database, LIMIT, Service, eventually, shared_redis};
 /// What a process is started with. Nothing is inherited.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Start {
-    environment: Vec<(String, String)>,
+    environment: Vec<(String, OsString)>,
     arguments: Vec<String>,
-    files: Vec<(String, String)>,
+    files: Vec<(String, Vec<u8>)>,
 }
 
 impl Start {
@@ -39,9 +40,9 @@ impl Start {
     }
 
     #[must_use]
-    pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
+    pub(crate) fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self = self.unset(name);
-        self.environment.push((name.to_owned(), value.to_owned()));
+        self.environment.push((name.to_owned(), value.as_ref().to_owned()));
         self
     }
 
@@ -68,15 +69,17 @@ impl Start {
 
     /// A file in the working directory.
     #[must_use]
-    pub(crate) fn file(mut self, name: &str, text: &str) -> Self {
-        self.files.push((name.to_owned(), text.to_owned()));
+    pub(crate) fn file(mut self, name: &str, text: impl AsRef<[u8]>) -> Self {
+        self.files.push((name.to_owned(), text.as_ref().to_owned()));
         self
     }
 
     pub(crate) fn spawn(&self) -> Result<Process> {
         let directory = Scratch::new("process")?;
         for (name, text) in &self.files {
-            fs::write(directory.path().join(name), text)?;
+            let path = directory.path().join(name);
+            fs::create_dir_all(path.parent().context("a folder")?)?;
+            fs::write(path, text)?;
         }
         let [stdout, stderr] = ["stdout", "stderr"].map(|name| directory.path().join(name));
         let mut command = dies_with_us(&service_binary()?, "KILL");
