@@ -7,10 +7,12 @@ mod log_writer;
 pub(crate) mod metrics;
 mod span_metrics;
 pub(crate) mod trace;
+mod variables;
 
 use std::time::Duration;
 
 use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_otlp::{SpanExporter, WithExportConfig as _, WithHttpConfig as _};
 use opentelemetry_sdk::trace::{BatchSpanProcessor, Sampler, SdkTracerProvider};
 use opentelemetry_semantic_conventions::attribute::SERVICE_VERSION;
 use tracing::{Level, Metadata};
@@ -22,49 +24,9 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 use self::log_format::LogLine;
 use self::log_writer::LogWriter;
 use self::span_metrics::{CountEnded, CountExported};
+pub use self::variables::BadVariable;
+use self::variables::{SAMPLER, SAMPLER_ARG, Settings, bad_identity, propagates, variable};
 use crate::config::Config;
-
-/// Either of them switches the exporter on, as the OpenTelemetry specification says.
-const ENDPOINT_VARIABLES: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
-
-/// Variables whose unknown values the SDK would silently replace, and the values that work here.
-const CHOICES: [(&str, &[&str]); 5] = [
-    ("OTEL_SDK_DISABLED", &["true", "false"]),
-    ("OTEL_TRACES_EXPORTER", &["otlp", "none"]),
-    ("OTEL_EXPORTER_OTLP_PROTOCOL", &["http/protobuf"]),
-    ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", &["http/protobuf"]),
-    (
-        SAMPLER,
-        &[
-            "parentbased_traceidratio",
-            "parentbased_always_on",
-            "parentbased_always_off",
-            "traceidratio",
-            "always_on",
-            "always_off",
-        ],
-    ),
-];
-
-/// Variables that hold whole numbers; for anything else the SDK would silently take its default.
-const NUMBERS: [(&str, &str); 9] = [
-    ("OTEL_BSP_SCHEDULE_DELAY", "5000"),
-    ("OTEL_BSP_EXPORT_TIMEOUT", "30000"),
-    ("OTEL_BSP_MAX_QUEUE_SIZE", "2048"),
-    ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "512"),
-    ("OTEL_EXPORTER_OTLP_TIMEOUT", "10000"),
-    ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "10000"),
-    ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "128"),
-    ("OTEL_SPAN_EVENT_COUNT_LIMIT", "128"),
-    ("OTEL_SPAN_LINK_COUNT_LIMIT", "128"),
-];
-
-/// A list of these. Only the first has an effect: nothing here reads baggage.
-const PROPAGATORS: &str = "OTEL_PROPAGATORS";
-const KNOWN_PROPAGATORS: [&str; 3] = ["tracecontext", "baggage", "none"];
-
-const SAMPLER: &str = "OTEL_TRACES_SAMPLER";
-const SAMPLER_ARG: &str = "OTEL_TRACES_SAMPLER_ARG";
 
 /// The share of requests that is traced by default, of those without a caller's trace: enough to see what is slow, and
 /// little enough not to slow anything down.
@@ -78,15 +40,6 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 pub struct Telemetry {
     logs: LogWriter,
     traces: Option<SdkTracerProvider>,
-}
-
-/// An `OTEL_*` variable that cannot be used: one line with its name, its fault and a good example.
-#[derive(thiserror::Error, Debug)]
-#[error("{variable}: {fault}; for example {variable}={example}")]
-pub struct BadVariable {
-    variable: &'static str,
-    fault: String,
-    example: &'static str,
 }
 
 impl Telemetry {
@@ -135,26 +88,28 @@ fn is_for_the_log(metadata: &Metadata<'_>) -> bool {
     target != trace::BACKGROUND && !(chatter && *metadata.level() == Level::INFO)
 }
 
-/// A variable's value; one that is empty counts as unset.
-fn variable(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|value| !value.is_empty())
-}
-
 fn tracer_provider() -> anyhow::Result<Option<SdkTracerProvider>> {
-    let is = |name, value: &str| variable(name).is_some_and(|found| found.eq_ignore_ascii_case(value));
-    let wanted = ENDPOINT_VARIABLES.iter().any(|name| variable(name).is_some());
-    if !wanted || is("OTEL_SDK_DISABLED", "true") || is("OTEL_TRACES_EXPORTER", "none") {
-        return Ok(None);
-    }
-    check_variables()?;
-    let exporter = opentelemetry_otlp::SpanExporter::builder().with_http().build()?;
+    let Some(settings) = variables::settings()? else { return Ok(None) };
     let resource = opentelemetry_sdk::Resource::builder()
-        .with_attribute(opentelemetry::KeyValue::new(SERVICE_VERSION, env!("CARGO_PKG_VERSION")));
+        .with_service_name("chat-service")
+        .with_attribute(opentelemetry::KeyValue::new(SERVICE_VERSION, env!("CARGO_PKG_VERSION")))
+        .with_attributes(settings.resource.clone());
     let resource = match variable("OTEL_SERVICE_NAME") {
-        Some(_) => resource,
-        None => resource.with_service_name("chat-service"),
+        Some(name) => resource.with_service_name(name),
+        None => resource,
     };
-    let mut provider = SdkTracerProvider::builder()
+    let mut provider = SdkTracerProvider::builder();
+    if let Some(most) = settings.attributes_per_span {
+        provider = provider.with_max_attributes_per_span(most);
+    }
+    if let Some(most) = settings.attributes_per_event {
+        provider = provider.with_max_attributes_per_event(most);
+    }
+    if let Some(most) = settings.attributes_per_link {
+        provider = provider.with_max_attributes_per_link(most);
+    }
+    let exporter = exporter(settings)?;
+    provider = provider
         .with_span_processor(CountEnded(BatchSpanProcessor::builder(CountExported(exporter)).build()))
         .with_resource(resource.build());
     // The SDK reads the variable itself; only its default differs.
@@ -166,47 +121,21 @@ fn tracer_provider() -> anyhow::Result<Option<SdkTracerProvider>> {
     Ok(Some(provider.build()))
 }
 
-/// Refuses a variable's value if the SDK would silently use another.
-fn check_variables() -> Result<(), BadVariable> {
-    for (name, known) in CHOICES {
-        check(name, known[0], "is not a known value", |value| known.contains(&value))?;
+/// The exporter reads its protocol and compression itself.
+fn exporter(settings: Settings) -> anyhow::Result<SpanExporter> {
+    let mut client = reqwest::blocking::Client::builder().timeout(settings.timeout);
+    if let Some(authorities) = settings.authorities {
+        client = client.tls_certs_only(authorities);
     }
-    for (name, example) in NUMBERS {
-        check(name, example, "is not a whole number", |value| value.parse::<usize>().is_ok())?;
-    }
-    check(PROPAGATORS, "tracecontext,baggage", "names an unknown propagator", |value| {
-        value.split(',').all(|name| KNOWN_PROPAGATORS.contains(&name.trim()))
-    })?;
-    check(SAMPLER_ARG, "0.1", "is not a share from 0 to 1", |value| {
-        value.parse().is_ok_and(|ratio: f64| (0.0..=1.0).contains(&ratio))
-    })?;
-    for name in ENDPOINT_VARIABLES {
-        if variable(name).is_some_and(|value| !is_web_url(&value)) {
-            // Without the value, which may hold a password.
-            let fault = "not a URL that begins with http:// or https://".to_owned();
-            return Err(BadVariable { variable: name, fault, example: "http://otel-collector:4318" });
-        }
-    }
-    Ok(())
-}
-
-fn check(
-    name: &'static str,
-    example: &'static str,
-    fault: &str,
-    is_good: impl Fn(&str) -> bool,
-) -> Result<(), BadVariable> {
-    match variable(name).filter(|value| !is_good(value)) {
-        Some(value) => Err(BadVariable { variable: name, fault: format!("'{value}' {fault}"), example }),
-        None => Ok(()),
-    }
-}
-
-fn is_web_url(text: &str) -> bool {
-    reqwest::Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https"))
-}
-
-/// Whether the trace of a caller is continued: always, unless other propagators are asked for.
-fn propagates() -> bool {
-    variable(PROPAGATORS).is_none_or(|names| names.split(',').any(|name| name.trim() == "tracecontext"))
+    let client = match settings.identity {
+        Some(identity) => client.identity(identity).build().map_err(|error| bad_identity(&error))?,
+        None => client.build()?,
+    };
+    let exporter = SpanExporter::builder()
+        .with_http()
+        .with_http_client(client)
+        .with_endpoint(settings.endpoint)
+        .with_headers(settings.headers)
+        .with_timeout(settings.timeout);
+    Ok(exporter.build()?)
 }

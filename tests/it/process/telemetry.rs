@@ -1,6 +1,8 @@
 //! Traces reach a collector if one is configured. Logs have one line per request, and disclose nothing.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+mod variables;
+
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -30,14 +32,23 @@ struct Collector {
 
 impl Collector {
     fn start() -> Result<Self> {
+        Self::with("http", Ok)
+    }
+
+    /// One that speaks over each connection as `wrap` makes it.
+    fn with<S: Read + Write>(
+        scheme: &str,
+        wrap: impl Fn(TcpStream) -> Result<S> + Send + 'static,
+    ) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
-        let url = format!("http://{}", listener.local_addr()?);
+        let url = format!("{scheme}://{}", listener.local_addr()?);
         let exports = Arc::new(Mutex::new(Vec::new()));
         let kept = Arc::clone(&exports);
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 // When a connection breaks, the exporter notices it.
-                let _ = answer_all(stream, &kept);
+                let _ = stream.set_read_timeout(Some(Duration::from_secs(2)));
+                let _ = wrap(stream).and_then(|stream| answer_all(stream, &kept));
             }
         });
         Ok(Self { url, exports })
@@ -56,8 +67,7 @@ impl Collector {
     }
 }
 
-fn answer_all(stream: TcpStream, exports: &Mutex<Vec<Export>>) -> Result<()> {
-    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+fn answer_all(stream: impl Read + Write, exports: &Mutex<Vec<Export>>) -> Result<()> {
     let mut reader = BufReader::new(stream);
     loop {
         let mut head = String::new();
