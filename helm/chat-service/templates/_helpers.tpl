@@ -30,6 +30,23 @@ which are limited to 63. A hash replaces the truncated rest, so that two long na
 {{- printf "%s-%s" $full $part }}
 {{- end }}
 
+{{/*
+The Deployment's replicas. With the autoscaler as many as run now, within its bounds. Helm removes a field that the last revision had and
+this one has not, and then Kubernetes takes 1: the service would lose its capacity until the autoscaler looks again. Where the cluster
+cannot be asked (`helm template`, Argo CD), no replicas, since any number would undo what the autoscaler does. 0 switches it off,
+and stays.
+*/}}
+{{- define "chat-service.replicas" -}}
+{{- if .Values.autoscaling.enabled }}
+{{- with lookup "apps/v1" "Deployment" .Release.Namespace (include "chat-service.fullname" .) }}
+{{- $now := int .spec.replicas }}
+{{- if $now }}{{ min $.Values.autoscaling.maxReplicas (max $.Values.autoscaling.minReplicas $now) }}{{ else }}0{{ end }}
+{{- end }}
+{{- else }}
+{{- .Values.replicaCount }}
+{{- end }}
+{{- end }}
+
 {{- define "chat-service.chart" -}}
 {{- printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
 {{- end }}

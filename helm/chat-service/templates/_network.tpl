@@ -52,12 +52,28 @@
 {{- end }}
 {{- end }}
 
-{{/* The ports of the OTLP endpoints, separated by spaces; empty if there is no endpoint. */}}
+{{/*
+The ports of the OTLP endpoints, separated by spaces; empty if there is no endpoint. A value in `extraEnv` may refer to other
+variables, as in `http://$(HOST_IP):4318`; what they hold is not known here.
+*/}}
 {{- define "chat-service.otlpPorts" -}}
-{{- range list "OTEL_EXPORTER_OTLP_ENDPOINT" "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" }}
-{{- with index $.Values.config . }}
-{{- $url := urlParse . }}
-{{- $port := ternary (splitList ":" $url.host | last) "" (regexMatch ":[0-9]+$" $url.host) }}
-{{- $port | default (ternary "443" "80" (eq $url.scheme "https")) }} {{ end }}
+{{- $names := list "OTEL_EXPORTER_OTLP_ENDPOINT" "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" }}
+{{- $urls := list }}
+{{- range $names }}
+{{- $urls = append $urls (index $.Values.config .) }}
 {{- end }}
+{{- range .Values.extraEnv }}
+{{- if has .name $names }}
+{{- $urls = append $urls .value }}
+{{- end }}
+{{- end }}
+{{- range compact $urls }}
+{{- if regexMatch "^https?://" . }}
+{{- $url := regexReplaceAll "\\$\\([^)]*\\)" . "0" | urlParse }}
+{{- $port := ternary (splitList ":" $url.host | last) "" (regexMatch ":[0-9]+$" $url.host) }}
+{{- $port = $port | default (ternary "443" "80" (eq $url.scheme "https")) }}
+{{- if ne $port "0" }}{{ $port }} {{ end }}
+{{- end }}
+{{- end }}
+{{- join " " .Values.networkPolicy.otlpPorts }}
 {{- end }}

@@ -1,5 +1,7 @@
 //! What platform teams do with the release, and expect of it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -159,6 +161,25 @@ pub(super) fn rollback(stage: &mut Stage, progress: &Progress) -> Result<()> {
     Ok(())
 }
 
+/// Upgrades to the autoscaler, and returns the least replicas that the Deployment was to have meanwhile.
+fn switched_on(stage: &Stage, progress: &Progress, scaling: &[&str]) -> Result<i32> {
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let watcher = scope.spawn(|| -> Result<i32> {
+            let mut least = i32::MAX;
+            while !ended.load(Ordering::Relaxed) {
+                least = least.min(stage.kubernetes.wanted_replicas(DEPLOYMENT)?);
+                thread::sleep(Duration::from_millis(100));
+            }
+            Ok(least)
+        });
+        let upgraded = stage.upgrade(progress, stage.tag, scaling);
+        ended.store(true, Ordering::Relaxed);
+        upgraded?;
+        watcher.join().expect("the watcher does not panic")
+    })
+}
+
 /// The autoscaler adds a replica while conversations run without a pause, and no `seq` is skipped.
 pub(super) fn autoscaling(stage: &mut Stage, progress: &Progress) -> Result<()> {
     let metrics = stage.kubernetes.get("/apis/metrics.k8s.io/v1beta1/nodes");
@@ -168,7 +189,8 @@ pub(super) fn autoscaling(stage: &mut Stage, progress: &Progress) -> Result<()> 
         "autoscaling.maxReplicas=3",
         "autoscaling.targetCPUUtilizationPercentage=60",
     ];
-    stage.upgrade(progress, stage.tag, &scaling)?;
+    let least = switched_on(stage, progress, &scaling)?;
+    ensure!(least >= 2, "switching the autoscaler on left {least} of 2 replicas");
     let ((), report) = stage.loaded(Duration::ZERO, |stage| {
         stage.kubernetes.replicas(DEPLOYMENT, Duration::from_secs(240), |ready| ready >= 3)
     })?;

@@ -126,6 +126,13 @@ impl Kubernetes {
         self.within(limit, &what, waiting).map(drop).map_err(|error| self.explained(error))
     }
 
+    /// How many replicas the Deployment is to have.
+    pub(crate) fn wanted_replicas(&self, name: &str) -> Result<i32> {
+        let getting = async { Ok(self.api::<Deployment>().get(name).await?) };
+        let deployment = self.within(ANSWER_LIMIT, &format!("read the Deployment {name}"), getting)?;
+        Ok(deployment.spec.and_then(|spec| spec.replicas).unwrap_or(1))
+    }
+
     /// The pods with these labels, without terminating ones.
     pub(crate) fn pods(&self, labels: &str) -> Result<Vec<Pod>> {
         let listing = async { Ok(self.api::<Pod>().list(&ListParams::default().labels(labels)).await?) };

@@ -23,7 +23,7 @@ use stage::Stage;
 type Check = fn(&mut Stage, &Progress) -> Result<()>;
 
 /// In this order: each leaves the release as it found it, ready and with all of its messages.
-const CHECKS: [(&str, Check); 23] = [
+const CHECKS: [(&str, Check); 25] = [
     ("every values file", checks::values_files),
     ("install", checks::install),
     ("helm test", checks::helm_test),
@@ -36,6 +36,7 @@ const CHECKS: [(&str, Check); 23] = [
     ("new signing key", procedures::rotate_signing_key),
     ("new Postgres password", procedures::rotate_postgres_password),
     ("new Redis password", procedures::rotate_redis_password),
+    ("lost Secret", procedures::lost_secret),
     ("Postgres killed", faults::postgres_killed),
     ("Redis killed", faults::redis_killed),
     ("drain, two replicas", faults::drain_two),
@@ -47,6 +48,7 @@ const CHECKS: [(&str, Check); 23] = [
     ("backup and restore", procedures::backup_and_restore),
     ("tilt loop", tilt::tilt_loop),
     ("uninstall", procedures::uninstall),
+    ("half an installation", procedures::half_an_installation),
 ];
 
 /// The other checks need this one.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use common::steps::Progress;
 use harness::http::Client;
 
-use crate::stage::{DEPLOYMENT, NAMESPACE, Stage};
+use crate::stage::{DEPLOYMENT, NAMESPACE, RELEASE, Stage};
 
 /// The blocks of `## Rotate`, in their order.
 const SIGNING_KEY: usize = 0;
@@ -65,6 +65,45 @@ fn rotate_password(stage: &mut Stage, progress: &Progress, block: usize, key: &s
     })?;
     ensure!(stage.secret()?[key] != before[key], "{key} is the same");
     stage.await_all()
+}
+
+/// The next upgrade creates a Secret, and the procedure gives its password to the Postgres that is there.
+pub(super) fn lost_secret(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    stage.users()?;
+    let before = stage.secret()?;
+    stage.shell(progress, &format!("kubectl --namespace {NAMESPACE} delete secret {DEPLOYMENT}"))?;
+    stage.follow_readme(progress, "Restore a lost Secret", 0)?;
+    stage.await_all()?;
+    let after = stage.secret()?;
+    for key in ["secret-key", "postgres-password", "redis-password"] {
+        ensure!(after.contains_key(key) && after.get(key) != before.get(key), "{key} was not created");
+    }
+    stage.await_answer(Duration::from_secs(30))?;
+    let address = stage.address;
+    stage.pairs.iter_mut().try_for_each(|pair| pair.log_in(address))?;
+    stage.verify(progress)
+}
+
+/// An installation that ends without its Secret, as one does that fails half-way or that an umbrella chart switches on later,
+/// is completed by the next upgrade.
+pub(super) fn half_an_installation(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    if stage.helm(progress, &["status", RELEASE]).is_ok() {
+        stage.follow_readme(progress, "Uninstall", 0)?;
+        stage.follow_readme(progress, "Uninstall", 1)?;
+        leaves(stage, progress, &[])?;
+    }
+    // The users are gone with the volume.
+    stage.pairs.clear();
+    stage.install_without_hooks(progress)?;
+    ensure!(stage.secret().is_err(), "there is a Secret already");
+    stage.upgrade_or_install(progress)?;
+    stage.await_all()?;
+    let keys = stage.secret()?;
+    ensure!(keys.keys().eq(["postgres-password", "redis-password", "secret-key"]), "not all keys");
+    stage.under_load(progress, |_| Ok(()))?;
+    stage.follow_readme(progress, "Uninstall", 0)?;
+    stage.follow_readme(progress, "Uninstall", 1)?;
+    leaves(stage, progress, &[])
 }
 
 /// A dump, data loss, and a restore of everything.

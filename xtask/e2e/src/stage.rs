@@ -204,6 +204,21 @@ impl Stage {
         self.apply(progress, "upgrade", tag, sets, "4m")
     }
 
+    /// What is left of an installation whose hooks have not run.
+    pub(super) fn install_without_hooks(&self, progress: &Progress) -> Result<()> {
+        let tag = format!("image.tag={}", self.tag);
+        let args = ["install", RELEASE, "helm/chat-service", "--values", VALUES, "--set", &tag, "--no-hooks"];
+        self.helm(progress, &args).map(drop)
+    }
+
+    /// The command of pipelines, which installs what is not there.
+    pub(super) fn upgrade_or_install(&self, progress: &Progress) -> Result<()> {
+        let tag = format!("image.tag={}", self.tag);
+        let args = ["upgrade", "--install", RELEASE, "helm/chat-service", "--values", VALUES, "--set", &tag];
+        let waiting = ["--wait", "--wait-for-jobs", "--timeout", "5m"];
+        self.helm(progress, &[args.as_slice(), &waiting].concat()).map(drop)
+    }
+
     /// An upgrade that is not waited for, and may leave what does not work.
     pub(super) fn change(&self, progress: &Progress, sets: &[&str]) -> Result<String> {
         let tag = format!("image.tag={}", self.tag);

@@ -114,6 +114,11 @@ const REACHABLE: [&str; 12] = [
     "test => server : TCP 8000",
 ];
 
+/// An agent on each node as the collector, which is no pod; and what that allows.
+const NODE_AGENT: &str =
+    "extraEnv[0].name=OTEL_EXPORTER_OTLP_ENDPOINT,extraEnv[0].value=http://$(HOST_IP):4318";
+const TO_NODE_AGENT: (&str, &str) = ("server => any : TCP 53,UDP 53", "server => any : TCP 53,4318,UDP 53");
+
 struct Tools {
     helm: PathBuf,
     unittest: PathBuf,
@@ -372,17 +377,26 @@ impl Tools {
         Ok(())
     }
 
-    /// Evaluates the policies as an enforcing cluster would.
     fn reach(&self, progress: &Progress) -> Result<()> {
+        let mut expected = BTreeSet::from(REACHABLE.map(str::to_owned));
+        self.reaches(progress, &self.template(progress, CHART, &[], &[])?, &expected)?;
+        let (before, after) = TO_NODE_AGENT;
+        expected.remove(before);
+        expected.insert(after.to_owned());
+        self.reaches(progress, &self.template(progress, CHART, &[], &[NODE_AGENT])?, &expected)
+            .context("with an agent on the node")
+    }
+
+    /// Evaluates the policies as an enforcing cluster would.
+    fn reaches(&self, progress: &Progress, rendered: &str, expected: &BTreeSet<String>) -> Result<()> {
         let folder = self.out.join("reach");
         fs::create_dir_all(&folder)?;
-        fs::copy(self.out.join("default.yaml"), folder.join("chart.yaml"))?;
+        fs::write(folder.join("chart.yaml"), rendered)?;
         fs::write(folder.join("others.yaml"), OTHERS)?;
         let mut list = Command::new(&self.netpolicy);
         let said = progress.run(at_top(list.args(["list", "--quiet", "--dirpath"]).arg(&folder)))?;
         let allowed: BTreeSet<String> = said.lines().filter_map(reachable).collect();
-        let expected: BTreeSet<String> = REACHABLE.map(str::to_owned).into();
-        let more: Vec<_> = allowed.difference(&expected).collect();
+        let more: Vec<_> = allowed.difference(expected).collect();
         let less: Vec<_> = expected.difference(&allowed).collect();
         ensure!(
             more.is_empty() && less.is_empty(),
