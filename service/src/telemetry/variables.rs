@@ -192,12 +192,14 @@ fn check_all() -> Result<(), BadVariable> {
     {
         return Err(bad(BATCH, format!("{batch} is more than {QUEUE}, which is {queue}"), "512"));
     }
-    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-    for name in names.filter(|name| variable(name).is_some() && !is_known(name)) {
-        let fault = "not a variable that has an effect here".to_owned();
-        return Err(BadVariable { variable: name, fault, remedy: "leave it unset".to_owned() });
+    let mut names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    match names.find(|name| variable(name).is_some() && !is_known(name)) {
+        Some(name) => {
+            let fault = "not a variable that has an effect here".to_owned();
+            Err(BadVariable { variable: name, fault, remedy: "leave it unset".to_owned() })
+        }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Also true for what has nothing to do with traces.

@@ -1,8 +1,5 @@
 //! A `.env` file counts exactly as it is written, or it is refused without quoting it.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt as _;
-
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
@@ -14,7 +11,7 @@ const EX_CONFIG: i32 = 78;
 /// A file after whose reading nothing but an unavailable Postgres keeps the migration from its work.
 fn migration_with(file: &str) -> Result<Start> {
     let closed = format!("postgres://chat@127.0.0.1:{}/chat", closed_port()?);
-    let start = Start::bare().env("DATABASE_URL", closed).args(&["migrate"]);
+    let start = Start::bare().env("DATABASE_URL", &closed).args(&["migrate"]);
     Ok(if file.is_empty() { start } else { start.file(".env", file) })
 }
 
@@ -118,7 +115,7 @@ fn a_dotenv_value_survives_exactly() -> Result<()> {
 #[test]
 fn a_variable_of_the_environment_that_is_not_utf_8_is_refused() -> Result<()> {
     let start = migration_with("")?;
-    let ended = start.env("SECRET_KEY", OsStr::from_bytes(b"secret-\xff-of-more-than-32-bytes")).run()?;
+    let ended = start.env_bytes("SECRET_KEY", b"secret-\xff-of-more-than-32-bytes").run()?;
     ensure!(ended.code == EX_CONFIG && ended.stderr.contains("SECRET_KEY: "), "{}", ended.said());
     ensure!(!ended.said().contains("secret"), "{}", ended.said());
     Ok(())

@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::thread;
@@ -40,9 +41,15 @@ impl Start {
     }
 
     #[must_use]
-    pub(crate) fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+    pub(crate) fn env(self, name: &str, value: &str) -> Self {
+        self.env_bytes(name, value.as_bytes())
+    }
+
+    /// A value that need not be text.
+    #[must_use]
+    pub(crate) fn env_bytes(mut self, name: &str, value: &[u8]) -> Self {
         self = self.unset(name);
-        self.environment.push((name.to_owned(), value.as_ref().to_owned()));
+        self.environment.push((name.to_owned(), OsStr::from_bytes(value).to_owned()));
         self
     }
 

@@ -64,7 +64,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
 #[test]
 fn a_variable_that_would_have_no_effect_or_a_bad_one_stops_the_start() -> Result<()> {
     let closed = format!("postgres://chat@127.0.0.1:{}/chat", closed_port()?);
-    let start = Start::bare().env("DATABASE_URL", closed).args(&["migrate"]);
+    let start = Start::bare().env("DATABASE_URL", &closed).args(&["migrate"]);
     let traced = start.clone().env("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318");
     let mut faults = Vec::new();
     for (variable, value, example) in REFUSED {
