@@ -17,7 +17,7 @@ use crate::security::tokens::Tokens;
 use crate::store::health::Health;
 use crate::store::migrations;
 use crate::store::operation::Operation;
-use crate::store::postgres::{self, Database};
+use crate::store::postgres::Database;
 use crate::store::redis::Redis;
 use crate::telemetry::metrics::{EndpointName, Gauges, Known, Metrics};
 use crate::workers::Workers;
@@ -72,8 +72,7 @@ impl App {
             limits: Limit::names(),
             schema_version: migrations::known_version(),
         })?;
-        let pool = postgres::pool(&config, connect_options.clone());
-        let database = Database::new(pool, Arc::clone(&metrics));
+        let database = Database::new(&config, connect_options.clone(), Arc::clone(&metrics));
         let redis =
             Redis::new(&config, Recent::scripts(), workers.runtimes().to_vec(), Arc::clone(&metrics))?;
         let recent = Recent::new(&config, Arc::clone(&redis), database.clone());
@@ -88,7 +87,13 @@ impl App {
             limits: Limits::new(&config, Arc::clone(&redis), Arc::clone(&metrics)),
             tokens: Tokens::new(&config),
             passwords: Passwords::start(Arc::clone(&metrics))?,
-            history: History::new(database.clone(), recent, Arc::clone(&health), Arc::clone(&metrics)),
+            history: History::new(
+                &config,
+                database.clone(),
+                recent,
+                Arc::clone(&health),
+                Arc::clone(&metrics),
+            ),
             connect_options,
             database,
             redis,

@@ -233,7 +233,7 @@ async fn first_answers(app: &Arc<App>) -> anyhow::Result<JoinSet<MigrationError>
     }
 }
 
-/// Migrates, with a retry while Postgres is unavailable. Returns only with a fault; drops `first` after the first attempt.
+/// Migrates, with a retry while Postgres is unavailable or only reads. Returns only with a fault; drops `first` after the first attempt.
 async fn migrate(app: Arc<App>, first: oneshot::Sender<()>) -> MigrationError {
     let mut first = Some(first);
     loop {
@@ -244,7 +244,7 @@ async fn migrate(app: Arc<App>, first: oneshot::Sender<()>) -> MigrationError {
                 // The task does not end, because its end means a fault.
                 return std::future::pending().await;
             }
-            Err(MigrationError::Unreachable(_) | MigrationError::TimedOut) => {
+            Err(MigrationError::Unreachable(_) | MigrationError::ReadOnly(_) | MigrationError::TimedOut) => {
                 drop(first.take());
                 tokio::time::sleep(MIGRATE_RETRY).await;
             }

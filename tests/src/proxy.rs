@@ -19,6 +19,9 @@ pub enum Link {
     Cut,
     /// Nothing passes. What was sent in the meantime is delivered afterwards, even when its sender has given up.
     Stalled,
+    /// As after the death of a machine that another has replaced: a connection that is used now never answers again, also
+    /// once the link is open.
+    Lost,
     /// Requests pass, responses do not.
     Muted,
     /// Everything is delayed by this much.
@@ -115,6 +118,7 @@ async fn hold(state: &mut watch::Receiver<Link>, read_at: Instant, is_response: 
                 return Some(());
             }
             Link::Cut => return None,
+            Link::Lost => std::future::pending().await,
             Link::Stalled | Link::Muted => state.changed().await.ok()?,
         }
     }

@@ -2,16 +2,24 @@
 //! that is stale.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::message::{Message, Pair, RenderedMessage};
 use super::recent::{Found, Lookup, Miss, Recent};
+use crate::config::Config;
 use crate::failpoints::{self, Failpoint};
 use crate::store::health::Health;
 use crate::store::operation::Operation;
 use crate::store::postgres::{Database, is_unavailable};
 use crate::telemetry::metrics::{CacheOutcome, Metrics};
+
+/// How long a read waits for Postgres, a connection and the statement together, while the window could answer it marked as
+/// stale: far above a healthy read, far below a client's patience. Of a short `REQUEST_TIMEOUT_MS` it takes a third, which
+/// leaves the rest to Redis and the answer.
+const FALLBACK_WAIT: Duration = Duration::from_millis(750);
 
 /// Which messages a reader asks for.
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +46,7 @@ pub struct Page {
     pub messages: Vec<RenderedMessage>,
     /// Where the next page begins: further back in time, or after `After` further forward.
     pub next: Option<Position>,
-    /// True if Postgres is unavailable: the newest messages may be missing.
+    /// True if Postgres is unavailable or only reads: the newest messages may be missing.
     pub stale: bool,
 }
 
@@ -50,6 +58,8 @@ pub enum HistoryError {
     NoSuchPeer,
     #[error("Postgres is unavailable, and no window has the page")]
     NotCached,
+    #[error("Postgres only reads, and lacks one of the users")]
+    MayBeMissing,
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
@@ -60,11 +70,22 @@ pub struct History {
     recent: Arc<Recent>,
     health: Arc<Health>,
     metrics: Arc<Metrics>,
+    request_timeout: Duration,
+    /// How long Postgres may take while the window has the page.
+    fallback_wait: Duration,
 }
 
 impl History {
-    pub fn new(database: Database, recent: Arc<Recent>, health: Arc<Health>, metrics: Arc<Metrics>) -> Self {
-        Self { database, recent, health, metrics }
+    pub fn new(
+        config: &Config,
+        database: Database,
+        recent: Arc<Recent>,
+        health: Arc<Health>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let request_timeout = config.request_timeout();
+        let fallback_wait = FALLBACK_WAIT.min(request_timeout / 3);
+        Self { database, recent, health, metrics, request_timeout, fallback_wait }
     }
 
     /// The page that was asked for.
@@ -74,6 +95,7 @@ impl History {
     ///
     /// - A window answers only under a lease, which says that the window is complete.
     /// - What was read in Postgres is returned only after [`Recent::settle`] has made sure that no window lacks it.
+    /// - What a Postgres that only reads answers is marked, and fills no window: after a failover the old primary lags behind.
     ///
     /// `recent` argues why this suffices, also when Redis fails.
     pub async fn page(&self, request: &PageRequest) -> Result<Page, HistoryError> {
@@ -114,11 +136,18 @@ impl History {
         } else {
             *request
         };
-        let loaded = match load(&self.database, &wanted, pair, miss.known).await {
+        let limit = match request.is_in(&miss.unchecked) {
+            true => self.fallback_wait,
+            false => self.request_timeout,
+        };
+        let loaded = match load(&self.database, &wanted, pair, miss.known, limit).await {
             Ok(loaded) => loaded,
             Err(error) if is_unavailable(&error) => return request.stale_page(miss.unchecked),
             Err(error) => return Err(error.into()),
         };
+        if loaded.read_only && !(loaded.reader_exists && loaded.peer_exists) {
+            return Err(HistoryError::MayBeMissing);
+        }
         if !loaded.reader_exists {
             return Err(HistoryError::ReaderGone);
         }
@@ -126,16 +155,22 @@ impl History {
             return Err(HistoryError::NoSuchPeer);
         }
         let same = miss.known == Some(loaded.last_seq);
+        // The window may have what a Postgres that lags behind lacks.
+        let newer =
+            loaded.read_only && miss.unchecked.first().is_some_and(|head| head.seq >= loaded.last_seq);
+        if newer && request.is_in(&miss.unchecked) {
+            return request.stale_page(miss.unchecked);
+        }
         let messages = if same { miss.unchecked.clone() } else { loaded.messages };
         let suspended = loaded.suspended && !failpoints::is_on(Failpoint::IgnoreSuspension);
-        let found = match (may_fill && !suspended, same) {
+        let found = match (may_fill && !suspended && !loaded.read_only, same) {
             (false, _) => Found::Other,
             (true, true) => Found::Same,
             (true, false) => Found::Newest(&messages),
         };
         self.recent.settle(pair, miss, loaded.last_seq, found).await;
         let messages = if may_fill { request.slice(messages) } else { messages };
-        Ok(request.page(messages, Some(loaded.last_seq), false))
+        Ok(request.page(messages, Some(loaded.last_seq), loaded.read_only))
     }
 }
 
@@ -155,14 +190,18 @@ impl PageRequest {
 
     /// The page out of the window as it was last seen, if the window has all of it.
     fn stale_page(&self, unchecked: Vec<RenderedMessage>) -> Result<Page, HistoryError> {
-        let head = unchecked.first().map_or(0, |message| message.seq);
-        let messages = self.slice(unchecked);
-        let Position::Offset(offset) = self.position else { return Err(HistoryError::NotCached) };
-        let full = self.limit.min(head - offset);
-        if full < 1 || messages.len() as i64 != full {
+        if !self.is_in(&unchecked) {
             return Err(HistoryError::NotCached);
         }
-        Ok(self.page(messages, None, true))
+        Ok(self.page(self.slice(unchecked), None, true))
+    }
+
+    /// True if the window has all of the page, and the page is not empty.
+    fn is_in(&self, window: &[RenderedMessage]) -> bool {
+        let Position::Offset(offset) = self.position else { return false };
+        let head = window.first().map_or(0, |message| message.seq);
+        let wanted = self.limit.min(head - offset);
+        wanted >= 1 && window.len() as i64 - offset >= wanted
     }
 
     /// The page out of the newest messages.
@@ -176,6 +215,8 @@ impl PageRequest {
 }
 
 struct Loaded {
+    /// Postgres took no writes: it may be an old primary, which lags behind.
+    read_only: bool,
     reader_exists: bool,
     peer_exists: bool,
     suspended: bool,
@@ -183,15 +224,17 @@ struct Loaded {
     messages: Vec<RenderedMessage>,
 }
 
-/// One statement, one snapshot: whether both users exist, whether windows are suspended, the conversation's last seq,
-/// and the page, which is one range of the primary key whatever the offset. Without the messages where the last seq is
+/// One statement, one snapshot: whether Postgres takes writes, whether both users exist, whether windows are suspended, the
+/// conversation's last seq, and the page, which is one range of the primary key whatever the offset. Without the messages where the last seq is
 /// `known`.
 async fn load(
     database: &Database,
     request: &PageRequest,
     pair: Pair,
     known: Option<i64>,
+    limit: Duration,
 ) -> Result<Loaded, sqlx::Error> {
+    let deadline = Instant::now() + limit;
     // The range ends at `top`, or `offset` below the last seq. It begins above `floor`, or `limit` below its end. No seq
     // comes near the largest number, so half an offset is beyond all of them, too.
     let (top, offset, floor) = match request.position {
@@ -199,9 +242,10 @@ async fn load(
         Position::Before(seq) => (Some(seq - 1), 0, None),
         Position::After(seq) => (Some(seq.saturating_add(request.limit)), 0, Some(seq)),
     };
-    let mut connection = database.acquire().await?;
+    let mut connection = database.acquire_within(limit).await?;
     let query = sqlx::query!(
-        r#"SELECT EXISTS (SELECT FROM users WHERE id = $1) AS "caller_exists!",
+        r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
+                  EXISTS (SELECT FROM users WHERE id = $1) AS "caller_exists!",
                   EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
                   EXISTS (SELECT FROM window_suspension WHERE suspended_until > clock_timestamp()) AS "suspended!",
                   coalesce(c.last_seq, 0) AS "last_seq!",
@@ -229,10 +273,12 @@ async fn load(
         request.limit,
         known,
     );
-    let rows = database.run(Operation::ReadMessages, query.fetch_all(&mut *connection)).await?;
+    let rows = database.run(Operation::ReadMessages, query.fetch_all(&mut *connection));
+    let rows = tokio::time::timeout_at(deadline, rows).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
     // To settle the window, which follows, needs no connection.
     drop(connection);
     let mut loaded = Loaded {
+        read_only: false,
         reader_exists: false,
         peer_exists: false,
         suspended: true,
@@ -240,6 +286,7 @@ async fn load(
         messages: Vec::new(),
     };
     for row in rows {
+        loaded.read_only = row.read_only;
         loaded.reader_exists = row.caller_exists;
         loaded.peer_exists = row.peer_exists;
         loaded.suspended = row.suspended;

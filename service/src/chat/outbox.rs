@@ -14,8 +14,7 @@ use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::pool::PoolConnection;
-use sqlx::{Connection as _, Postgres};
+use sqlx::Connection as _;
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -27,7 +26,9 @@ use super::recent::Recent;
 use crate::config::Config;
 use crate::failpoints::{self, Failpoint};
 use crate::store::operation::Operation;
-use crate::store::postgres::{Database, is_conflict, is_unavailable, violated_constraint};
+use crate::store::postgres::{
+    Database, STATEMENT_MARGIN, Session, is_conflict, is_unavailable, violated_constraint,
+};
 use crate::telemetry::metrics::{Metrics, SendOutcome};
 use crate::telemetry::trace::{self, Span};
 
@@ -47,9 +48,6 @@ const ATTEMPTS_MAX: u32 = 3;
 
 /// A connection that was idle for longer is tested before messages depend on it.
 const IDLE_BEFORE_PING: Duration = Duration::from_secs(1);
-
-/// How much longer than Postgres's own timeout the writer waits for a statement, in case Postgres cannot answer.
-const STATEMENT_MARGIN: Duration = Duration::from_secs(1);
 
 /// A valid message that is not stored yet.
 #[derive(Debug)]
@@ -111,7 +109,7 @@ struct Writer {
     pending: VecDeque<Entry>,
     database: Database,
     /// Kept between batches: the pool's own check would cost each batch a round trip.
-    connection: Option<PoolConnection<Postgres>>,
+    connection: Option<Session>,
     last_used: Instant,
     statement_timeout: Duration,
     recent: Arc<Recent>,
@@ -323,7 +321,7 @@ impl Writer {
         outcome
     }
 
-    async fn ready_connection(&mut self) -> Result<&mut PoolConnection<Postgres>, sqlx::Error> {
+    async fn ready_connection(&mut self) -> Result<&mut Session, sqlx::Error> {
         if let Some(connection) = &mut self.connection
             && self.last_used.elapsed() > IDLE_BEFORE_PING
             && connection.ping().await.is_err()
@@ -411,10 +409,7 @@ fn lost_a_race(error: &sqlx::Error) -> bool {
 /// The statement is its own transaction. It locks the conversations in the order of their key. `seq` continues from the
 /// locked row, so it has no gaps; `last_at` is read under that lock, so times follow `seq`. If another statement is just
 /// inserting the same key, this one fails and is repeated.
-async fn insert(
-    connection: &mut PoolConnection<Postgres>,
-    messages: &[Outgoing],
-) -> Result<Vec<Row>, sqlx::Error> {
+async fn insert(connection: &mut Session, messages: &[Outgoing]) -> Result<Vec<Row>, sqlx::Error> {
     let ids: Vec<Uuid> = messages.iter().map(|_| Uuid::now_v7()).collect();
     let senders: Vec<Uuid> = messages.iter().map(|message| message.sender).collect();
     let recipients: Vec<Uuid> = messages.iter().map(|message| message.recipient).collect();

@@ -8,7 +8,7 @@ use tokio::runtime::Handle;
 use crate::config::Config;
 use crate::store::migrations::{self, Schema};
 use crate::store::operation::Operation;
-use crate::store::postgres::{self, Database, connect_fix};
+use crate::store::postgres::{self, Database, ReadOnly, connect_fix};
 use crate::store::redis::Redis;
 use crate::telemetry::metrics::{Known, Metrics};
 
@@ -40,9 +40,9 @@ pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
             report("postgres", Err(format!("{server}: {error}: {}", connect_fix(&error))));
             report("schema", Err("unknown without Postgres".into()));
         }
-        Ok(_) => {
-            report("postgres", Ok(format!("{server} answers")));
-            let database = Database::new(postgres::pool(config, options), Arc::clone(&metrics));
+        Ok(mut connection) => {
+            report("postgres", writes(&server, postgres::read_only(&mut connection).await));
+            let database = Database::new(config, options, Arc::clone(&metrics));
             report("schema", schema(&database).await);
         }
     }
@@ -56,9 +56,17 @@ pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+fn writes(server: &str, read_only: Result<Option<ReadOnly>, sqlx::Error>) -> Result<String, String> {
+    match read_only {
+        Ok(None) => Ok(format!("{server} answers and takes writes")),
+        Ok(Some(why)) => Err(format!("{server} only reads, {}: {}", why.reason(), why.fix())),
+        Err(error) => Err(format!("{server}: {error}: {}", connect_fix(&error))),
+    }
+}
+
 async fn schema(database: &Database) -> Result<String, String> {
     let known = migrations::known_version();
-    match migrations::schema(database).await {
+    match migrations::schema(database).await.map(|(schema, _)| schema) {
         Ok(Schema::Current { version }) if version > known => Err(format!(
             "version {version}, newer than this binary, which knows {known}: run the newer release"
         )),

@@ -146,6 +146,9 @@ impl Error {
     }
 }
 
+/// A Postgres that only reads may lag behind, so what it lacks may exist.
+pub(super) const MAY_BE_MISSING: Error =
+    Error::Unavailable("the database only reads and may be out of date: try again");
 /// A valid token whose user was deleted.
 pub(super) const USER_GONE: Error = Error::Unauthorized("the token's user is gone: register again");
 pub(super) const NO_PEER: Error = Error::NotFound(Cow::Borrowed("there is no user with this peer_id"));
@@ -181,6 +184,7 @@ impl From<HistoryError> for Error {
             HistoryError::NotCached => {
                 Self::Unavailable("the database is unavailable, and this page is not cached: try again")
             }
+            HistoryError::MayBeMissing => MAY_BE_MISSING,
             HistoryError::Database(error) => Self::Database(error),
         }
     }

@@ -25,7 +25,7 @@ pub(super) struct Readiness {
 #[derive(Serialize, ToSchema, Debug)]
 #[salvo(schema(name = "Checks"))]
 pub(super) struct Checks {
-    /// `ok` or `away`.
+    /// `ok`, `away`, or `read_only` while it answers and takes no writes.
     #[salvo(schema(example = "ok"))]
     postgres: &'static str,
     /// `ok`, `behind` before its migrations, or `unknown` while Postgres is unavailable.
@@ -48,7 +48,7 @@ pub(super) struct Liveness {
 
 /// Readiness
 ///
-/// Ready while Postgres answers, the schema is current and the process is not about to end. Without Redis the
+/// Ready while Postgres answers and takes writes, the schema is current and the process is not about to end. Without Redis the
 /// service is slower, but ready.
 #[endpoint(
     operation_id = "readiness",
@@ -85,10 +85,16 @@ impl Readiness {
         let (postgres, draining) = (app.health.postgres(), app.health.is_draining());
         let redis_answers = app.redis.live().is_some();
         let checks = Checks {
-            postgres: if matches!(postgres, PostgresState::Answers(_)) { "ok" } else { "away" },
+            postgres: match postgres {
+                PostgresState::Answers(_) => "ok",
+                PostgresState::ReadOnly(..) => "read_only",
+                PostgresState::Unknown | PostgresState::Unavailable => "away",
+            },
             schema: match postgres {
-                PostgresState::Answers(Schema::Current { .. }) => "ok",
-                PostgresState::Answers(Schema::Behind { .. }) => "behind",
+                PostgresState::Answers(schema) | PostgresState::ReadOnly(_, schema) => match schema {
+                    Schema::Current { .. } => "ok",
+                    Schema::Behind { .. } => "behind",
+                },
                 PostgresState::Unknown | PostgresState::Unavailable => "unknown",
             },
             redis: if redis_answers { "ok" } else { "away" },

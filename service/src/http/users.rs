@@ -12,10 +12,11 @@ use uuid::Uuid;
 
 use super::body::{Body, Faults, Text};
 use super::caller::Caller;
-use super::error::{Error, Problem, USER_GONE};
+use super::error::{Error, MAY_BE_MISSING, Problem, USER_GONE};
 use super::middleware::app;
 use super::rate_limit::{LoginPermit, RegisterPermit};
 use super::response::JsonResponse;
+use crate::app::App;
 use crate::security::passwords::{PASSWORD_LENGTH, password_length};
 use crate::store::operation::Operation;
 use crate::store::postgres::{Database, violated_constraint};
@@ -147,6 +148,7 @@ pub async fn login(
     let matches = app.passwords.verify(password, hash).await?;
     app.metrics.auth_attempt(AuthKind::Login, matches);
     let Some(id) = id.filter(|_| matches) else {
+        known_to_be_missing(app)?;
         return Err(Error::Unauthorized("wrong username or password"));
     };
     let (access_token, expires_in) = app.tokens.issue(id)?;
@@ -160,7 +162,11 @@ pub async fn login(
     responses((status_code = 200, description = "The user", body = User))
 )]
 pub async fn me(caller: Caller, depot: &mut Depot) -> Result<JsonResponse, Error> {
-    let user = find_user(&app(depot)?.database, caller.id).await?;
+    let app = app(depot)?;
+    let user = find_user(&app.database, caller.id).await?;
+    if user.is_none() {
+        known_to_be_missing(app)?;
+    }
     JsonResponse::json(StatusCode::OK, &user.ok_or(USER_GONE)?)
 }
 
@@ -178,12 +184,25 @@ pub async fn me(caller: Caller, depot: &mut Depot) -> Result<JsonResponse, Error
 )]
 pub async fn find(caller: Caller, req: &mut Request, depot: &mut Depot) -> Result<JsonResponse, Error> {
     let username = req.param::<String>("username").unwrap_or_default();
-    let (caller_exists, user) = find_by_username(&app(depot)?.database, caller.id, &username).await?;
+    let app = app(depot)?;
+    let (caller_exists, user) = find_by_username(&app.database, caller.id, &username).await?;
+    if !caller_exists || user.is_none() {
+        known_to_be_missing(app)?;
+    }
     if !caller_exists {
         return Err(USER_GONE);
     }
     let user = user.ok_or(Error::NotFound(Cow::Borrowed("there is no user of this name")))?;
     JsonResponse::json(StatusCode::OK, &user)
+}
+
+/// A Postgres that only reads may lag behind, so a user that it lacks may exist: then this is 503 and not the answer that the
+/// client would take as final.
+fn known_to_be_missing(app: &App) -> Result<(), Error> {
+    match app.health.postgres_only_reads() {
+        true => Err(MAY_BE_MISSING),
+        false => Ok(()),
+    }
 }
 
 fn valid_username(username: String) -> Result<String, Cow<'static, str>> {

@@ -1,4 +1,4 @@
-//! Whether Postgres answers and its schema is current. A task asks once a second, so that probes cost nothing and any
+//! Whether Postgres answers, takes writes, and has a current schema. A task asks once a second, so that probes cost nothing and any
 //! number of them cannot burden the database.
 
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::migrations::{self, Schema};
-use super::postgres::Database;
+use super::postgres::{Database, ReadOnly};
 
 /// How old the answer to a probe may be, and how long Postgres may take for it.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -25,6 +25,8 @@ pub enum PostgresState {
     /// Not asked yet.
     Unknown,
     Unavailable,
+    /// It answers and takes no writes.
+    ReadOnly(ReadOnly, Schema),
     Answers(Schema),
 }
 
@@ -46,7 +48,12 @@ impl Health {
         self.postgres() == PostgresState::Unavailable
     }
 
-    /// True if Postgres answered when it was last asked.
+    /// True if Postgres took no writes when it was last asked. It may be an old primary, so what it lacks may exist.
+    pub fn postgres_only_reads(&self) -> bool {
+        matches!(self.postgres(), PostgresState::ReadOnly(..))
+    }
+
+    /// True if Postgres answered when it was last asked, and took writes.
     pub fn postgres_answers(&self) -> bool {
         matches!(self.postgres(), PostgresState::Answers(_))
     }
@@ -54,7 +61,7 @@ impl Health {
     /// The newest applied migration, 0 while that is unknown.
     pub fn schema_version(&self) -> i64 {
         match self.postgres() {
-            PostgresState::Answers(Schema::Behind { version } | Schema::Current { version }) => version,
+            PostgresState::Answers(schema) | PostgresState::ReadOnly(_, schema) => schema.version(),
             PostgresState::Unknown | PostgresState::Unavailable => 0,
         }
     }
@@ -77,15 +84,26 @@ impl Health {
     pub async fn ask(&self, database: &Database) {
         let answer = tokio::time::timeout(TIMEOUT, migrations::schema(database)).await;
         let (postgres, fault) = match answer {
-            Ok(Ok(schema)) => (PostgresState::Answers(schema), None),
+            Ok(Ok((schema, None))) => (PostgresState::Answers(schema), None),
+            Ok(Ok((schema, Some(why)))) => (PostgresState::ReadOnly(why, schema), None),
             Ok(Err(error)) => (PostgresState::Unavailable, Some(error.to_string())),
             Err(_) => (PostgresState::Unavailable, Some(format!("no answer within {} s", TIMEOUT.as_secs()))),
         };
+        // A session that only reads would go on to do so, whatever has changed since it was opened. So the next answer comes
+        // from a new one, and so does every request's once Postgres takes writes.
+        if matches!(postgres, PostgresState::ReadOnly(..)) || self.postgres_only_reads() {
+            database.replace_sessions();
+        }
         let before = self.postgres.send_replace(postgres);
         if before == postgres {
             return;
         }
         match postgres {
+            PostgresState::ReadOnly(why, _) => tracing::warn!(
+                reason = why.reason(),
+                fix = why.fix(),
+                "Postgres only reads: not ready, messages are refused, history is served as stale"
+            ),
             PostgresState::Unavailable => tracing::warn!(
                 error = fault.unwrap_or_default(),
                 "Postgres is unavailable: not ready, messages are refused, cached history is served"

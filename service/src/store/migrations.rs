@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::email_keys;
 use super::operation::Operation;
-use super::postgres::{self, Database};
+use super::postgres::{self, Database, ReadOnly};
 
 /// The migrations that this binary was built with.
 static MIGRATIONS: Migrator = sqlx::migrate!("./migrations");
@@ -31,6 +31,14 @@ pub enum Schema {
     Current { version: i64 },
 }
 
+impl Schema {
+    pub fn version(self) -> i64 {
+        match self {
+            Self::Behind { version } | Self::Current { version } => version,
+        }
+    }
+}
+
 #[derive(thiserror::Error, Debug)]
 pub enum MigrationError {
     #[error(
@@ -44,6 +52,8 @@ pub enum MigrationError {
     TimedOut,
     #[error("Postgres cannot be reached: {0}")]
     Unreachable(#[source] sqlx::Error),
+    #[error("Postgres only reads, {}, and migrations are pending: {}", .0.reason(), .0.fix())]
+    ReadOnly(ReadOnly),
     #[error("the migration failed: {0}")]
     Failed(#[source] MigrateError),
 }
@@ -58,6 +68,9 @@ pub fn known_version() -> i64 {
 pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> {
     let work = async {
         let mut connection = postgres::connect(options).await.map_err(MigrationError::Unreachable)?;
+        if let Some(why) = postgres::read_only(&mut connection).await.map_err(MigrationError::Unreachable)? {
+            return nothing_pending(&mut connection, why).await;
+        }
         let outcome = MIGRATIONS.run_direct(None, &mut connection, false).await;
         if let Err(error) = outcome {
             return Err(explain(&mut connection, error).await);
@@ -77,12 +90,10 @@ pub async fn migrate_with_retry(options: &PgConnectOptions, wait: Duration) -> R
     let mut reported = false;
     loop {
         match migrate(options).await {
-            Err(MigrationError::Unreachable(error))
-                if postgres::may_connect_later(&error) && Instant::now() < deadline =>
-            {
+            Err(error) if may_succeed_later(&error) && Instant::now() < deadline => {
                 if !reported {
                     let left = (deadline - Instant::now()).as_secs();
-                    eprintln!("Postgres cannot be reached: {error}; trying again for {left} s");
+                    eprintln!("{error}; trying again for {left} s");
                     reported = true;
                 }
                 tokio::time::sleep(CONNECT_RETRY).await;
@@ -92,18 +103,27 @@ pub async fn migrate_with_retry(options: &PgConnectOptions, wait: Duration) -> R
     }
 }
 
-/// Asks Postgres for the schema's version, on which readiness depends.
-pub async fn schema(database: &Database) -> Result<Schema, sqlx::Error> {
+/// Asks Postgres for the schema's version and whether it takes writes, on which readiness depends.
+pub async fn schema(database: &Database) -> Result<(Schema, Option<ReadOnly>), sqlx::Error> {
     let mut connection = database.acquire().await?;
-    let query = sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success");
-    let version: Result<Option<i64>, _> =
+    let query = sqlx::query_as(
+        "SELECT max(version), pg_is_in_recovery(), current_setting('transaction_read_only')::boolean
+         FROM _sqlx_migrations WHERE success",
+    );
+    let answer: Result<(Option<i64>, bool, bool), _> =
         database.run(Operation::CheckSchema, query.fetch_one(&mut *connection)).await;
-    let version = match version {
-        Ok(version) => version.unwrap_or(0),
-        Err(error) if postgres::is_undefined_table(&error) => 0,
+    let (version, read_only) = match answer {
+        Ok((version, in_recovery, read_only)) => {
+            (version.unwrap_or(0), postgres::why_read_only(in_recovery, read_only))
+        }
+        Err(error) if postgres::is_undefined_table(&error) => {
+            (0, postgres::read_only(&mut connection).await?)
+        }
         Err(error) => return Err(error),
     };
-    Ok(if version < known_version() { Schema::Behind { version } } else { Schema::Current { version } })
+    let schema =
+        if version < known_version() { Schema::Behind { version } } else { Schema::Current { version } };
+    Ok((schema, read_only))
 }
 
 /// The status of one migration in a database.
@@ -149,6 +169,38 @@ pub async fn statuses(
     Ok(known.chain(unknown).collect())
 }
 
+/// A repetition may succeed: Postgres was not up, or did not take writes yet.
+fn may_succeed_later(error: &MigrationError) -> bool {
+    match error {
+        MigrationError::Unreachable(error) => postgres::may_connect_later(error),
+        MigrationError::ReadOnly(_) => true,
+        _ => false,
+    }
+}
+
+/// Without writes nothing can be migrated, which matters only if something is left to do.
+async fn nothing_pending(connection: &mut PgConnection, why: ReadOnly) -> Result<i64, MigrationError> {
+    let applied = match connection.list_applied_migrations("_sqlx_migrations").await {
+        Ok(applied) => applied,
+        Err(MigrateError::Execute(error)) if postgres::is_undefined_table(&error) => Vec::new(),
+        Err(error) => return Err(explain(connection, error).await),
+    };
+    let newest = applied.iter().map(|migration| migration.version).max().unwrap_or(0);
+    if newest > known_version() {
+        return Err(MigrationError::DatabaseIsNewer { applied: newest, known: known_version() });
+    }
+    for migration in MIGRATIONS.iter() {
+        match applied.iter().find(|applied| applied.version == migration.version) {
+            None => return Err(MigrationError::ReadOnly(why)),
+            Some(applied) if applied.checksum != migration.checksum => {
+                return Err(MigrationError::Edited(migration.version));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(known_version())
+}
+
 async fn explain(connection: &mut PgConnection, error: MigrateError) -> MigrationError {
     match error {
         MigrateError::VersionMissing(_) => {
@@ -159,6 +211,10 @@ async fn explain(connection: &mut PgConnection, error: MigrateError) -> Migratio
         MigrateError::VersionMismatch(version) => MigrationError::Edited(version),
         MigrateError::Execute(error @ (sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut)) => {
             MigrationError::Unreachable(error)
+        }
+        // Since it was asked.
+        MigrateError::Execute(error) if postgres::is_read_only(&error) => {
+            MigrationError::ReadOnly(ReadOnly::Setting)
         }
         error => MigrationError::Failed(error),
     }

@@ -1,11 +1,15 @@
 //! Postgres: the connection pool, how a statement is run, and what its errors mean.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgPoolOptions};
 use sqlx::{Connection as _, PgConnection, PgPool, Postgres};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::operation::Operation;
 use crate::config::Config;
@@ -13,36 +17,144 @@ use crate::telemetry::metrics::Metrics;
 use crate::telemetry::trace::{self, ServerAttributes};
 
 /// How long a request may wait for a connection: longer than a reconnect takes, shorter than a client's patience, which
-/// is 10 s by default. A request that waits longer is answered with 503.
+/// is 10 s by default. A request that waits longer is answered with 503. Where `REQUEST_TIMEOUT_MS` is short, it is half of
+/// that, so that the request still ends with the reason.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How much longer than Postgres's own timeout a statement is waited for, in case Postgres cannot answer.
+pub const STATEMENT_MARGIN: Duration = Duration::from_secs(1);
 
 /// How long a connection outside the pool may take to open.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Sessions are replaced at most this often while Postgres only reads. A request that meets a new one which only reads, too,
+/// would gain nothing from yet another.
+const REPLACE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why Postgres answers and takes no writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadOnly {
+    /// It follows a primary: its data may be older.
+    Standby,
+    /// `default_transaction_read_only` is on, for the server, the database or the user.
+    Setting,
+}
+
+impl ReadOnly {
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Standby => "it is a standby",
+            Self::Setting => "default_transaction_read_only is on",
+        }
+    }
+
+    pub fn fix(self) -> &'static str {
+        match self {
+            Self::Standby => "correct DB_HOST, or DATABASE_URL, to reach the primary, or promote this server",
+            Self::Setting => {
+                "remove the reason (often a full disk), then ALTER SYSTEM RESET default_transaction_read_only and \
+                 SELECT pg_reload_conf(); or ALTER DATABASE, or ALTER USER, where it was set there"
+            }
+        }
+    }
+}
+
+/// The sessions that the pool still uses: those that were opened since the last replacement. A session keeps the settings
+/// that its database and its user had when it was opened, so one that only reads would go on to do so.
+#[derive(Clone, Debug)]
+struct Replacement(Arc<watch::Sender<Instant>>);
+
+impl Replacement {
+    fn new() -> Self {
+        Self(Arc::new(watch::Sender::new(Instant::now())))
+    }
+
+    /// Every session of now is closed instead of used again.
+    fn replace(&self) {
+        self.0.send_replace(Instant::now());
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.0.borrow().elapsed()
+    }
+}
 
 /// The connection pool. Every statement of a request runs through it, and so is counted, timed and traced.
 #[derive(Clone, Debug)]
 pub struct Database {
     pool: PgPool,
+    replacement: Replacement,
+    /// How long a session that was given back may take to finish what it was last asked.
+    return_timeout: Duration,
     server: ServerAttributes,
     metrics: Arc<Metrics>,
 }
 
+/// A connection of the pool, to which it returns when it is dropped.
+///
+/// sqlx first waits until the last statement has ended, which may have been cancelled, and waits without a limit. A server
+/// whose machine has died never answers, so without a limit its connections would fill the pool until TCP gives them up.
+#[derive(Debug)]
+pub struct Session {
+    connection: PoolConnection<Postgres>,
+    return_timeout: Duration,
+    broken: bool,
+}
+
+impl Session {
+    /// Closes the connection instead of returning it to the pool.
+    pub fn close_on_drop(&mut self) {
+        self.broken = true;
+    }
+}
+
+impl Deref for Session {
+    type Target = PgConnection;
+
+    fn deref(&self) -> &PgConnection {
+        &self.connection
+    }
+}
+
+impl DerefMut for Session {
+    fn deref_mut(&mut self) -> &mut PgConnection {
+        &mut self.connection
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if self.broken {
+            self.connection.close_on_drop();
+        } else if let Ok(runtime) = Handle::try_current() {
+            let returned = self.connection.return_to_pool();
+            runtime.spawn(tokio::time::timeout(self.return_timeout, returned));
+        }
+    }
+}
+
 /// A pool that connects when it is first needed, so that the process starts, and stays alive, without Postgres.
-pub fn pool(config: &Config, options: PgConnectOptions) -> PgPool {
+fn pool(config: &Config, options: PgConnectOptions, replacement: Replacement) -> PgPool {
     let timeout = config.db_statement_timeout_ms.to_string();
     PgPoolOptions::new()
         .max_connections(config.db_pool_max)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .acquire_timeout(ACQUIRE_TIMEOUT.min(config.request_timeout() / 2))
+        .before_acquire(move |_, session| {
+            let is_current = session.age < replacement.elapsed();
+            Box::pin(async move { Ok(is_current) })
+        })
         .idle_timeout(Duration::from_secs(600))
         .connect_lazy_with(options.options([("statement_timeout", timeout)]))
 }
 
 impl Database {
-    pub fn new(pool: PgPool, metrics: Arc<Metrics>) -> Self {
-        let options = pool.connect_options();
+    pub fn new(config: &Config, options: PgConnectOptions, metrics: Arc<Metrics>) -> Self {
+        let replacement = Replacement::new();
         let database = options.get_database().unwrap_or_else(|| options.get_username());
         let server = ServerAttributes::new(options.get_host(), options.get_port(), database);
-        Self { pool, server, metrics }
+        let pool = pool(config, options, replacement.clone());
+        let return_timeout = config.statement_timeout() + STATEMENT_MARGIN;
+        Self { pool, replacement, return_timeout, server, metrics }
     }
 
     pub fn pool(&self) -> &PgPool {
@@ -50,12 +162,24 @@ impl Database {
     }
 
     /// A connection, waited for no longer than [`ACQUIRE_TIMEOUT`].
-    pub async fn acquire(&self) -> Result<PoolConnection<Postgres>, sqlx::Error> {
-        self.pool.acquire().await.inspect_err(|error| {
+    pub async fn acquire(&self) -> Result<Session, sqlx::Error> {
+        self.acquire_within(ACQUIRE_TIMEOUT).await
+    }
+
+    /// A connection, waited for no longer than `limit` and [`ACQUIRE_TIMEOUT`].
+    pub async fn acquire_within(&self, limit: Duration) -> Result<Session, sqlx::Error> {
+        let acquired = tokio::time::timeout(limit, self.pool.acquire()).await;
+        let connection = acquired.unwrap_or(Err(sqlx::Error::PoolTimedOut)).inspect_err(|error| {
             if matches!(error, sqlx::Error::PoolTimedOut) {
                 self.metrics.pool_timed_out();
             }
-        })
+        })?;
+        Ok(Session { connection, return_timeout: self.return_timeout, broken: false })
+    }
+
+    /// Has every session of the pool replaced before it is used again.
+    pub fn replace_sessions(&self) {
+        self.replacement.replace();
     }
 
     /// Runs the work of an operation, timed and traced.
@@ -67,6 +191,9 @@ impl Database {
         let _timer = self.metrics.operation_started(operation.name());
         let span = trace::operation(operation.name(), &self.server);
         let outcome = work.await;
+        if outcome.as_ref().is_err_and(is_read_only) && self.replacement.elapsed() > REPLACE_INTERVAL {
+            self.replacement.replace();
+        }
         if let (Some(span), Err(error)) = (&span, &outcome) {
             match error {
                 sqlx::Error::Database(error) => span.operation_failed(error.code().as_deref(), "database"),
@@ -83,6 +210,29 @@ pub async fn connect(options: &PgConnectOptions) -> Result<PgConnection, sqlx::E
     tokio::time::timeout(CONNECT_TIMEOUT, PgConnection::connect_with(options))
         .await
         .unwrap_or(Err(sqlx::Error::PoolTimedOut))
+}
+
+/// Whether the session can write, and if not, why.
+pub async fn read_only(connection: &mut PgConnection) -> Result<Option<ReadOnly>, sqlx::Error> {
+    let (in_recovery, read_only) =
+        sqlx::query_as("SELECT pg_is_in_recovery(), current_setting('transaction_read_only')::boolean")
+            .fetch_one(connection)
+            .await?;
+    Ok(why_read_only(in_recovery, read_only))
+}
+
+/// The meaning of `pg_is_in_recovery()` and `transaction_read_only`.
+pub(super) fn why_read_only(in_recovery: bool, read_only: bool) -> Option<ReadOnly> {
+    match (in_recovery, read_only) {
+        (true, _) => Some(ReadOnly::Standby),
+        (false, true) => Some(ReadOnly::Setting),
+        (false, false) => None,
+    }
+}
+
+/// True when Postgres refused to write: `read_only_sql_transaction`.
+pub fn is_read_only(error: &sqlx::Error) -> bool {
+    code(error) == Some("25006")
 }
 
 /// True when Postgres cannot serve now: nothing is known to be wrong with the request.

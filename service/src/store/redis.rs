@@ -27,7 +27,8 @@ use crate::telemetry::trace::{self, ServerAttributes};
 use crate::workers;
 
 /// How long one round trip may take before Redis counts as unavailable: far above a healthy one (well under 1 ms), far
-/// below a request's timeout.
+/// below a request's timeout. Of a short `REQUEST_TIMEOUT_MS` it is a quarter: a read waits for Redis twice before it asks
+/// Postgres.
 const RESPONSE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How long connecting may take, TLS and the sentinels' answer included.
@@ -54,6 +55,7 @@ pub struct Redis {
     unavailable: watch::Sender<bool>,
     /// Loaded at each connect, so that `EVALSHA` finds them.
     scripts: Vec<Script>,
+    response_timeout: Duration,
     server: ServerAttributes,
     metrics: Arc<Metrics>,
 }
@@ -70,13 +72,14 @@ pub struct Live {
 #[derive(Clone)]
 enum Connection {
     One(MultiplexedConnection),
-    Cluster(ClusterConnection),
+    /// With its response timeout.
+    Cluster(ClusterConnection, Duration),
 }
 
 impl Live {
     /// True where keys live on several nodes.
     pub fn is_cluster(&self) -> bool {
-        self.connections.iter().any(|connection| matches!(connection, Connection::Cluster(_)))
+        self.connections.iter().any(|connection| matches!(connection, Connection::Cluster(..)))
     }
 
     /// The connection of the worker that calls.
@@ -107,6 +110,7 @@ impl Redis {
             lost: Notify::new(),
             unavailable: watch::Sender::new(true),
             scripts,
+            response_timeout: RESPONSE_TIMEOUT.min(config.request_timeout() / 4),
             server: server_attributes(config),
             metrics,
         }))
@@ -220,8 +224,8 @@ impl Redis {
 
     /// Opens a connection that the runtime drives.
     async fn connect_on(&self, runtime: &Handle) -> Result<Connection, RedisError> {
-        let source = Arc::clone(&self.source);
-        let connecting = runtime.spawn(async move { source.connect().await });
+        let (source, timeout) = (Arc::clone(&self.source), self.response_timeout);
+        let connecting = runtime.spawn(async move { source.connect(timeout).await });
         connecting.await.unwrap_or_else(|_| Err(timed_out("the worker has ended")))
     }
 
@@ -262,18 +266,19 @@ impl Source {
         })
     }
 
-    async fn connect(&self) -> Result<Connection, RedisError> {
+    async fn connect(&self, response_timeout: Duration) -> Result<Connection, RedisError> {
         fn reason<E: std::fmt::Display>(error: E) -> RedisError {
             RedisError::from((ErrorKind::Io, "connect", error.to_string()))
         }
         let one = |mut connection: MultiplexedConnection| {
-            connection.set_response_timeout(RESPONSE_TIMEOUT);
+            connection.set_response_timeout(response_timeout);
             Connection::One(connection)
         };
         Ok(match self {
             Self::Single(pool) => one(deadpool_redis::Connection::take(pool.get().await.map_err(reason)?)),
             Self::Cluster(pool) => {
-                Connection::Cluster(cluster::Connection::take(pool.get().await.map_err(reason)?))
+                let connection = cluster::Connection::take(pool.get().await.map_err(reason)?);
+                Connection::Cluster(connection, response_timeout)
             }
             Self::Sentinel(pool) => one(sentinel::Connection::take(pool.get().await.map_err(reason)?)),
         })
@@ -284,7 +289,7 @@ impl ConnectionLike for Connection {
     fn req_packed_command<'a>(&'a mut self, cmd: &'a Cmd) -> RedisFuture<'a, Value> {
         match self {
             Self::One(connection) => connection.req_packed_command(cmd),
-            Self::Cluster(connection) => connection.req_packed_command(cmd),
+            Self::Cluster(connection, _) => connection.req_packed_command(cmd),
         }
     }
 
@@ -297,7 +302,9 @@ impl ConnectionLike for Connection {
         match self {
             Self::One(connection) => connection.req_packed_commands(pipeline, offset, count),
             // A cluster's keys live on several nodes: each command goes to its node, all of them at once.
-            Self::Cluster(connection) => Box::pin(each_on_its_node(connection.clone(), pipeline)),
+            Self::Cluster(connection, timeout) => {
+                Box::pin(each_on_its_node(connection.clone(), pipeline, *timeout))
+            }
         }
     }
 
@@ -309,6 +316,7 @@ impl ConnectionLike for Connection {
 async fn each_on_its_node(
     connection: ClusterConnection,
     pipeline: &Pipeline,
+    timeout: Duration,
 ) -> Result<Vec<Value>, RedisError> {
     let mut answers = Vec::with_capacity(pipeline.len());
     let commands: Vec<_> = pipeline
@@ -316,7 +324,7 @@ async fn each_on_its_node(
         .map(|command| {
             let (mut connection, command) = (connection.clone(), command.clone());
             let answer = async move { connection.req_packed_command(&command).await };
-            tokio::spawn(tokio::time::timeout(RESPONSE_TIMEOUT, answer))
+            tokio::spawn(tokio::time::timeout(timeout, answer))
         })
         .collect();
     for command in commands {

@@ -9,6 +9,7 @@ mod faults;
 mod jobs;
 mod lifecycle;
 mod metrics;
+mod postgres_read_only;
 mod postgres_unavailable;
 mod readme;
 mod redis_modes;

@@ -4,8 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
+use tests::proxy::{Link, Proxy};
 use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch};
 
 use super::lifecycle::send_until;
@@ -129,6 +130,74 @@ fn with_a_frozen_postgres_requests_get_503_or_cached_history_until_it_continues(
     let message = service.send(&ana, &ben, "afterwards")?.expect(201)?.json()?;
     ensure!(message["seq"] == database.contents()?.len(), "{message}");
     database.has_no_gaps()
+}
+
+/// A user waits for no more than this before old messages appear, whatever `REQUEST_TIMEOUT_MS` is.
+const CACHED_PATIENCE: Duration = Duration::from_millis(1500);
+
+#[test]
+fn a_cached_read_is_answered_within_a_second_and_a_half_of_a_kill_or_a_freeze() -> Result<()> {
+    for request_timeout in ["10000", "3000", "1000", "300"] {
+        for freeze in [false, true] {
+            let Backends { mut postgres, redis, _scratch } = backends(PostgresOptions::fast())?;
+            let database = Database::on(&postgres)?;
+            let service = start(&database, &redis).ready()?;
+            let (ana, ben) = conversation(&service)?;
+            service.stop()?;
+            let service = start(&database, &redis).env("REQUEST_TIMEOUT_MS", request_timeout).ready()?;
+            // So that a session is open, and no lease is left.
+            service.read(&ben, &ana, 100)?.expect(200)?;
+            thread::sleep(Duration::from_secs(1));
+            if freeze {
+                postgres.pause();
+            } else {
+                postgres.kill()?;
+            }
+            // Not only those that come after the health check has noticed.
+            for _ in 0..4 {
+                let page = within(CACHED_PATIENCE, "a cached read", || service.read(&ben, &ana, 3))?;
+                let page = page.expect(200).with_context(|| format!("{request_timeout} ms, {freeze}"))?;
+                ensure!(page.header("warning") == "110 - \"Response is Stale\"", "{page:?}");
+                ensure!(page.contents()? == ["third", "second", "first"], "{page:?}");
+            }
+            if freeze {
+                postgres.resume();
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A server that died with its machine sends no reset. Its connections must not be waited for until TCP gives them up.
+#[test]
+fn connections_that_never_answer_again_do_not_keep_the_pool_from_recovering() -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    let Backends { postgres, redis, _scratch } = backends(PostgresOptions::fast())?;
+    let database = Database::on(&postgres)?;
+    let proxy = Proxy::start(runtime.handle(), postgres.port())?;
+    let url = database.url().replace(&format!(":{}/", postgres.port()), &format!(":{}/", proxy.port()));
+    let service = start(&database, &redis)
+        .env("DATABASE_URL", &url)
+        .env("DB_POOL_MAX", "4")
+        .env("DB_STATEMENT_TIMEOUT_MS", "1000")
+        .env("REQUEST_TIMEOUT_MS", "1000")
+        .ready()?;
+    let (ana, ben) = conversation(&service)?;
+    let ask_together = || {
+        thread::scope(|scope| {
+            let requests: Vec<_> = (0..8).map(|_| scope.spawn(|| service.me(&ana.token))).collect();
+            requests.into_iter().map(|request| request.join().expect("no panic")).collect::<Result<Vec<_>>>()
+        })
+    };
+    ask_together()?;
+    proxy.set(Link::Lost);
+    for answer in ask_together()? {
+        answer.is_unavailable()?;
+    }
+    service.becomes("unavailable")?;
+    proxy.set(Link::Open);
+    within(Duration::from_secs(20), "the recovery", || service.becomes("ok"))?;
+    has_recovered(&service, &ana, &ben)
 }
 
 #[test]

@@ -14,6 +14,28 @@ use super::support::{
 /// No request of a degraded service takes this long, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// A request that waits for Redis has time left for the answer that needs no Redis.
+#[test]
+fn a_frozen_redis_leaves_time_for_the_answer_when_requests_are_short() -> Result<()> {
+    let database = Database::create()?;
+    let (_scratch, mut redis) = private_redis()?;
+    let start = start(&database, &redis).env("LOGIN_RATE_LIMIT_PER_MINUTE", "1000");
+    let setup = start.ready()?;
+    let mut conversation = Conversation::start(&setup)?;
+    conversation.goes_on(&setup)?;
+    setup.stop()?;
+    let service = start.env("REQUEST_TIMEOUT_MS", "400").ready()?;
+    redis.pause();
+    service.log_in("ana")?;
+    // Only the wait for leases does not fit into such a request, until the windows are suspended.
+    let (ana, ben) = (&conversation.ana, &conversation.ben);
+    let page = eventually("a page", || service.read(ben, ana, 5).ok()?.expect(200).ok())?;
+    ensure!(page.contents()? == conversation.sent, "{page:?}");
+    service.send(ana, ben, "without Redis")?.expect(201)?;
+    redis.resume();
+    Ok(())
+}
+
 struct Conversation {
     ana: User,
     ben: User,

@@ -163,13 +163,13 @@ impl Fault {
             Self::RedisKill { .. } => "Redis killed",
             Self::RedisRollback { .. } => "Redis rolled back",
             Self::Link { server: Server::Redis, link, .. } => match link {
-                Link::Cut => "link to Redis cut",
+                Link::Cut | Link::Lost => "link to Redis cut",
                 Link::Stalled => "link to Redis stalled",
                 Link::Muted => "responses of Redis withheld",
                 Link::Slow(_) | Link::Open => "link to Redis slow",
             },
             Self::Link { server: Server::Postgres, link, .. } => match link {
-                Link::Cut => "link to Postgres cut",
+                Link::Cut | Link::Lost => "link to Postgres cut",
                 Link::Stalled => "link to Postgres stalled",
                 Link::Muted => "responses of Postgres withheld",
                 Link::Slow(_) | Link::Open => "link to Postgres slow",

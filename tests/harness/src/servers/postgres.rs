@@ -169,6 +169,25 @@ impl Postgres {
         self.launch()
     }
 
+    /// Restarts it as a standby that follows no primary: it answers reads until `SELECT pg_promote()`.
+    pub fn restart_as_standby(&mut self) -> Result<()> {
+        self.stop()?;
+        self.home.write("data/standby.signal", "")?;
+        self.launch()
+    }
+
+    /// A standby of its own in `dir`, with the data as they are now. It follows no primary, so it stays as it is.
+    pub fn stale_standby(&mut self, dir: &Path) -> Result<Self> {
+        self.stop()?;
+        let home = Home::prepare(dir)?;
+        let mut copy = Command::new("cp");
+        copy.arg("-a").arg(self.home.path().join(".")).arg(home.path());
+        daemon::run_ok(copy, INITDB_LIMIT).context("copy a Postgres data directory")?;
+        home.write("data/standby.signal", "")?;
+        self.launch()?;
+        Self::start(dir, PostgresOptions { port: None, ..self.options.clone() })
+    }
+
     /// Freezes all of it: connections stay open and nothing answers.
     pub fn pause(&mut self) {
         if let Some(daemon) = &mut self.daemon {
@@ -221,7 +240,8 @@ impl Postgres {
             let text = fs::read_to_string(&pid_file).unwrap_or_default();
             let mut lines = text.lines();
             // The first line is the process id, the eighth its state. The file may be of an earlier run.
-            lines.next() == Some(&pid) && lines.nth(6).is_some_and(|state| state.trim() == "ready")
+            let is_ready = |state: &str| ["ready", "standby"].contains(&state.trim());
+            lines.next() == Some(&pid) && lines.nth(6).is_some_and(is_ready)
         };
         daemon
             .await_ready(READY_LIMIT, ready)
