@@ -1,5 +1,6 @@
 //! Postgres: the connection pool, how a statement is run, and what its errors mean.
 
+use std::io;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,8 +85,8 @@ impl Replacement {
 pub struct Database {
     pool: PgPool,
     replacement: Replacement,
-    /// How long a session that was given back may take to finish what it was last asked.
-    return_timeout: Duration,
+    /// How long a statement may take. Postgres's own timeout does not help when Postgres cannot answer.
+    statement_limit: Duration,
     server: ServerAttributes,
     metrics: Arc<Metrics>,
 }
@@ -97,7 +98,7 @@ pub struct Database {
 #[derive(Debug)]
 pub struct Session {
     connection: PoolConnection<Postgres>,
-    return_timeout: Duration,
+    return_limit: Duration,
     broken: bool,
 }
 
@@ -128,7 +129,7 @@ impl Drop for Session {
             self.connection.close_on_drop();
         } else if let Ok(runtime) = Handle::try_current() {
             let returned = self.connection.return_to_pool();
-            runtime.spawn(tokio::time::timeout(self.return_timeout, returned));
+            runtime.spawn(tokio::time::timeout(self.return_limit, returned));
         }
     }
 }
@@ -153,8 +154,8 @@ impl Database {
         let database = options.get_database().unwrap_or_else(|| options.get_username());
         let server = ServerAttributes::new(options.get_host(), options.get_port(), database);
         let pool = pool(config, options, replacement.clone());
-        let return_timeout = config.statement_timeout() + STATEMENT_MARGIN;
-        Self { pool, replacement, return_timeout, server, metrics }
+        let statement_limit = config.statement_timeout() + STATEMENT_MARGIN;
+        Self { pool, replacement, statement_limit, server, metrics }
     }
 
     pub fn pool(&self) -> &PgPool {
@@ -174,7 +175,7 @@ impl Database {
                 self.metrics.pool_timed_out();
             }
         })?;
-        Ok(Session { connection, return_timeout: self.return_timeout, broken: false })
+        Ok(Session { connection, return_limit: self.statement_limit, broken: false })
     }
 
     /// Has every session of the pool replaced before it is used again.
@@ -182,7 +183,7 @@ impl Database {
         self.replacement.replace();
     }
 
-    /// Runs the work of an operation, timed and traced.
+    /// Runs the work of an operation within the limit of a statement, timed and traced.
     pub async fn run<T>(
         &self,
         operation: Operation,
@@ -190,7 +191,8 @@ impl Database {
     ) -> Result<T, sqlx::Error> {
         let _timer = self.metrics.operation_started(operation.name());
         let span = trace::operation(operation.name(), &self.server);
-        let outcome = work.await;
+        let outcome = tokio::time::timeout(self.statement_limit, work).await;
+        let outcome = outcome.unwrap_or_else(|_| Err(sqlx::Error::Io(io::ErrorKind::TimedOut.into())));
         if outcome.as_ref().is_err_and(is_read_only) && self.replacement.elapsed() > REPLACE_INTERVAL {
             self.replacement.replace();
         }

@@ -220,7 +220,7 @@ impl Metrics {
             dependency_up: gauges(
                 &registry,
                 "chat_dependency_up",
-                "1 while the dependency answers",
+                "1 while the dependency answers and takes writes",
                 &["dependency"],
             )?,
             ready: gauge(&registry, "chat_ready", "1 while /healthz answers 200")?,

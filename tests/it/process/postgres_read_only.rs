@@ -67,6 +67,8 @@ fn says_read_only(service: &Service) -> Result<()> {
 fn refuses_writes(service: &Service, ana: &User, ben: &User, newest_first: &[&str]) -> Result<()> {
     service.send(ana, ben, "not now")?.is_unavailable()?;
     register(service, "eve")?.is_unavailable()?;
+    // A lease from before still says that the window is complete.
+    thread::sleep(Duration::from_secs(1));
     // From the window, and beyond it from Postgres.
     for limit in [newest_first.len(), 100] {
         let page = service.read(ben, ana, limit)?.expect(200)?;

@@ -10,7 +10,7 @@ use tests::proxy::{Link, Proxy};
 use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch};
 
 use super::lifecycle::send_until;
-use super::support::{Database, Response, Service, Start, User, eventually, within};
+use super::support::{Database, Response, Service, Start, User, closed_port, eventually, within};
 
 /// No refusal takes this long, even on a busy machine: the request's own timeout is half of it.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -175,9 +175,7 @@ fn connections_that_never_answer_again_do_not_keep_the_pool_from_recovering() ->
     let Backends { postgres, redis, _scratch } = backends(PostgresOptions::fast())?;
     let database = Database::on(&postgres)?;
     let proxy = Proxy::start(runtime.handle(), postgres.port())?;
-    let url = database.url().replace(&format!(":{}/", postgres.port()), &format!(":{}/", proxy.port()));
-    let service = start(&database, &redis)
-        .env("DATABASE_URL", &url)
+    let service = through(&proxy, &postgres, &database, start(&database, &redis))
         .env("DB_POOL_MAX", "4")
         .env("DB_STATEMENT_TIMEOUT_MS", "1000")
         .env("REQUEST_TIMEOUT_MS", "1000")
@@ -198,6 +196,43 @@ fn connections_that_never_answer_again_do_not_keep_the_pool_from_recovering() ->
     proxy.set(Link::Open);
     within(Duration::from_secs(20), "the recovery", || service.becomes("ok"))?;
     has_recovered(&service, &ana, &ben)
+}
+
+/// Nor may such a connection keep the background tasks from their work: without a suspension every request would wait for
+/// leases for as long as Redis is unavailable.
+#[test]
+fn windows_stay_suspended_after_a_connection_that_never_answers_again() -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    let Backends { postgres, redis: _redis, _scratch } = backends(PostgresOptions::fast())?;
+    let database = Database::on(&postgres)?;
+    let proxy = Proxy::start(runtime.handle(), postgres.port())?;
+    let service = through(&proxy, &postgres, &database, Start::on(&database))
+        .env("REDIS_URL", &format!("redis://127.0.0.1:{}", closed_port()?))
+        .env("DB_STATEMENT_TIMEOUT_MS", "1000")
+        .listen()?;
+    service.becomes("degraded")?;
+    let (ana, ben) = service.two_users()?;
+    service.send(&ana, &ben, "first")?.expect(201)?;
+    let quick_read = || {
+        let read = || service.read(&ben, &ana, 1)?.expect(200);
+        eventually("a read that does not wait for leases", || {
+            within(Duration::from_millis(600), "", read).ok()
+        })
+    };
+    quick_read()?;
+    proxy.set(Link::Lost);
+    // Longer than from one renewal of the suspension to the next.
+    thread::sleep(Duration::from_secs(4));
+    proxy.set(Link::Open);
+    // The suspension from before is over.
+    thread::sleep(Duration::from_secs(10));
+    quick_read()?;
+    Ok(())
+}
+
+fn through(proxy: &Proxy, postgres: &Postgres, database: &Database, start: Start) -> Start {
+    let (direct, proxied) = (format!(":{}/", postgres.port()), format!(":{}/", proxy.port()));
+    start.env("DATABASE_URL", &database.url().replace(&direct, &proxied))
 }
 
 #[test]
