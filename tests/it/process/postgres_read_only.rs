@@ -182,7 +182,9 @@ fn a_database_that_was_set_to_read_only_is_noticed_by_the_first_session_that_mee
         lock.release();
         calls.into_iter().try_for_each(|call| call.join().expect("no panic").map(drop))
     })?;
-    eventually("a refused registration", || register(&service, "eve").ok()?.is_unavailable().ok())?;
+    let mut names = (0..).map(|number| format!("eve-{number}"));
+    let mut refused = || register(&service, &names.next()?).ok()?.is_unavailable().ok();
+    eventually("a refused registration", &mut refused)?;
     says_read_only(&service)?;
     // Although sessions from before could still write, it does not change its mind with each session.
     for _ in 0..40 {

@@ -175,23 +175,22 @@ fn connections_that_never_answer_again_do_not_keep_the_pool_from_recovering() ->
     let Backends { postgres, redis, _scratch } = backends(PostgresOptions::fast())?;
     let database = Database::on(&postgres)?;
     let proxy = Proxy::start(runtime.handle(), postgres.port())?;
+    let setup = start(&database, &redis).ready()?;
+    let (ana, ben) = conversation(&setup)?;
+    setup.stop()?;
     let service = through(&proxy, &postgres, &database, start(&database, &redis))
         .env("DB_POOL_MAX", "4")
-        .env("DB_STATEMENT_TIMEOUT_MS", "1000")
-        .env("REQUEST_TIMEOUT_MS", "1000")
+        .env("DB_STATEMENT_TIMEOUT_MS", "3000")
         .ready()?;
-    let (ana, ben) = conversation(&service)?;
-    let ask_together = || {
-        thread::scope(|scope| {
-            let requests: Vec<_> = (0..8).map(|_| scope.spawn(|| service.me(&ana.token))).collect();
-            requests.into_iter().map(|request| request.join().expect("no panic")).collect::<Result<Vec<_>>>()
-        })
-    };
-    ask_together()?;
-    proxy.set(Link::Lost);
-    for answer in ask_together()? {
-        answer.is_unavailable()?;
-    }
+    // All connections of the pool are in use when the server dies.
+    let lock = database.hold("LOCK TABLE users")?;
+    thread::scope(|scope| -> Result<()> {
+        let requests: Vec<_> = (0..8).map(|_| scope.spawn(|| service.me(&ana.token))).collect();
+        database.blocks(4)?;
+        proxy.set(Link::Lost);
+        lock.release();
+        requests.into_iter().try_for_each(|request| request.join().expect("no panic")?.is_unavailable())
+    })?;
     service.becomes("unavailable")?;
     proxy.set(Link::Open);
     within(Duration::from_secs(20), "the recovery", || service.becomes("ok"))?;
@@ -208,7 +207,7 @@ fn windows_stay_suspended_after_a_connection_that_never_answers_again() -> Resul
     let proxy = Proxy::start(runtime.handle(), postgres.port())?;
     let service = through(&proxy, &postgres, &database, Start::on(&database))
         .env("REDIS_URL", &format!("redis://127.0.0.1:{}", closed_port()?))
-        .env("DB_STATEMENT_TIMEOUT_MS", "1000")
+        .env("DB_STATEMENT_TIMEOUT_MS", "3000")
         .listen()?;
     service.becomes("degraded")?;
     let (ana, ben) = service.two_users()?;
@@ -220,9 +219,12 @@ fn windows_stay_suspended_after_a_connection_that_never_answers_again() -> Resul
         })
     };
     quick_read()?;
+    let lock = database.hold("LOCK TABLE window_suspension")?;
+    // The renewal.
+    database.blocks(1)?;
     proxy.set(Link::Lost);
-    // Longer than from one renewal of the suspension to the next.
-    thread::sleep(Duration::from_secs(4));
+    lock.release();
+    thread::sleep(Duration::from_secs(1));
     proxy.set(Link::Open);
     // The suspension from before is over.
     thread::sleep(Duration::from_secs(10));
