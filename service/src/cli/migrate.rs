@@ -11,7 +11,7 @@ use crate::store::migrations::{self, MigrationError, MigrationStatus};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// How long to wait for a Postgres that cannot be reached
+    /// How long to wait for a Postgres that cannot be reached, or only reads
     #[arg(long, default_value_t = 0, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=86_400))]
     wait: u32,
     /// Leave a schema that is newer than this binary as it is, and succeed: for going back to an older release

@@ -52,7 +52,7 @@ pub enum MigrationError {
     TimedOut,
     #[error("Postgres cannot be reached: {0}")]
     Unreachable(#[source] sqlx::Error),
-    #[error("Postgres only reads, {}, and migrations are pending: {}", .0.reason(), .0.fix())]
+    #[error("Postgres only reads, {}, so nothing can be migrated: {}", .0.reason(), .0.fix())]
     ReadOnly(ReadOnly),
     #[error("the migration failed: {0}")]
     Failed(#[source] MigrateError),
@@ -69,7 +69,7 @@ pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> 
     let work = async {
         let mut connection = postgres::connect(options).await.map_err(MigrationError::Unreachable)?;
         if let Some(why) = postgres::read_only(&mut connection).await.map_err(MigrationError::Unreachable)? {
-            return nothing_pending(&mut connection, why).await;
+            return Err(MigrationError::ReadOnly(why));
         }
         let outcome = MIGRATIONS.run_direct(None, &mut connection, false).await;
         if let Err(error) = outcome {
@@ -176,29 +176,6 @@ fn may_succeed_later(error: &MigrationError) -> bool {
         MigrationError::ReadOnly(_) => true,
         _ => false,
     }
-}
-
-/// Without writes nothing can be migrated, which matters only if something is left to do.
-async fn nothing_pending(connection: &mut PgConnection, why: ReadOnly) -> Result<i64, MigrationError> {
-    let applied = match connection.list_applied_migrations("_sqlx_migrations").await {
-        Ok(applied) => applied,
-        Err(MigrateError::Execute(error)) if postgres::is_undefined_table(&error) => Vec::new(),
-        Err(error) => return Err(explain(connection, error).await),
-    };
-    let newest = applied.iter().map(|migration| migration.version).max().unwrap_or(0);
-    if newest > known_version() {
-        return Err(MigrationError::DatabaseIsNewer { applied: newest, known: known_version() });
-    }
-    for migration in MIGRATIONS.iter() {
-        match applied.iter().find(|applied| applied.version == migration.version) {
-            None => return Err(MigrationError::ReadOnly(why)),
-            Some(applied) if applied.checksum != migration.checksum => {
-                return Err(MigrationError::Edited(migration.version));
-            }
-            Some(_) => {}
-        }
-    }
-    Ok(known_version())
 }
 
 async fn explain(connection: &mut PgConnection, error: MigrateError) -> MigrationError {
