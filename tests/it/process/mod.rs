@@ -4,6 +4,7 @@
 mod commands;
 mod configuration;
 mod faults;
+mod installation;
 mod jobs;
 mod lifecycle;
 mod metrics;
