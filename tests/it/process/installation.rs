@@ -201,6 +201,22 @@ fn a_role_without_grants_is_unready_until_it_has_those_that_doctor_prints() -> R
 }
 
 #[test]
+fn the_grants_of_the_charts_readme_are_enough() -> Result<()> {
+    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("../helm/chat-service/README.md.gotmpl");
+    let readme = fs::read_to_string(readme)?;
+    let (_, rest) = readme.split_once("```sql\n").context("the statements")?;
+    let (statements, _) = rest.split_once("```").context("the end of the statements")?;
+    let statements = statements.replace("chat_owner", "owner").replace(" TO chat;", " TO serving;");
+    let roles = two_roles("public")?;
+    // A table of a later release, too.
+    roles.run_as_owner(&[statements, "CREATE TABLE later (n int)".to_owned()])?;
+    roles.start().ready()?.two_users()?;
+    let held = "SELECT has_table_privilege('serving', 'later', 'SELECT, INSERT, UPDATE, DELETE')";
+    ensure!(roles.database.value(held)? == "t");
+    Ok(())
+}
+
+#[test]
 fn tables_where_search_path_does_not_lead_are_found_and_doctor_prints_what_makes_them_usable() -> Result<()> {
     let roles = two_roles("app")?;
     let start = roles.start().env("MIGRATE_ON_START", "false");
