@@ -28,7 +28,8 @@ pub(super) struct Checks {
     /// `ok`, `away`, or `read_only` while it answers and takes no writes.
     #[salvo(schema(example = "ok"))]
     postgres: &'static str,
-    /// `ok`, `behind` before its migrations, or `unknown` while Postgres is unavailable.
+    /// `ok`; `behind` before its migrations; `forbidden` while the role lacks privileges; `encoding` where the database is
+    /// not in UTF8; `unknown` while Postgres is unavailable.
     #[salvo(schema(example = "ok"))]
     schema: &'static str,
     /// `ok` or `away`.
@@ -94,6 +95,8 @@ impl Readiness {
                 PostgresState::Answers(schema) | PostgresState::ReadOnly(_, schema) => match schema {
                     Schema::Current { .. } => "ok",
                     Schema::Behind { .. } => "behind",
+                    Schema::Forbidden { .. } => "forbidden",
+                    Schema::NotUtf8 { .. } => "encoding",
                 },
                 PostgresState::Unknown | PostgresState::Unavailable => "unknown",
             },

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::migrations::{self, Schema};
-use super::postgres::{Database, ReadOnly};
+use super::migrations::{self, Answer, Schema};
+use super::postgres::{self, Database, ReadOnly};
 
 /// How old the answer to a probe may be, and how long Postgres may take for it.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -84,9 +84,11 @@ impl Health {
     pub async fn ask(&self, database: &Database) {
         let answer = tokio::time::timeout(TIMEOUT, migrations::schema(database)).await;
         let (postgres, fault) = match answer {
-            Ok(Ok((schema, None))) => (PostgresState::Answers(schema), None),
-            Ok(Ok((schema, Some(why)))) => (PostgresState::ReadOnly(why, schema), None),
-            Ok(Err(error)) => (PostgresState::Unavailable, Some(error.to_string())),
+            Ok(Ok(Answer { schema, read_only: Some(why), .. })) => (PostgresState::ReadOnly(why, schema), None),
+            Ok(Ok(Answer { schema, fault, .. })) => {
+                (PostgresState::Answers(schema), fault.map(|fault| fault.to_string()))
+            }
+            Ok(Err(error)) => (PostgresState::Unavailable, Some(postgres::reason(&error))),
             Err(_) => (PostgresState::Unavailable, Some(format!("no answer within {} s", TIMEOUT.as_secs()))),
         };
         // A session that only reads would go on to do so, whatever has changed since it was opened. So the next answer comes
@@ -112,9 +114,14 @@ impl Health {
                 tracing::warn!(
                     version,
                     needed = migrations::known_version(),
+                    fault,
                     "the schema is behind: not ready until it is migrated"
                 );
             }
+            PostgresState::Answers(Schema::Forbidden { .. } | Schema::NotUtf8 { .. }) => tracing::warn!(
+                fault,
+                "Postgres answers, but the service cannot work with its database: not ready"
+            ),
             PostgresState::Answers(Schema::Current { version }) => {
                 tracing::info!(version, "Postgres answers, the schema is current")
             }
