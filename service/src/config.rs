@@ -248,7 +248,8 @@ impl Config {
                 .password(self.db_password.expose_secret())
                 .database(&self.db_name),
         };
-        Ok(options.application_name("chat-service"))
+        // The driver asks for more digits in the text form of floats, which is not used; PgBouncer refuses the parameter.
+        Ok(options.application_name("chat-service").extra_float_digits(None))
     }
 
     /// The URLs of `REDIS_URL`. With a single Redis a comma belongs to the URL: its password may have one.

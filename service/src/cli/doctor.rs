@@ -8,6 +8,7 @@ use tokio::runtime::Handle;
 use crate::config::Config;
 use crate::store::migrations::{self, Schema};
 use crate::store::operation::Operation;
+use crate::store::pooler;
 use crate::store::postgres::{self, Database, connect_fix};
 use crate::store::redis::Redis;
 use crate::telemetry::metrics::{Known, Metrics};
@@ -41,9 +42,15 @@ pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
             report("schema", Err("unknown without Postgres".into()));
         }
         Ok(_) => {
-            report("postgres", Ok(format!("{server} answers")));
             let database = Database::new(postgres::pool(config, options), Arc::clone(&metrics));
-            report("schema", schema(&database).await);
+            if let Err(fault) = pooler::check(&database).await {
+                report("postgres", Err(format!("{server}: {fault}")));
+                report("schema", Err("unknown without Postgres".into()));
+            } else {
+                report("postgres", Ok(format!("{server} answers")));
+                report("schema", schema(&database).await);
+                warn_without_limit(config, &database).await;
+            }
         }
     }
     let redis = Redis::new(config, Vec::new(), vec![Handle::current()], metrics)?;
@@ -54,6 +61,22 @@ pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
         }),
     );
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Postgres may have another limit than the service asks for: behind a pooler it has the role's.
+async fn warn_without_limit(config: &Config, database: &Database) {
+    let (wanted, user) = (config.statement_timeout(), database.pool().connect_options());
+    match pooler::statement_timeout(database).await {
+        Ok(limit) if limit.is_zero() || limit > wanted => println!(
+            "warn  limit     Postgres has statement_timeout = {} ms, not DB_STATEMENT_TIMEOUT_MS={}, as behind a pooler: run \
+             `ALTER ROLE {} SET statement_timeout = {}`, and restart the pooler",
+            limit.as_millis(),
+            wanted.as_millis(),
+            user.get_username(),
+            wanted.as_millis(),
+        ),
+        _ => {}
+    }
 }
 
 async fn schema(database: &Database) -> Result<String, String> {

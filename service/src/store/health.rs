@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::migrations::{self, Schema};
+use super::pooler;
 use super::postgres::Database;
 
 /// How old the answer to a probe may be, and how long Postgres may take for it.
@@ -78,8 +79,17 @@ impl Health {
         let answer = tokio::time::timeout(TIMEOUT, migrations::schema(database)).await;
         let (postgres, fault) = match answer {
             Ok(Ok(schema)) => (PostgresState::Answers(schema), None),
-            Ok(Err(error)) => (PostgresState::Unavailable, Some(error.to_string())),
+            Ok(Err(error)) => (PostgresState::Unavailable, Some(pooler::reason(&error))),
             Err(_) => (PostgresState::Unavailable, Some(format!("no answer within {} s", TIMEOUT.as_secs()))),
+        };
+        // Before requests come.
+        let is_new = matches!(postgres, PostgresState::Answers(_)) && !self.postgres_answers();
+        let (postgres, fault) = match is_new {
+            true => match pooler::check(database).await {
+                Ok(()) => (postgres, fault),
+                Err(fault) => (PostgresState::Unavailable, Some(fault.to_owned())),
+            },
+            false => (postgres, fault),
         };
         let before = self.postgres.send_replace(postgres);
         if before == postgres {

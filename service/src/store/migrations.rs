@@ -8,6 +8,7 @@ use sqlx::{Connection as _, PgConnection};
 use tokio::time::Instant;
 
 use super::operation::Operation;
+use super::pooler;
 use super::postgres::{self, Database};
 
 /// The migrations that this binary was built with.
@@ -41,6 +42,13 @@ pub enum MigrationError {
     Edited(i64),
     #[error("no migration within {} s: another process may hold the lock", MIGRATE_TIMEOUT.as_secs())]
     TimedOut,
+    #[error(
+        "migrations are pending, and Postgres is behind a pooler in transaction mode, where their lock does not hold: run \
+         `chat-service migrate` with a DATABASE_URL that leads straight to Postgres"
+    )]
+    Pooled,
+    #[error("{}", pooler::reason(.0))]
+    UnfitPooler(sqlx::Error),
     #[error("Postgres cannot be reached: {0}")]
     Unreachable(#[source] sqlx::Error),
     #[error("the migration failed: {0}")]
@@ -56,7 +64,11 @@ pub fn known_version() -> i64 {
 /// admits one at a time, and the others then find nothing to do.
 pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> {
     let work = async {
-        let mut connection = postgres::connect(options).await.map_err(MigrationError::Unreachable)?;
+        let mut connection = postgres::connect(options).await.map_err(unreachable)?;
+        // A lock of the session would become another client's.
+        if pooler::shares_sessions(&mut connection, options).await {
+            return nothing_pending(&mut connection, MigrationError::Pooled).await;
+        }
         let outcome = MIGRATIONS.run_direct(None, &mut connection, false).await;
         if let Err(error) = outcome {
             return Err(explain(&mut connection, error).await);
@@ -145,6 +157,39 @@ pub async fn statuses(
     Ok(known.chain(unknown).collect())
 }
 
+/// Where nothing may be migrated, it only matters whether something is pending.
+async fn nothing_pending(
+    connection: &mut PgConnection,
+    refusal: MigrationError,
+) -> Result<i64, MigrationError> {
+    let applied = match connection.list_applied_migrations("_sqlx_migrations").await {
+        Ok(applied) => applied,
+        Err(MigrateError::Execute(error)) if postgres::is_undefined_table(&error) => Vec::new(),
+        Err(error) => return Err(explain(connection, error).await),
+    };
+    let newest = applied.iter().map(|migration| migration.version).max().unwrap_or(0);
+    if newest > known_version() {
+        return Err(MigrationError::DatabaseIsNewer { applied: newest, known: known_version() });
+    }
+    for migration in MIGRATIONS.iter() {
+        match applied.iter().find(|applied| applied.version == migration.version) {
+            None => return Err(refusal),
+            Some(applied) if applied.checksum != migration.checksum => {
+                return Err(MigrationError::Edited(migration.version));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(known_version())
+}
+
+fn unreachable(error: sqlx::Error) -> MigrationError {
+    match pooler::fault(&error) {
+        Some(_) => MigrationError::UnfitPooler(error),
+        None => MigrationError::Unreachable(error),
+    }
+}
+
 async fn explain(connection: &mut PgConnection, error: MigrateError) -> MigrationError {
     match error {
         MigrateError::VersionMissing(_) => {
@@ -156,6 +201,7 @@ async fn explain(connection: &mut PgConnection, error: MigrateError) -> Migratio
         MigrateError::Execute(error @ (sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut)) => {
             MigrationError::Unreachable(error)
         }
+        MigrateError::Execute(error) if pooler::fault(&error).is_some() => MigrationError::UnfitPooler(error),
         error => MigrationError::Failed(error),
     }
 }

@@ -19,6 +19,10 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a connection outside the pool may take to open.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A setting that the service asks for at the start of each session, and of which Postgres itself knows nothing. A pooler
+/// that shares sessions does not pass it on.
+pub(super) const OWN_SESSION: &str = "chat_service.own_session";
+
 /// The connection pool. Every statement of a request runs through it, and so is counted, timed and traced.
 #[derive(Clone, Debug)]
 pub struct Database {
@@ -34,7 +38,7 @@ pub fn pool(config: &Config, options: PgConnectOptions) -> PgPool {
         .max_connections(config.db_pool_max)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .idle_timeout(Duration::from_secs(600))
-        .connect_lazy_with(options.options([("statement_timeout", timeout)]))
+        .connect_lazy_with(options.options([("statement_timeout", timeout.as_str()), (OWN_SESSION, "on")]))
 }
 
 impl Database {
@@ -106,6 +110,7 @@ pub fn is_unavailable(error: &sqlx::Error) -> bool {
         error => code(error).is_some_and(|code| {
             UNAVAILABLE_CLASSES.iter().any(|class| code.starts_with(class))
                 || UNAVAILABLE_CODES.contains(&code)
+                || is_foreign_statement(error)
         }),
     }
 }
@@ -119,6 +124,12 @@ pub fn may_connect_later(error: &sqlx::Error) -> bool {
         sqlx::Error::Configuration(_) => false,
         _ => true,
     }
+}
+
+/// True when a prepared statement is missing, or another has its name: a pooler has changed the session.
+pub fn is_foreign_statement(error: &sqlx::Error) -> bool {
+    // invalid_sql_statement_name, duplicate_prepared_statement
+    matches!(code(error), Some("26000" | "42P05"))
 }
 
 /// True when a repetition may succeed: the statement lost a deadlock or a serialization conflict.

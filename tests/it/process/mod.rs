@@ -7,6 +7,7 @@ mod faults;
 mod jobs;
 mod lifecycle;
 mod metrics;
+mod pooler;
 mod postgres_unavailable;
 mod readme;
 mod redis_modes;
