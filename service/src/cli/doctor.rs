@@ -56,8 +56,8 @@ pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let redis = Redis::new(config, Vec::new(), vec![Handle::current()], metrics)?;
     report(
         "redis",
-        redis.check().await.map(|()| "answers and takes writes".to_owned()).map_err(|error| {
-            format!("{error}: start Redis, or correct REDIS_URL and REDIS_MODE; the service runs degraded without it")
+        redis.check().await.map(|()| "answers and takes writes".to_owned()).map_err(|fault| {
+            format!("{}: {}; the service runs degraded without it", fault.reason, fault.fix)
         }),
     );
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
