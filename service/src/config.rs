@@ -14,7 +14,7 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
-use deadpool_redis::redis::IntoConnectionInfo as _;
+use deadpool_redis::redis::{ConnectionAddr, IntoConnectionInfo as _};
 use ipnet::{IpNet, Ipv4Net};
 use reqwest::Url;
 use secrecy::{ExposeSecret as _, SecretString};
@@ -93,6 +93,9 @@ pub struct Config {
     /// The name of the master that the sentinels watch
     #[arg(long = "REDIS_SENTINEL_MASTER", default_value = "mymaster")]
     pub redis_sentinel_master: String,
+    /// How the master is reached where that differs from the sentinels: scheme, credentials, database, and its name as host
+    #[arg(long = "REDIS_MASTER_URL", value_name = "rediss://user:password@mymaster/0")]
+    pub redis_master_url: Option<SecretString>,
 
     /// Address that both ports listen on
     #[arg(long = "HOST", default_value = "0.0.0.0")]
@@ -289,7 +292,8 @@ impl Config {
                     .database(&self.db_name)
             }
         };
-        Ok(options.application_name("chat-service"))
+        // The driver asks for more digits in the text form of floats, which is not used; PgBouncer refuses the parameter.
+        Ok(options.application_name("chat-service").extra_float_digits(None))
     }
 
     /// The URLs of `REDIS_URL`. With a single Redis a comma belongs to the URL: its password may have one.
@@ -301,6 +305,12 @@ impl Config {
                 text.split(',').map(|url| url.trim().to_owned()).collect()
             }
         }
+    }
+
+    /// A URL with the master's scheme, credentials and database. Where nothing else is said, they are the sentinels'.
+    pub fn redis_master_url(&self) -> String {
+        let own = self.redis_master_url.as_ref().map(|url| url.expose_secret().to_owned());
+        own.or_else(|| self.redis_urls().into_iter().next()).unwrap_or_default()
     }
 
     /// True when the signing key is one that production refuses.
@@ -371,7 +381,34 @@ impl Config {
             }
             url.as_str().into_connection_info().map_err(|_| fault(index + 1, "does not parse"))?;
         }
-        Ok(())
+        self.check_redis_master_url()
+    }
+
+    /// As above. The host is checked, because whoever names the master's address there expects to reach it.
+    fn check_redis_master_url(&self) -> Result<(), ConfigError> {
+        let Some(url) = &self.redis_master_url else { return Ok(()) };
+        let name = &self.redis_sentinel_master;
+        let fault = |fault: &str, example: &str| {
+            Err(ConfigError(format!("REDIS_MASTER_URL: {fault}; for example {example}")))
+        };
+        let example = format!("REDIS_MASTER_URL=redis://:password@{name}/0");
+        let url = url.expose_secret();
+        if !url.starts_with("redis://") && !url.starts_with("rediss://") {
+            return fault("it does not begin with redis:// or rediss://", &example);
+        }
+        if self.redis_mode != RedisMode::Sentinel {
+            return fault("it counts only with REDIS_MODE=sentinel", "REDIS_MODE=sentinel");
+        }
+        match url.into_connection_info().map(|info| info.addr().clone()) {
+            Ok(ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. }) if host == *name => Ok(()),
+            Ok(_) => fault(
+                &format!(
+                    "its host has to be {name}, the name in REDIS_SENTINEL_MASTER: the sentinels say where the master is"
+                ),
+                &example,
+            ),
+            Err(_) => fault("it does not parse", &example),
+        }
     }
 }
 

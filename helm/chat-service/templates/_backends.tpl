@@ -118,14 +118,17 @@ the password would have to be escaped. */}}
   value: redis://:$(REDIS_PASSWORD)@{{ include "chat-service.partName" (list $ "redis") }}:6379/0
 {{- else -}}
 {{- with .Values.externalRedis -}}
-{{- if .existingSecretUrlKey -}}
-{{ include "chat-service.envFrom" (list "REDIS_URL" .existingSecret .existingSecretUrlKey "") }}
-{{- else -}}
 {{- $authority := "" }}
-{{- if and .existingSecret .existingSecretPasswordKey }}
+{{- if and .existingSecret .existingSecretPasswordKey (or .masterUrl (not .existingSecretUrlKey)) }}
 {{- $authority = ":$(REDIS_PASSWORD)@" -}}
 {{ include "chat-service.envFrom" (list "REDIS_PASSWORD" .existingSecret .existingSecretPasswordKey "") }}
 {{ end -}}
+{{- if and .existingSecretSentinelPasswordKey (not .existingSecretUrlKey) -}}
+{{ include "chat-service.envFrom" (list "REDIS_SENTINEL_PASSWORD" .existingSecret .existingSecretSentinelPasswordKey "") }}
+{{ end -}}
+{{- if .existingSecretUrlKey -}}
+{{ include "chat-service.envFrom" (list "REDIS_URL" .existingSecret .existingSecretUrlKey "") }}
+{{- else -}}
 - name: REDIS_URL
 {{- if .urls }}
   value: {{ join "," .urls | quote }}
@@ -138,6 +141,9 @@ the password would have to be escaped. */}}
 {{- if eq .mode "sentinel" }}
 - name: REDIS_SENTINEL_MASTER
   value: {{ .sentinelMaster | quote }}
+{{- if or .masterUrl .existingSecretMasterUrlKey }}
+{{ include "chat-service.envFrom" (list "REDIS_MASTER_URL" .existingSecret .existingSecretMasterUrlKey .masterUrl) }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -177,6 +183,12 @@ the password would have to be escaped. */}}
 {{- fail "externalRedis.host and externalRedis.urls exclude one another: keep one" }}
 {{- else if and (eq .mode "sentinel") (not (or .urls .existingSecretUrlKey)) }}
 {{- fail "externalRedis.mode=sentinel needs the sentinels' addresses in externalRedis.urls" }}
+{{- else if and (ne .mode "sentinel") (or .masterUrl .existingSecretMasterUrlKey .existingSecretSentinelPasswordKey) }}
+{{- fail "externalRedis.masterUrl, existingSecretMasterUrlKey and existingSecretSentinelPasswordKey need externalRedis.mode=sentinel" }}
+{{- else if and .masterUrl .existingSecretMasterUrlKey }}
+{{- fail "externalRedis.masterUrl and externalRedis.existingSecretMasterUrlKey exclude one another: keep one" }}
+{{- else if and (or .existingSecretMasterUrlKey .existingSecretSentinelPasswordKey) (not .existingSecret) }}
+{{- fail "externalRedis.existingSecretMasterUrlKey and existingSecretSentinelPasswordKey need externalRedis.existingSecret" }}
 {{- end }}
 {{- end }}
 {{- if .Values.terminationGracePeriodSeconds }}

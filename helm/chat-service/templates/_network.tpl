@@ -46,7 +46,7 @@
 {{/* Besides the sentinels' ports, the master's: externalRedis.port. */}}
 {{- $ports := list (int .Values.externalRedis.port) }}
 {{- range .Values.externalRedis.urls }}
-{{- $ports = append $ports (splitList ":" (urlParse (replace "$(REDIS_PASSWORD)" "x" .)).host | last | atoi | default 6379) }}
+{{- $ports = append $ports (splitList ":" (urlParse (regexReplaceAll "\\$\\(REDIS_(SENTINEL_)?PASSWORD\\)" . "x")).host | last | atoi | default 6379) }}
 {{- end }}
 {{- include "chat-service.egressTo" (list .Values.networkPolicy.externalRedisTo $ports) }}
 {{- end }}

@@ -14,7 +14,7 @@ use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::Connection as _;
+use sqlx::{Connection as _, PgConnection};
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -26,8 +26,10 @@ use super::recent::Recent;
 use crate::config::Config;
 use crate::failpoints::{self, Failpoint};
 use crate::store::operation::Operation;
+use crate::store::pooler;
 use crate::store::postgres::{
-    Database, STATEMENT_MARGIN, Session, is_conflict, is_unavailable, is_untranslatable, reason, violated_constraint,
+    Database, STATEMENT_MARGIN, Session, is_conflict, is_unavailable, is_untranslatable, reason,
+    violated_constraint,
 };
 use crate::telemetry::metrics::{Metrics, SendOutcome};
 use crate::telemetry::trace::{self, Span};
@@ -48,6 +50,14 @@ const ATTEMPTS_MAX: u32 = 3;
 
 /// A connection that was idle for longer is tested before messages depend on it.
 const IDLE_BEFORE_PING: Duration = Duration::from_secs(1);
+
+/// A batch joins a few keys to large tables. The primary keys are always right, whatever the statistics say of tables that
+/// were empty a minute ago, and planning anew for each batch finds nothing better.
+const PLAN_OF_SESSION: &str =
+    "SET enable_seqscan = off; SET plan_cache_mode = force_generic_plan; SET jit = off";
+/// The same for one transaction, which takes two more round trips for each batch.
+const PLAN_OF_TRANSACTION: &str = "BEGIN; SET LOCAL enable_seqscan = off; \
+     SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL jit = off";
 
 /// A valid message that is not stored yet.
 #[derive(Debug)]
@@ -109,11 +119,17 @@ struct Writer {
     pending: VecDeque<Entry>,
     database: Database,
     /// Kept between batches: the pool's own check would cost each batch a round trip.
-    connection: Option<Session>,
+    connection: Option<WriterConnection>,
     last_used: Instant,
     statement_timeout: Duration,
     recent: Arc<Recent>,
     metrics: Arc<Metrics>,
+}
+
+struct WriterConnection {
+    connection: Session,
+    /// Otherwise a pooler gives each transaction any session, and what one is left with becomes another client's.
+    owns_session: bool,
 }
 
 /// What a statement did with one message.
@@ -240,7 +256,7 @@ impl Writer {
             && let Some(connection) = &mut self.connection
         {
             tokio::time::sleep(Duration::from_millis(20)).await;
-            sqlx::raw_sql("COMMIT").execute(&mut **connection).await.ok();
+            sqlx::raw_sql("COMMIT").execute(&mut *connection.connection).await.ok();
         }
     }
 
@@ -323,31 +339,28 @@ impl Writer {
         let outcome = tokio::time::timeout(timeout, work).await.unwrap_or(Err(sqlx::Error::PoolTimedOut));
         self.last_used = Instant::now();
         if outcome.as_ref().is_err_and(is_unavailable)
-            && let Some(mut connection) = self.connection.take()
+            && let Some(mut writer) = self.connection.take()
         {
-            connection.close_on_drop();
+            writer.connection.close_on_drop();
         }
         outcome
     }
 
-    async fn ready_connection(&mut self) -> Result<&mut Session, sqlx::Error> {
-        if let Some(connection) = &mut self.connection
+    async fn ready_connection(&mut self) -> Result<&mut WriterConnection, sqlx::Error> {
+        if let Some(writer) = &mut self.connection
             && self.last_used.elapsed() > IDLE_BEFORE_PING
-            && connection.ping().await.is_err()
-            && let Some(mut connection) = self.connection.take()
+            && writer.connection.ping().await.is_err()
+            && let Some(mut writer) = self.connection.take()
         {
-            connection.close_on_drop();
+            writer.connection.close_on_drop();
         }
         if self.connection.is_none() {
             let mut connection = self.database.acquire().await?;
-            // A batch joins a few keys to large tables. The primary keys are always right, whatever the statistics say of
-            // tables that were empty a minute ago, and planning anew for each batch finds nothing better.
-            sqlx::raw_sql(
-                "SET enable_seqscan = off; SET plan_cache_mode = force_generic_plan; SET jit = off",
-            )
-            .execute(&mut *connection)
-            .await?;
-            self.connection = Some(connection);
+            let owns_session = pooler::is_own_session(&mut connection).await?;
+            if owns_session {
+                sqlx::raw_sql(PLAN_OF_SESSION).execute(&mut *connection).await?;
+            }
+            self.connection = Some(WriterConnection { connection, owns_session });
         }
         self.connection.as_mut().ok_or(sqlx::Error::PoolClosed)
     }
@@ -414,11 +427,22 @@ fn lost_a_race(error: &sqlx::Error) -> bool {
 }
 
 /// Stores the messages of a batch and returns one row for each, in their order.
-///
-/// The statement is its own transaction. It locks the conversations in the order of their key. `seq` continues from the
+async fn insert(writer: &mut WriterConnection, messages: &[Outgoing]) -> Result<Vec<Row>, sqlx::Error> {
+    if writer.owns_session {
+        return insert_batch(&mut writer.connection, messages).await;
+    }
+    let mut transaction = writer.connection.begin_with(PLAN_OF_TRANSACTION).await?;
+    match insert_batch(&mut transaction, messages).await {
+        Ok(rows) => transaction.commit().await.map(|()| rows),
+        // At once: until then it holds its locks, and the pooler's session.
+        Err(error) => transaction.rollback().await.and(Err(error)),
+    }
+}
+
+/// The statement is one transaction, or all of one. It locks the conversations in the order of their key. `seq` continues from the
 /// locked row, so it has no gaps; `last_at` is read under that lock, so times follow `seq`. If another statement is just
 /// inserting the same key, this one fails and is repeated.
-async fn insert(connection: &mut Session, messages: &[Outgoing]) -> Result<Vec<Row>, sqlx::Error> {
+async fn insert_batch(connection: &mut PgConnection, messages: &[Outgoing]) -> Result<Vec<Row>, sqlx::Error> {
     let ids: Vec<Uuid> = messages.iter().map(|_| Uuid::now_v7()).collect();
     let senders: Vec<Uuid> = messages.iter().map(|message| message.sender).collect();
     let recipients: Vec<Uuid> = messages.iter().map(|message| message.recipient).collect();
@@ -427,11 +451,11 @@ async fn insert(connection: &mut Session, messages: &[Outgoing]) -> Result<Vec<R
     let keys: Vec<Option<&str>> =
         messages.iter().map(|message| message.key.as_deref().filter(|_| keys_count)).collect();
     if failpoints::is_on(Failpoint::AckBeforeCommit) {
-        sqlx::raw_sql("ROLLBACK; BEGIN").execute(&mut **connection).await?;
+        sqlx::raw_sql("ROLLBACK; BEGIN").execute(&mut *connection).await?;
     }
     let rows =
         sqlx::query_file!("src/chat/outbox.sql", &ids, &senders, &recipients, &contents as _, &keys as _)
-            .fetch_all(&mut **connection)
+            .fetch_all(&mut *connection)
             .await?;
     if rows.len() != messages.len() {
         return Err(sqlx::Error::Protocol(format!("{} messages gave {} rows", messages.len(), rows.len())));

@@ -8,6 +8,7 @@ use tokio::runtime::Handle;
 use crate::config::Config;
 use crate::store::migrations::{self, Answer, Fault, Schema};
 use crate::store::operation::Operation;
+use crate::store::pooler;
 use crate::store::postgres::{self, Database, ReadOnly, connect_fix};
 use crate::store::redis::Redis;
 use crate::telemetry::metrics::{Known, Metrics};
@@ -42,18 +43,24 @@ pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
             report("schema", Err("unknown without Postgres".into()));
         }
         Ok(mut connection) => {
-            report("postgres", writes(&server, postgres::read_only(&mut connection).await));
             let database = Database::new(config, options, Arc::clone(&metrics));
-            for (name, outcome) in database_checks(&database).await {
-                report(name, outcome);
+            if let Err(fault) = pooler::check(&database).await {
+                report("postgres", Err(format!("{server}: {fault}")));
+                report("schema", Err("unknown without Postgres".into()));
+            } else {
+                report("postgres", writes(&server, postgres::read_only(&mut connection).await));
+                for (name, outcome) in database_checks(&database).await {
+                    report(name, outcome);
+                }
+                warn_without_limit(config, &database).await;
             }
         }
     }
     let redis = Redis::new(config, Vec::new(), vec![Handle::current()], metrics)?;
     report(
         "redis",
-        redis.check().await.map(|()| "answers and takes writes".to_owned()).map_err(|error| {
-            format!("{error}: start Redis, or correct REDIS_URL and REDIS_MODE; the service runs degraded without it")
+        redis.check().await.map(|()| "answers and takes writes".to_owned()).map_err(|fault| {
+            format!("{}: {}; the service runs degraded without it", fault.reason, fault.fix)
         }),
     );
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -64,6 +71,22 @@ fn writes(server: &str, read_only: Result<Option<ReadOnly>, sqlx::Error>) -> Res
         Ok(None) => Ok(format!("{server} answers and takes writes")),
         Ok(Some(why)) => Err(format!("{server} only reads, {}: {}", why.reason(), why.fix())),
         Err(error) => Err(format!("{server}: {}: {}", postgres::reason(&error), connect_fix(&error))),
+    }
+}
+
+/// Postgres may have another limit than the service asks for: behind a pooler it has the role's.
+async fn warn_without_limit(config: &Config, database: &Database) {
+    let (wanted, user) = (config.statement_timeout(), database.pool().connect_options());
+    match pooler::statement_timeout(database).await {
+        Ok(limit) if limit.is_zero() || limit > wanted => println!(
+            "warn  limit     Postgres has statement_timeout = {} ms, not DB_STATEMENT_TIMEOUT_MS={}, as behind a pooler: run \
+             `ALTER ROLE {} SET statement_timeout = {}`, and restart the pooler",
+            limit.as_millis(),
+            wanted.as_millis(),
+            user.get_username(),
+            wanted.as_millis(),
+        ),
+        _ => {}
     }
 }
 

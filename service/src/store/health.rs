@@ -8,7 +8,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::migrations::{self, Answer, Schema};
-use super::postgres::{self, Database, ReadOnly};
+use super::pooler;
+use super::postgres::{Database, ReadOnly};
 
 /// How old the answer to a probe may be, and how long Postgres may take for it.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -84,11 +85,13 @@ impl Health {
     pub async fn ask(&self, database: &Database) {
         let answer = tokio::time::timeout(TIMEOUT, migrations::schema(database)).await;
         let (postgres, fault) = match answer {
-            Ok(Ok(Answer { schema, read_only: Some(why), .. })) => (PostgresState::ReadOnly(why, schema), None),
+            Ok(Ok(Answer { schema, read_only: Some(why), .. })) => {
+                (PostgresState::ReadOnly(why, schema), None)
+            }
             Ok(Ok(Answer { schema, fault, .. })) => {
                 (PostgresState::Answers(schema), fault.map(|fault| fault.to_string()))
             }
-            Ok(Err(error)) => (PostgresState::Unavailable, Some(postgres::reason(&error))),
+            Ok(Err(error)) => (PostgresState::Unavailable, Some(pooler::reason(&error))),
             Err(_) => (PostgresState::Unavailable, Some(format!("no answer within {} s", TIMEOUT.as_secs()))),
         };
         // A session that only reads would go on to do so, whatever has changed since it was opened. So the next answer comes
@@ -96,6 +99,15 @@ impl Health {
         if matches!(postgres, PostgresState::ReadOnly(..)) || self.postgres_only_reads() {
             database.replace_sessions();
         }
+        // Before requests come.
+        let is_new = matches!(postgres, PostgresState::Answers(_)) && !self.postgres_answers();
+        let (postgres, fault) = match is_new {
+            true => match pooler::check(database).await {
+                Ok(()) => (postgres, fault),
+                Err(fault) => (PostgresState::Unavailable, Some(fault.to_owned())),
+            },
+            false => (postgres, fault),
+        };
         let before = self.postgres.send_replace(postgres);
         if before == postgres {
             return;

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::access::{self, Lacking, NotUtf8};
 use super::email_keys;
 use super::operation::Operation;
+use super::pooler;
 use super::postgres::{self, Database, ReadOnly, why_read_only};
 
 /// The migrations that this binary was built with.
@@ -94,6 +95,13 @@ pub enum MigrationError {
     /// Whether anything is to be migrated is unknown.
     #[error("{0}")]
     Lacking(Lacking),
+    #[error(
+        "migrations are pending, and Postgres is behind a pooler in transaction mode, where their lock does not hold: run \
+         `chat-service migrate` with a DATABASE_URL that leads straight to Postgres"
+    )]
+    Pooled,
+    #[error("{}", pooler::reason(.0))]
+    UnfitPooler(sqlx::Error),
     // Without `#[source]`: the cause is in the text, and would be said again.
     #[error("Postgres cannot be reached: {}", postgres::reason(.0))]
     Unreachable(sqlx::Error),
@@ -142,8 +150,10 @@ pub fn known_version() -> i64 {
 /// no more than to serve, and no other process's migration is waited for.
 pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> {
     let work = async {
-        let mut connection = postgres::connect(options).await.map_err(MigrationError::Unreachable)?;
-        let read_only = postgres::read_only(&mut connection).await.map_err(MigrationError::Unreachable)?;
+        let mut connection = postgres::connect(options).await.map_err(unreachable)?;
+        // A lock or a setting of the session would become another client's.
+        let pooled = pooler::shares_sessions(&mut connection, options).await;
+        let read_only = postgres::read_only(&mut connection).await.map_err(unreachable)?;
         if let Some(why) = read_only {
             return Err(MigrationError::ReadOnly(why));
         }
@@ -151,8 +161,12 @@ pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> 
         if let Some(fault) = not_utf8 {
             return Err(MigrationError::NotUtf8(fault));
         }
+        let current = is_current(&mut connection).await?;
+        if pooled {
+            return if current { Ok(known_version()) } else { Err(MigrationError::Pooled) };
+        }
         without_timeouts(&mut connection).await.map_err(failed)?;
-        if !is_current(&mut connection).await? {
+        if !current {
             run(&mut connection).await?;
         }
         match email_keys::fold(&mut connection).await {
@@ -368,6 +382,13 @@ fn may_succeed_later(error: &MigrationError) -> bool {
     }
 }
 
+fn unreachable(error: sqlx::Error) -> MigrationError {
+    match pooler::fault(&error) {
+        Some(_) => MigrationError::UnfitPooler(error),
+        None => MigrationError::Unreachable(error),
+    }
+}
+
 async fn explain(connection: &mut PgConnection, error: MigrateError) -> MigrationError {
     match error {
         MigrateError::VersionMissing(_) => {
@@ -383,6 +404,7 @@ async fn explain(connection: &mut PgConnection, error: MigrateError) -> Migratio
         MigrateError::Execute(error) if postgres::is_read_only(&error) => {
             MigrationError::ReadOnly(ReadOnly::Setting)
         }
+        MigrateError::Execute(error) if pooler::fault(&error).is_some() => MigrationError::UnfitPooler(error),
         error => MigrationError::Failed(error),
     }
 }

@@ -84,6 +84,10 @@ impl Replacement {
 /// A fault of the installation fails every request: it is logged no more often than this.
 const FAULT_INTERVAL: Duration = Duration::from_secs(60);
 
+/// A setting that the service asks for at the start of each session, and of which Postgres itself knows nothing. A pooler
+/// that shares sessions does not pass it on.
+pub(super) const OWN_SESSION: &str = "chat_service.own_session";
+
 /// The connection pool. Every statement of a request runs through it, and so is counted, timed and traced.
 #[derive(Clone, Debug)]
 pub struct Database {
@@ -151,7 +155,7 @@ fn pool(config: &Config, options: PgConnectOptions, replacement: Replacement) ->
             Box::pin(async move { Ok(is_current) })
         })
         .idle_timeout(Duration::from_secs(600))
-        .connect_lazy_with(options.options([("statement_timeout", timeout)]))
+        .connect_lazy_with(options.options([("statement_timeout", timeout.as_str()), (OWN_SESSION, "on")]))
 }
 
 impl Database {
@@ -372,6 +376,12 @@ pub fn may_connect_later(error: &sqlx::Error) -> bool {
         sqlx::Error::Configuration(_) => false,
         _ => true,
     }
+}
+
+/// True when a prepared statement is missing, or another has its name: a pooler has changed the session.
+pub fn is_foreign_statement(error: &sqlx::Error) -> bool {
+    // invalid_sql_statement_name, duplicate_prepared_statement
+    matches!(code(error), Some("26000" | "42P05"))
 }
 
 /// True when a repetition may succeed: the statement lost a deadlock or a serialization conflict.

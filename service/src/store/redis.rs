@@ -11,11 +11,11 @@ use std::time::Duration;
 use deadpool_redis::redis::aio::{ConnectionLike, MultiplexedConnection};
 use deadpool_redis::redis::cluster_async::ClusterConnection;
 use deadpool_redis::redis::{
-    Cmd, ConnectionAddr, ErrorKind, FromRedisValue, IntoConnectionInfo as _, Pipeline, RedisError,
-    RedisFuture, Script, Value,
+    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, FromRedisValue,
+    IntoConnectionInfo as _, Pipeline, RedisError, RedisFuture, Script, Value,
 };
-use deadpool_redis::{Runtime, cluster, sentinel};
-use futures_util::future::try_join_all;
+use deadpool_redis::{PoolError, Runtime, cluster, sentinel};
+use futures_util::future::{join_all, try_join_all};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -37,6 +37,13 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two attempts to reconnect, and between two probes of an idle connection.
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why Redis cannot be used, and what to do.
+#[derive(Debug)]
+pub struct Fault {
+    pub reason: String,
+    pub fix: &'static str,
+}
 
 /// Redis did not execute a command. The reason has been logged; the caller falls back.
 #[derive(thiserror::Error, Debug, Clone, Copy)]
@@ -91,7 +98,13 @@ impl Live {
 enum Source {
     Single(deadpool_redis::Pool),
     Cluster(cluster::Pool),
-    Sentinel(sentinel::Pool),
+    Sentinel(sentinel::Pool, Sentinels),
+}
+
+/// What it takes to find out which of them refuses.
+struct Sentinels {
+    all: Vec<ConnectionInfo>,
+    master: String,
 }
 
 impl Redis {
@@ -166,7 +179,7 @@ impl Redis {
                 Err(error) => {
                     // The first failure of all has no state change to be logged at.
                     if generation == 1 {
-                        self.warn(&error);
+                        self.warn(&self.source.fault(&error).await.reason);
                     }
                     tokio::time::sleep(RETRY_INTERVAL).await;
                 }
@@ -175,8 +188,11 @@ impl Redis {
     }
 
     /// One attempt, for `doctor`.
-    pub async fn check(&self) -> Result<(), String> {
-        self.connect(0).await.map(drop).map_err(|error| error.to_string())
+    pub async fn check(&self) -> Result<(), Fault> {
+        match self.connect(0).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.source.fault(&error).await),
+        }
     }
 
     /// Drops the connections, unless newer ones have replaced them already.
@@ -194,14 +210,17 @@ impl Redis {
         *self.live.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = live;
         let changed = self.unavailable.send_replace(unavailable) != unavailable;
         match error {
-            Some(error) if changed => self.warn(error),
+            Some(error) if changed => self.warn(&said(error)),
             None if changed => tracing::info!("Redis answers"),
             _ => {}
         }
     }
 
-    fn warn(&self, error: &RedisError) {
-        tracing::warn!(%error, "Redis is unavailable: history comes from Postgres, rate limits are counted per replica");
+    fn warn(&self, error: &str) {
+        tracing::warn!(
+            error,
+            "Redis is unavailable: history comes from Postgres, rate limits are counted per replica"
+        );
     }
 
     async fn connect(&self, generation: u64) -> Result<Live, RedisError> {
@@ -253,22 +272,36 @@ impl Source {
             }
             RedisMode::Cluster => Self::Cluster(cluster::Config::from_urls(urls).create_pool(runtime)?),
             RedisMode::Sentinel => {
-                // The master is asked for with the same credentials and database as the sentinels' URLs name.
-                let node = urls.first().map(String::as_str).and_then(|url| url.into_connection_info().ok());
-                let node = node.map(|info| sentinel::SentinelNodeConnectionInfo {
-                    tls_mode: None,
+                let info = config.redis_master_url().into_connection_info()?;
+                let node = sentinel::SentinelNodeConnectionInfo {
+                    tls_mode: match info.addr() {
+                        ConnectionAddr::TcpTls { insecure: true, .. } => Some(sentinel::TlsMode::Insecure),
+                        ConnectionAddr::TcpTls { .. } => Some(sentinel::TlsMode::Secure),
+                        _ => None,
+                    },
                     redis_connection_info: Some(info.redis_settings().clone().into()),
-                });
+                };
                 let master = config.redis_sentinel_master.clone();
-                let config = sentinel::Config::from_urls(urls, master, sentinel::SentinelServerType::Master);
-                Self::Sentinel(config.with_node_connection_info(node).create_pool(runtime)?)
+                let sentinels = Sentinels::new(&urls, master.clone())?;
+                let config = sentinel::Config {
+                    urls: None,
+                    server_type: sentinel::SentinelServerType::Master,
+                    master_name: master,
+                    connections: Some(sentinels.all.iter().cloned().map(Into::into).collect()),
+                    node_connection_info: Some(node),
+                    pool: None,
+                };
+                Self::Sentinel(config.create_pool(runtime)?, sentinels)
             }
         })
     }
 
     async fn connect(&self, response_timeout: Duration) -> Result<Connection, RedisError> {
-        fn reason<E: std::fmt::Display>(error: E) -> RedisError {
-            RedisError::from((ErrorKind::Io, "connect", error.to_string()))
+        fn reason(error: PoolError) -> RedisError {
+            match error {
+                PoolError::Backend(error) => error,
+                error => RedisError::from((ErrorKind::Io, "connect", error.to_string())),
+            }
         }
         let one = |mut connection: MultiplexedConnection| {
             connection.set_response_timeout(response_timeout);
@@ -280,8 +313,87 @@ impl Source {
                 let connection = cluster::Connection::take(pool.get().await.map_err(reason)?);
                 Connection::Cluster(connection, response_timeout)
             }
-            Self::Sentinel(pool) => one(sentinel::Connection::take(pool.get().await.map_err(reason)?)),
+            Self::Sentinel(pool, _) => one(sentinel::Connection::take(pool.get().await.map_err(reason)?)),
         })
+    }
+
+    /// What the error of an attempt to connect means.
+    async fn fault(&self, error: &RedisError) -> Fault {
+        match self {
+            Self::Sentinel(_, sentinels) => sentinels.fault(error).await,
+            _ if is_refusal(error) => {
+                Fault { reason: said(error), fix: "correct the user and the password in REDIS_URL" }
+            }
+            _ => Fault { reason: said(error), fix: "start Redis, or correct REDIS_URL and REDIS_MODE" },
+        }
+    }
+}
+
+impl Sentinels {
+    fn new(urls: &[String], master: String) -> Result<Self, RedisError> {
+        let info = |url: &String| {
+            let info = url.as_str().into_connection_info()?;
+            // The database is the master's: a sentinel has none to select.
+            let settings = info.redis_settings().clone().set_db(0);
+            Ok::<_, RedisError>(info.set_redis_settings(settings))
+        };
+        Ok(Self { all: urls.iter().map(info).collect::<Result<_, _>>()?, master })
+    }
+
+    /// If any sentinel says where the master is, the error is the master's; else it is the sentinels'.
+    async fn fault(&self, error: &RedisError) -> Fault {
+        let mut first = None;
+        for (sentinel, answer) in
+            self.all.iter().zip(join_all(self.all.iter().map(|info| self.ask(info))).await)
+        {
+            let (reason, fix) = match answer {
+                Ok(Some((host, port))) => {
+                    return Fault {
+                        reason: format!("master {} at {host}:{port}: {}", self.master, said(error)),
+                        fix: if is_refusal(error) {
+                            "correct the user and the password in REDIS_MASTER_URL; if it is unset, REDIS_URL's count"
+                        } else {
+                            "start the master, or correct REDIS_MASTER_URL, rediss:// for TLS"
+                        },
+                    };
+                }
+                Ok(None) => (format!("it knows no master {}", self.master), "correct REDIS_SENTINEL_MASTER"),
+                Err(error) if is_refusal(&error) => (
+                    said(&error),
+                    "correct the user and the password in REDIS_URL; the master's are REDIS_MASTER_URL's",
+                ),
+                Err(error) => (said(&error), "start the sentinels, or correct REDIS_URL, rediss:// for TLS"),
+            };
+            first.get_or_insert_with(|| Fault {
+                reason: format!("sentinel {}: {reason}", sentinel.addr()),
+                fix,
+            });
+        }
+        first.unwrap_or_else(|| Fault { reason: said(error), fix: "set REDIS_URL" })
+    }
+
+    /// Where the master is, `None` if this sentinel does not know it.
+    async fn ask(&self, sentinel: &ConnectionInfo) -> Result<Option<(String, u16)>, RedisError> {
+        let limits = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            .set_response_timeout(Some(RESPONSE_TIMEOUT));
+        let client = Client::open(sentinel.clone())?;
+        let mut connection = client.get_multiplexed_async_connection_with_config(&limits).await?;
+        let question = ["GET-MASTER-ADDR-BY-NAME", self.master.as_str()];
+        deadpool_redis::redis::cmd("SENTINEL").arg(&question).query_async(&mut connection).await
+    }
+}
+
+/// Whether it is the credentials that are refused, or missing.
+fn is_refusal(error: &RedisError) -> bool {
+    error.kind() == ErrorKind::AuthenticationFailed || matches!(error.code(), Some("NOAUTH" | "WRONGPASS"))
+}
+
+fn said(error: &RedisError) -> String {
+    match error.code() {
+        Some("NOAUTH") => "it needs a password".to_owned(),
+        _ if is_refusal(error) => format!("wrong user or password ({error})"),
+        _ => error.to_string(),
     }
 }
 

@@ -1,5 +1,7 @@
 //! Installs the server programs where that needs no password: on Debian or Ubuntu, as root or with password-less sudo.
 
+pub mod pgbouncer;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;

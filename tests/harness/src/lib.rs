@@ -10,6 +10,7 @@ pub mod users;
 
 pub use places::{Scratch, service_binary};
 pub use replica::Replica;
+pub use servers::pgbouncer::PgBouncer;
 pub use servers::postgres::{Durability, Postgres, PostgresOptions};
 pub use servers::redis::{Redis, RedisOptions};
 pub use users::{PASSWORD, User};

@@ -27,6 +27,8 @@ const BAD_VALUES: &[(&str, &str, &str)] = &[
     ("DB_STATEMENT_TIMEOUT_MS", "5s", "DB_STATEMENT_TIMEOUT_MS=5000"),
     ("REDIS_URL", "localhost:6379", "REDIS_URL=redis://"),
     ("REDIS_MODE", "ring", "REDIS_MODE=single"),
+    ("REDIS_MASTER_URL", "mymaster:6379", "REDIS_MASTER_URL=redis"),
+    ("REDIS_MASTER_URL", "redis://mymaster/0", "REDIS_MODE=sentinel"),
     ("HOST", "everywhere", "HOST=0.0.0.0"),
     ("PORT", "http", "PORT=8000"),
     ("PORT", "8000\n", "PORT=8000"),
@@ -219,6 +221,8 @@ fn no_secret_is_disclosed_when_a_url_is_wrong() -> Result<()> {
         ("REDIS_URL", "redis://:password-of-redis@host:port".to_owned()),
         ("REDIS_URL", "redis://:password-of-redis@host/zero".to_owned()),
         ("REDIS_URL", "redis://:password-of-redis@[host".to_owned()),
+        ("REDIS_MASTER_URL", "redis://:password-of-redis@mymaster/0".to_owned()),
+        ("REDIS_MASTER_URL", "http://:password-of-redis@mymaster/0".to_owned()),
         ("REDIS_URL", format!("redis://:password-of-redis@127.0.0.1:{port}")),
     ];
     for (variable, value) in wrong {
@@ -266,6 +270,8 @@ fn a_debug_print_of_the_configuration_discloses_no_secret() -> Result<()> {
         ("DB_PASSWORD", "password-alone"),
         ("DATABASE_URL", "postgres://user:password-of-url@host/chat"),
         ("REDIS_URL", "redis://:password-of-redis@host"),
+        ("REDIS_MASTER_URL", "redis://:password-of-redis@mymaster"),
+        ("REDIS_MODE", "sentinel"),
     ];
     let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
     let config = chat_service::config::Config::from_variables(&variables)?;

@@ -10,6 +10,7 @@ mod installation;
 mod jobs;
 mod lifecycle;
 mod metrics;
+mod pooler;
 mod postgres_read_only;
 mod postgres_unavailable;
 mod readme;

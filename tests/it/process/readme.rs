@@ -23,6 +23,7 @@ const DEFAULTS: &[(&str, Option<&str>)] = &[
     ("REDIS_URL", Some("redis://localhost:6379/0")),
     ("REDIS_MODE", Some("single")),
     ("REDIS_SENTINEL_MASTER", Some("mymaster")),
+    ("REDIS_MASTER_URL", None),
     ("HOST", Some("0.0.0.0")),
     ("PORT", Some("8000")),
     ("OPS_PORT", Some("9000")),

@@ -1,10 +1,13 @@
 //! `REDIS_MODE`: a real cluster, and real sentinels with a failover.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use tests::{Redis, RedisOptions, Scratch};
 
-use super::support::{Database, Response, Service, Start, eventually, start_in_one_minute};
+use super::support::{
+    Database, Response, STRONG_KEY, Service, Start, closed_port, eventually, has_none_of, start_in_one_minute,
+};
+use super::tls::{Certificate, certificate, switch_tls_on, tls_settings};
 
 struct Cluster {
     nodes: Vec<Redis>,
@@ -153,5 +156,165 @@ fn redis_sentinel_master_is_the_name_of_the_master() -> Result<()> {
     let unknown = start.listen()?;
     unknown.becomes("degraded")?;
     unknown.process.logs(&["WARN", "Redis is unavailable"])?;
+    Ok(())
+}
+
+/// A master and a sentinel, each with its own password and TLS, if any.
+struct Sides {
+    master: Redis,
+    master_password: Option<&'static str>,
+    /// Where the service connects to the sentinel.
+    sentinel: String,
+    _sentinel: Redis,
+    certificate: Certificate,
+    _scratch: Scratch,
+}
+
+const SENTINELS_PASSWORD: &str = "password-of-sentinels";
+const MASTERS_PASSWORD: &str = "password-of-master";
+
+impl Sides {
+    fn start(passwords: [Option<&'static str>; 2], tls: [bool; 2]) -> Result<Self> {
+        let [sentinel_password, master_password] = passwords;
+        let [sentinel_tls, master_tls] = tls;
+        let scratch = Scratch::new("sides")?;
+        let certificate = certificate(&scratch)?;
+        let master = Redis::start(&scratch.path().join("master"), RedisOptions::default())?;
+        let tls_port = switch_tls_on(&master, &certificate)?;
+        let monitored = if master_tls { tls_port } else { master.port().to_string() };
+        let mut options = RedisOptions { sentinel: true, ..RedisOptions::default() }
+            .config(&format!("sentinel monitor mymaster 127.0.0.1 {monitored} 1"));
+        let mut port = None;
+        for (name, value) in tls_settings(&master, &certificate)? {
+            options = options.config(&format!("{name} {value}"));
+            port = Some(value);
+        }
+        if master_tls {
+            options = options.config("tls-replication yes");
+        }
+        if let Some(password) = sentinel_password {
+            options = options.config(&format!("requirepass {password}"));
+        }
+        if let Some(password) = master_password {
+            options = options.config(&format!("sentinel auth-pass mymaster {password}"));
+            master.cli(&["CONFIG", "SET", "requirepass", password])?;
+        }
+        let watch = Redis::start(&scratch.path().join("watch"), options)?;
+        let port = if sentinel_tls { port.context("a port")? } else { watch.port().to_string() };
+        eventually("the sentinel to reach the master", || {
+            let mut question = vec!["SENTINEL", "MASTER", "mymaster"];
+            if let Some(password) = sentinel_password {
+                question.splice(0..0, ["-a", password]);
+            }
+            let answer = watch.cli(&question).ok()?;
+            answer.lines().any(|line| line == "master").then_some(())
+        })?;
+        let sentinel = format!("127.0.0.1:{port}");
+        Ok(Self { master, master_password, sentinel, _sentinel: watch, certificate, _scratch: scratch })
+    }
+
+    /// The service with this scheme and these credentials of the sentinels, and this `REDIS_MASTER_URL`.
+    fn service(&self, database: &Database, sentinels: &str, master: Option<&str>) -> Start {
+        Start::on(database)
+            .env("SECRET_KEY", STRONG_KEY)
+            .env("SSL_CERT_FILE", &self.certificate.file.display().to_string())
+            .env("REDIS_MODE", "sentinel")
+            .env("REDIS_URL", &sentinels.replace('@', &format!("@{}", self.sentinel)))
+            .env_if("REDIS_MASTER_URL", master)
+    }
+
+    /// The service is ready and uses this database of the master.
+    fn serves(&self, start: &Start, database: &str) -> Result<()> {
+        let service = start.ready()?;
+        let name = format!("{}", self.master.port());
+        windows_are_used(&service, &name)?;
+        let mut question = vec!["-n", database, "KEYS", "chat:recent:*:list"];
+        if let Some(password) = self.master_password {
+            question.splice(0..0, ["-a", password]);
+        }
+        let keys = self.master.cli(&question)?;
+        ensure!(keys.contains("list"), "the master has nothing in {database}: {keys}");
+        let report = start.clone().args(&["doctor"]).run()?;
+        ensure!(report.code == 0, "{report:?}");
+        let log = service.stop()?;
+        has_none_of(&(log + &report.said()), [SENTINELS_PASSWORD, MASTERS_PASSWORD])
+    }
+}
+
+#[test]
+fn sentinels_and_their_master_may_have_different_credentials() -> Result<()> {
+    let database = Database::create()?;
+    let (sentinels, master) = (Some(SENTINELS_PASSWORD), Some(MASTERS_PASSWORD));
+    let master_url = format!("redis://:{MASTERS_PASSWORD}@mymaster/3");
+    let cases = [
+        ([None, master], "redis://@/0".to_owned(), Some(master_url.as_str()), "3"),
+        ([sentinels, None], format!("redis://:{SENTINELS_PASSWORD}@"), Some("redis://mymaster"), "0"),
+        ([sentinels, master], format!("redis://:{SENTINELS_PASSWORD}@/0"), Some(&*master_url), "3"),
+        // Nothing else is said: the same for both.
+        ([master, master], format!("redis://:{MASTERS_PASSWORD}@/2"), None, "2"),
+    ];
+    for (passwords, url, master_url, index) in cases {
+        let sides = Sides::start(passwords, [false, false])?;
+        let start = sides.service(&database, &url, master_url);
+        sides.serves(&start, index).with_context(|| format!("{passwords:?}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn sentinels_and_their_master_may_use_tls_on_one_side_only() -> Result<()> {
+    let database = Database::create()?;
+    let cases = [
+        ([false, true], "redis://@/0", Some("rediss://mymaster/0")),
+        ([true, false], "rediss://@/0", Some("redis://mymaster/0")),
+        ([true, true], "rediss://@/0", None),
+    ];
+    for (tls, url, master_url) in cases {
+        let sides = Sides::start([None, None], tls)?;
+        let start = sides.service(&database, url, master_url);
+        sides.serves(&start, "0").with_context(|| format!("{tls:?}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn doctor_and_the_log_name_the_side_that_refuses() -> Result<()> {
+    let database = Database::create()?;
+    let sides = Sides::start([Some(SENTINELS_PASSWORD), Some(MASTERS_PASSWORD)], [false, false])?;
+    let right = format!("redis://:{SENTINELS_PASSWORD}@/0");
+    let wrong = format!("redis://:not-{SENTINELS_PASSWORD}@/0");
+    let rights = format!("redis://:{MASTERS_PASSWORD}@mymaster/0");
+    let wrongs = format!("redis://:not-{MASTERS_PASSWORD}@mymaster/0");
+    let sentinel = format!("sentinel {}", sides.sentinel);
+    let master = format!("master mymaster at 127.0.0.1:{}", sides.master.port());
+    let elsewhere = closed_port()?;
+    let nowhere = format!("redis://127.0.0.1:{elsewhere}");
+    let cases = [
+        (wrong.as_str(), rights.as_str(), [&*sentinel, "wrong user or password", "REDIS_URL"]),
+        ("redis://@/0", &rights, [&sentinel, "needs a password", "REDIS_URL"]),
+        (&right, &wrongs, [&master, "wrong user or password", "REDIS_MASTER_URL"]),
+        (&right, "redis://mymaster/0", [&master, "needs a password", "REDIS_MASTER_URL"]),
+        (&nowhere, &rights, ["sentinel 127.0.0.1", &elsewhere.to_string(), "refused"]),
+    ];
+    for (sentinels, master_url, words) in cases {
+        let start = sides.service(&database, sentinels, Some(master_url));
+        let report = start.clone().args(&["doctor"]).run()?;
+        let line = report.stdout.lines().find(|line| line.starts_with("FAIL") && line.contains("redis"));
+        let service = start.listen()?;
+        service.becomes("degraded")?;
+        let warning = service.process.logs(&["WARN", "Redis is unavailable"])?.remove(0);
+        let fix = words[2];
+        for said in [line.with_context(|| format!("{report:?}"))?, &warning] {
+            for word in words.into_iter().filter(|word| *word != fix || said.starts_with("FAIL")) {
+                ensure!(said.contains(word), "no {word:?}: {said}");
+            }
+        }
+        has_none_of(&(service.stop()? + &report.said()), [SENTINELS_PASSWORD, MASTERS_PASSWORD])?;
+    }
+    // A name that the sentinels do not know is neither side's refusal of credentials.
+    let start = sides.service(&database, &right, Some(&rights.replace("mymaster", "other")));
+    let report = start.env("REDIS_SENTINEL_MASTER", "other").args(&["doctor"]).run()?;
+    let line = report.stdout.lines().find(|line| line.starts_with("FAIL") && line.contains("redis"));
+    ensure!(line.is_some_and(|line| line.contains("knows no master other")), "{report:?}");
     Ok(())
 }

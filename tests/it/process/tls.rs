@@ -11,13 +11,13 @@ use tests::{Postgres, PostgresOptions, Redis, RedisOptions, Scratch};
 use super::support::{Database, Start};
 
 /// A certificate for the loopback address that is its own authority.
-struct Certificate {
-    file: PathBuf,
+pub(super) struct Certificate {
+    pub(super) file: PathBuf,
     certificate: String,
     key: String,
 }
 
-fn certificate(scratch: &Scratch) -> Result<Certificate> {
+pub(super) fn certificate(scratch: &Scratch) -> Result<Certificate> {
     let openssl = programs::in_path("openssl").context("openssl makes the certificates: install it")?;
     let [file, key] = ["certificate.pem", "key.pem"].map(|name| scratch.path().join(name));
     let mut command = Command::new(openssl);
@@ -127,12 +127,8 @@ fn sslmode_require_with_a_server_without_tls_fails_and_names_the_cause() -> Resu
     Ok(())
 }
 
-#[test]
-fn rediss_uses_tls_and_trusts_the_authority_of_ssl_cert_file() -> Result<()> {
-    let database = Database::create()?;
-    let scratch = Scratch::new("rediss")?;
-    let certificate = certificate(&scratch)?;
-    let redis = Redis::start(&scratch.path().join("redis"), RedisOptions::default())?;
+/// The settings of a Redis that uses the certificate, whose files are put where this one can read them.
+pub(super) fn tls_settings(redis: &Redis, certificate: &Certificate) -> Result<Vec<(&'static str, String)>> {
     // The server can always read its own directory.
     let home = redis.log().parent().context("a directory")?.to_owned();
     let [server, key] = ["server.crt", "server.key"].map(|name| home.join(name));
@@ -142,24 +138,33 @@ fn rediss_uses_tls_and_trusts_the_authority_of_ssl_cert_file() -> Result<()> {
     for file in [&server, &key] {
         std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o644))?;
     }
-    let port = ports::free()?.to_string();
     let text = |path: &std::path::Path| path.display().to_string();
-    redis.cli(&[
-        "CONFIG",
-        "SET",
-        "tls-cert-file",
-        &text(&server),
-        "tls-key-file",
-        &text(&key),
-        "tls-ca-cert-file",
-        &text(&server),
-        "tls-auth-clients",
-        "no",
-        "tls-port",
-        &port,
-    ])?;
+    Ok(vec![
+        ("tls-cert-file", text(&server)),
+        ("tls-key-file", text(&key)),
+        ("tls-ca-cert-file", text(&server)),
+        ("tls-auth-clients", "no".to_owned()),
+        ("tls-port", ports::free()?.to_string()),
+    ])
+}
+
+/// Makes it listen for TLS, too, and returns the port.
+pub(super) fn switch_tls_on(redis: &Redis, certificate: &Certificate) -> Result<String> {
+    let settings = tls_settings(redis, certificate)?;
+    let arguments = settings.iter().flat_map(|(name, value)| [*name, value.as_str()]);
+    redis.cli(&["CONFIG", "SET"].into_iter().chain(arguments).collect::<Vec<_>>())?;
+    Ok(settings.last().context("a port")?.1.clone())
+}
+
+#[test]
+fn rediss_uses_tls_and_trusts_the_authority_of_ssl_cert_file() -> Result<()> {
+    let database = Database::create()?;
+    let scratch = Scratch::new("rediss")?;
+    let certificate = certificate(&scratch)?;
+    let redis = Redis::start(&scratch.path().join("redis"), RedisOptions::default())?;
+    let port = switch_tls_on(&redis, &certificate)?;
     let start = Start::on(&database).env("REDIS_URL", &format!("rediss://127.0.0.1:{port}/0"));
-    let service = start.clone().env("SSL_CERT_FILE", &text(&certificate.file)).ready()?;
+    let service = start.clone().env("SSL_CERT_FILE", &certificate.file.display().to_string()).ready()?;
     let (ana, ben) = service.two_users()?;
     service.send(&ana, &ben, "hello")?.expect(201)?;
     ensure!(redis.cli(&["KEYS", "*"])?.contains("chat:"), "Redis was not used");

@@ -54,7 +54,7 @@ const REFUSED: [(&str, &str); 21] = [
 ];
 
 /// Variables that the chart sets from other values.
-const CHARTS_OWN: [&str; 15] = [
+const CHARTS_OWN: [&str; 16] = [
     "SECRET_KEY",
     "SECRET_KEY_PREVIOUS",
     "DB_USER",
@@ -66,6 +66,7 @@ const CHARTS_OWN: [&str; 15] = [
     "REDIS_URL",
     "REDIS_MODE",
     "REDIS_SENTINEL_MASTER",
+    "REDIS_MASTER_URL",
     "PORT",
     "OPS_PORT",
     "MIGRATE_ON_START",

@@ -3,6 +3,7 @@
 
 pub mod collector;
 pub mod daemon;
+pub mod pgbouncer;
 pub mod ports;
 pub mod postgres;
 pub mod programs;

@@ -77,6 +77,19 @@ pub fn prometheus_version(program: &Path) -> Option<(u32, u32)> {
     Some((leading_number(numbers.next()?)?, leading_number(numbers.next()?)?))
 }
 
+/// PgBouncer's program.
+pub fn pgbouncer() -> Option<PathBuf> {
+    find_any(&["pgbouncer"])
+}
+
+/// Major and minor version, from `PgBouncer 1.24.1`.
+pub fn pgbouncer_version(program: &Path) -> Option<(u32, u32)> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let mut numbers = text.strip_prefix("PgBouncer ")?.split('.');
+    Some((leading_number(numbers.next()?)?, leading_number(numbers.next()?)?))
+}
+
 fn find_any(names: &[&str]) -> Option<PathBuf> {
     // sbin and Homebrew are often missing from PATH.
     let places =
