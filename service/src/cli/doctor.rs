@@ -100,12 +100,11 @@ async fn database_checks(database: &Database) -> Vec<(&'static str, Result<Strin
         }
     };
     let (version, known) = (schema.version(), migrations::known_version());
-    let mut checks = Vec::new();
-    let encoding = match &fault {
-        Some(Fault::NotUtf8(fault)) => Err(fault.to_string()),
-        _ => Ok("UTF8".to_owned()),
-    };
-    checks.push(("encoding", encoding));
+    if let Some(Fault::NotUtf8(fault)) = &fault {
+        let unknown = Err("unknown without a database in UTF8".to_owned());
+        return vec![("encoding", Err(fault.to_string())), ("schema", unknown)];
+    }
+    let mut checks = vec![("encoding", Ok("UTF8".to_owned()))];
     let applied = match schema {
         Schema::Forbidden { version: 0, .. } => Err("unknown, before the role may read it".to_owned()),
         _ if version > known => Err(format!(
@@ -120,6 +119,7 @@ async fn database_checks(database: &Database) -> Vec<(&'static str, Result<Strin
     let access = match fault {
         // The statements on lines of their own, to be copied.
         Some(Fault::Lacking(lacking)) => Err([vec![lacking.fault()], lacking.statements].concat().join("\n")),
+        _ if version == 0 => Ok("the role lacks nothing yet".to_owned()),
         _ => Ok("the role may use all that the service needs".to_owned()),
     };
     checks.push(("access", access));

@@ -9,7 +9,8 @@ use sqlx::PgConnection;
 /// The tables of the service, and what its statements need on each.
 pub const NEEDED: [(&str, &[&str]); 6] = [
     ("_sqlx_migrations", &["SELECT"]),
-    ("users", &["SELECT", "INSERT"]),
+    // UPDATE, because a start corrects the keys of addresses.
+    ("users", &["SELECT", "INSERT", "UPDATE"]),
     ("conversations", &["SELECT", "INSERT", "UPDATE"]),
     ("messages", &["SELECT", "INSERT"]),
     // UPDATE, because the sweep locks the rows that it deletes.

@@ -165,17 +165,12 @@ pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> 
         if pooled {
             return if current { Ok(known_version()) } else { Err(MigrationError::Pooled) };
         }
-        without_timeouts(&mut connection).await.map_err(failed)?;
+        lift_timeouts(&mut connection).await.map_err(failed)?;
         if !current {
             run(&mut connection).await?;
         }
-        match email_keys::fold(&mut connection).await {
-            Ok(()) => {}
-            // The role serves and does not own the schema: the service works without.
-            Err(error) if postgres::is_forbidden(&error) => tracing::warn!(
-                "older email addresses are compared by their old keys: run `chat-service migrate` as the schema's owner"
-            ),
-            Err(error) => return Err(explain(&mut connection, MigrateError::Execute(error)).await),
+        if let Err(error) = email_keys::fold(&mut connection).await {
+            return Err(refused(&mut connection, error).await);
         }
         connection.close().await.ok();
         Ok(known_version())
@@ -189,8 +184,7 @@ async fn is_current(connection: &mut PgConnection) -> Result<bool, MigrationErro
     let applied: Vec<(i64, Vec<u8>)> = match sqlx::query_as(query).fetch_all(&mut *connection).await {
         Ok(applied) => applied,
         Err(error) if postgres::is_forbidden(&error) => {
-            let lacking = access::lacking(connection).await.map_err(failed)?;
-            return Err(lacking.map_or_else(|| failed(error), MigrationError::Lacking));
+            return Err(refused(connection, error).await);
         }
         // What is wrong, the migration itself will say.
         Err(error) if postgres::is_undefined_table(&error) => return Ok(false),
@@ -211,15 +205,14 @@ async fn is_current(connection: &mut PgConnection) -> Result<bool, MigrationErro
     Ok(applied.len() == MIGRATIONS.iter().count())
 }
 
-/// The timeouts of the role and the database are meant for requests.
-async fn without_timeouts(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    sqlx::query(
+/// Timeouts that the role or the database has are meant for requests. Which there are depends on Postgres' version. Where
+/// none is set, nothing is changed.
+async fn lift_timeouts(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let query = sqlx::query(
         "SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('statement_timeout', 'lock_timeout',
-         'idle_in_transaction_session_timeout', 'idle_session_timeout', 'transaction_timeout')",
-    )
-    .execute(connection)
-    .await
-    .map(drop)
+         'idle_in_transaction_session_timeout', 'idle_session_timeout', 'transaction_timeout') AND setting <> '0'",
+    );
+    query.execute(connection).await.map(drop)
 }
 
 /// Applies what is pending. Only the wait for a table is limited.
@@ -233,7 +226,7 @@ async fn run(connection: &mut PgConnection) -> Result<(), MigrationError> {
     let mut reported = false;
     loop {
         match MIGRATIONS.run_direct(None, &mut *connection, false).await {
-            Ok(()) => return Ok(()),
+            Ok(()) => break,
             Err(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _))
                 if postgres::is_lock_timeout(&error) =>
             {
@@ -245,6 +238,18 @@ async fn run(connection: &mut PgConnection) -> Result<(), MigrationError> {
             }
             Err(error) => return Err(explain(connection, error).await),
         }
+    }
+    sqlx::raw_sql("SET lock_timeout = 0").execute(connection).await.map(drop).map_err(failed)
+}
+
+/// What the role lacks, if the schema is there, or else the error.
+async fn refused(connection: &mut PgConnection, error: sqlx::Error) -> MigrationError {
+    if !postgres::is_forbidden(&error) {
+        return explain(connection, MigrateError::Execute(error)).await;
+    }
+    match access::lacking(connection).await {
+        Ok(Some(lacking)) if !lacking.is_nothing() => MigrationError::Lacking(lacking),
+        _ => failed(error),
     }
 }
 
