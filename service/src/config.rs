@@ -279,12 +279,15 @@ impl Config {
                      DATABASE_URL=postgres://user:password@host:5432/chat_service?sslmode=require"
                 ))
             })?,
-            None => PgConnectOptions::new_without_pgpass()
-                .host(&self.db_host)
-                .port(self.db_port)
-                .username(&self.db_user)
-                .password(self.db_password.expose_secret())
-                .database(&self.db_name),
+            None => {
+                self.check_db_parts()?;
+                PgConnectOptions::new_without_pgpass()
+                    .host(&self.db_host)
+                    .port(self.db_port)
+                    .username(&self.db_user)
+                    .password(self.db_password.expose_secret())
+                    .database(&self.db_name)
+            }
         };
         Ok(options.application_name("chat-service"))
     }
@@ -338,6 +341,20 @@ impl Config {
         self.check_redis_urls()
     }
 
+    /// A line break at the end of a Secret's value is not seen by those who look at it, and never belongs to it. In a URL
+    /// it does no harm: URLs are parsed without.
+    fn check_db_parts(&self) -> Result<(), ConfigError> {
+        for (name, value) in [
+            ("DB_USER", self.db_user.as_str()),
+            ("DB_PASSWORD", self.db_password.expose_secret()),
+            ("DB_HOST", &self.db_host),
+            ("DB_NAME", &self.db_name),
+        ] {
+            check_no_control(name, value)?;
+        }
+        Ok(())
+    }
+
     /// Names what is wrong with `REDIS_URL` without quoting it: it may hold a password.
     fn check_redis_urls(&self) -> Result<(), ConfigError> {
         let fault = |number: usize, fault: &str| {
@@ -345,6 +362,9 @@ impl Config {
                 "REDIS_URL: URL {number} {fault}; for example REDIS_URL=redis://:password@host:6379/0"
             ))
         };
+        if self.redis_mode == RedisMode::Sentinel {
+            check_no_control("REDIS_SENTINEL_MASTER", &self.redis_sentinel_master)?;
+        }
         for (index, url) in self.redis_urls().iter().enumerate() {
             if !url.starts_with("redis://") && !url.starts_with("rediss://") {
                 return Err(fault(index + 1, "does not begin with redis:// or rediss://"));
@@ -359,7 +379,31 @@ fn parse_database_url(url: &str) -> Result<PgConnectOptions, String> {
     if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
         return Err("it does not begin with postgres://".to_owned());
     }
+    if has_encoded_control(url) {
+        return Err("it has an encoded control character, such as the line break %0A".to_owned());
+    }
     PgConnectOptions::from_str(url).map_err(|error| error.to_string())
+}
+
+/// The value is not shown: it may be a password.
+fn check_no_control(name: &str, value: &str) -> Result<(), ConfigError> {
+    let fault = if value.ends_with(['\n', '\r']) {
+        "it ends with a line break, as `echo` writes it"
+    } else if value.contains(char::is_control) {
+        "it has a control character"
+    } else {
+        return Ok(());
+    };
+    Err(ConfigError(format!(
+        "{name}: {fault}; for example create the Secret with --from-literal, or encode the value with \
+         `printf %s VALUE | base64`"
+    )))
+}
+
+fn has_encoded_control(url: &str) -> bool {
+    let encoded = url.split('%').skip(1);
+    let mut codes = encoded.filter_map(|rest| u8::from_str_radix(rest.get(..2)?, 16).ok());
+    codes.any(|code| code.is_ascii_control())
 }
 
 fn is_weak(key: &SecretString) -> bool {
@@ -432,7 +476,11 @@ fn describe(command: &clap::Command, error: &clap::Error) -> ConfigError {
         Some(ContextValue::Strings(values)) => format!("it is none of {}", values.join(", ")),
         _ => "it is not a valid value".to_owned(),
     });
-    let value = text(ContextKind::InvalidValue);
+    // One line, whatever the value.
+    let value: String = text(ContextKind::InvalidValue)
+        .chars()
+        .flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] })
+        .collect();
     ConfigError(format!("{name}: '{value}' cannot be used: {fault}; for example {name}={example}"))
 }
 
@@ -589,6 +637,48 @@ mod tests {
         let config = load(&[("DATABASE_URL", ""), ("PORT", ""), ("SECRET_KEY_PREVIOUS", "")]).expect("unset");
         assert!(config.database_url.is_none() && config.secret_key_previous.is_none());
         assert_eq!(config.port, 8000);
+    }
+
+    #[test]
+    fn a_line_break_in_what_postgres_is_asked_with_is_refused_and_not_shown() {
+        for name in ["DB_USER", "DB_PASSWORD", "DB_HOST", "DB_NAME"] {
+            for value in ["s3cret\n", "s3cret\r\n", "s3\u{7}cret"] {
+                let error = load(&[(name, value)]).expect_err(name);
+                assert!(error.contains(&format!("{name}:")) && error.contains("for example"), "{error}");
+                assert!(
+                    !error.contains("cret\n") && !error.contains('\n') && !error.contains('\u{7}'),
+                    "{error}"
+                );
+            }
+            // Where the URL wins they are not used.
+            assert!(load(&[(name, "s3cret\n"), ("DATABASE_URL", "postgres://u:p@h/d")]).is_ok());
+        }
+        let error = load(&[("DATABASE_URL", "postgres://u:s3cret%0A@h/d")]).expect_err("%0A");
+        assert!(
+            error.contains("DATABASE_URL:") && error.contains("%0A") && !error.contains("s3cret"),
+            "{error}"
+        );
+        let master = [("REDIS_MODE", "sentinel"), ("REDIS_SENTINEL_MASTER", "mymaster\n")];
+        assert!(load(&master).expect_err("a line break").contains("REDIS_SENTINEL_MASTER:"));
+    }
+
+    #[test]
+    fn a_line_break_in_a_key_or_at_the_end_of_a_url_does_no_harm() {
+        // It is part of the key, on every replica; and a URL is parsed without.
+        let key = "01234567890123456789012345678901\n";
+        let config = load(&[("SECRET_KEY", key), ("APP_ENV", "production")]).expect("a key");
+        assert_eq!(config.secret_key.expose_secret(), key);
+        let options = load(&[("DATABASE_URL", "postgres://u:p@h/d\n")]).expect("a URL").connect_options();
+        assert_eq!(options.expect("a URL").get_database(), Some("d"));
+        load(&[("REDIS_URL", "redis://:p@h/0\n")]).expect("a URL");
+    }
+
+    #[test]
+    fn an_error_is_one_line_whatever_the_value() {
+        for name in ["PORT", "HOST", "TRUSTED_PROXIES", "RUST_LOG", "APP_ENV", "MIGRATE_ON_START"] {
+            let error = load(&[(name, "loud=loud=\n\r")]).expect_err(name);
+            assert!(error.contains(&format!("{name}:")) && !error.contains(['\n', '\r']), "{error}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use chat_service::cli::{create_secret, doctor, healthcheck, migrate, smoke_test}
 use chat_service::config::{Config, EXIT_CONFIG};
 use chat_service::http::routes::public_api;
 use chat_service::serve;
+use chat_service::telemetry::causes::causes;
 use chat_service::telemetry::{BadVariable, Telemetry};
 use clap::{Parser, Subcommand};
 
@@ -44,7 +45,7 @@ enum Command {
 fn main() -> ExitCode {
     let command = Arguments::parse().command.unwrap_or(Command::Serve);
     run(command).unwrap_or_else(|error| {
-        eprintln!("chat-service: {error:#}");
+        eprintln!("chat-service: {}", causes(&*error));
         ExitCode::FAILURE
     })
 }

@@ -20,6 +20,7 @@ use crate::app::{App, Tasks};
 use crate::config::{Config, EXIT_CONFIG};
 use crate::http::routes::{self, public_api};
 use crate::store::migrations::{self, MigrationError};
+use crate::telemetry::causes::causes;
 use crate::workers::{self, Limits, Port, Workers};
 
 /// How long an unready process still accepts requests: a probe's period. Of a grace shorter than ten times this it takes a
@@ -74,7 +75,7 @@ pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
     let running = match start(config).await {
         Ok(running) => running,
         Err(error) => {
-            tracing::error!("{error:#}");
+            tracing::error!("{}", causes(&*error));
             return Ok(ExitCode::from(if error.is::<AddressInUse>() { EXIT_CONFIG } else { 1 }));
         }
     };
@@ -236,6 +237,7 @@ async fn first_answers(app: &Arc<App>) -> anyhow::Result<JoinSet<MigrationError>
 /// Migrates, with a retry while Postgres is unavailable. Returns only with a fault; drops `first` after the first attempt.
 async fn migrate(app: Arc<App>, first: oneshot::Sender<()>) -> MigrationError {
     let mut first = Some(first);
+    let mut reported = String::new();
     loop {
         let outcome = migrations::migrate(&app.connect_options).await;
         match outcome {
@@ -244,8 +246,15 @@ async fn migrate(app: Arc<App>, first: oneshot::Sender<()>) -> MigrationError {
                 // The task does not end, because its end means a fault.
                 return std::future::pending().await;
             }
-            Err(MigrationError::Unreachable(_) | MigrationError::TimedOut) => {
+            Err(error) if error.is_temporary() => {
                 drop(first.take());
+                let news = error.to_string();
+                // The health task logs that Postgres is unavailable, and what the role lacks.
+                let known = matches!(error, MigrationError::Unreachable(_) | MigrationError::Lacking(_));
+                if !known && news != reported {
+                    tracing::warn!("{news}; trying again");
+                    reported = news;
+                }
                 tokio::time::sleep(MIGRATE_RETRY).await;
             }
             Err(error) => return error,

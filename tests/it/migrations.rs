@@ -1,7 +1,10 @@
 //! Migrations: many at once, and on a database of a newer release.
 
+use std::collections::BTreeSet;
+
 use chat_service::config::Config;
 use chat_service::serve;
+use chat_service::store::access::NEEDED;
 use chat_service::store::migrations::{self, MigrationError};
 
 use crate::support::{Database, FUTURE_MIGRATION, together};
@@ -95,4 +98,15 @@ async fn a_migration_that_was_edited_after_it_was_applied_is_refused() {
     database.execute("UPDATE _sqlx_migrations SET checksum = 'x' WHERE version = 2").await;
     let error = migrations::migrate(&database.options()).await.expect_err("another checksum");
     assert!(matches!(error, MigrationError::Edited(2)), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_privileges_that_are_asked_for_name_every_table() {
+    let tables: Vec<String> =
+        sqlx::query_scalar("SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'S', 'v')")
+            .fetch_all(&mut Database::migrated().await.connect().await)
+            .await
+            .expect("the tables");
+    let named: BTreeSet<&str> = NEEDED.iter().map(|(table, _)| *table).collect();
+    assert_eq!(tables.iter().map(String::as_str).collect::<BTreeSet<_>>(), named);
 }

@@ -27,7 +27,9 @@ use super::recent::Recent;
 use crate::config::Config;
 use crate::failpoints::{self, Failpoint};
 use crate::store::operation::Operation;
-use crate::store::postgres::{Database, is_conflict, is_unavailable, violated_constraint};
+use crate::store::postgres::{
+    Database, is_conflict, is_unavailable, is_untranslatable, reason, violated_constraint,
+};
 use crate::telemetry::metrics::{Metrics, SendOutcome};
 use crate::telemetry::trace::{self, Span};
 
@@ -272,16 +274,25 @@ impl Writer {
     async fn store(&mut self, messages: &[Outgoing]) -> Vec<Result<Row, SendError>> {
         match self.store_together(messages).await {
             Ok(rows) => rows.into_iter().map(Ok).collect(),
-            Err(error) if is_unavailable(&error) => {
-                tracing::debug!(%error, messages = messages.len(), "messages were not stored");
+            // A text that the database cannot hold fails only its own message.
+            Err(error) if is_unavailable(&error) && (messages.len() == 1 || !is_untranslatable(&error)) => {
+                tracing::debug!(
+                    error = reason(&error),
+                    messages = messages.len(),
+                    "messages were not stored"
+                );
                 messages.iter().map(|_| Err(SendError::OutcomeUnknown)).collect()
             }
             Err(error) if messages.len() == 1 => {
-                tracing::error!(%error, "a message could not be stored");
+                tracing::error!(error = reason(&error), "a message could not be stored");
                 vec![Err(SendError::Internal("the message could not be stored"))]
             }
             Err(error) => {
-                tracing::warn!(%error, messages = messages.len(), "a batch failed: storing it one by one");
+                tracing::warn!(
+                    error = reason(&error),
+                    messages = messages.len(),
+                    "a batch failed: storing it one by one"
+                );
                 let mut outcomes = Vec::with_capacity(messages.len());
                 for message in messages {
                     let outcome = self.store_together(std::slice::from_ref(message)).await;

@@ -74,7 +74,7 @@ use super::message::{Pair, RenderedMessage};
 use crate::config::Config;
 use crate::failpoints::{self, Failpoint};
 use crate::store::operation::Operation;
-use crate::store::postgres::Database;
+use crate::store::postgres::{Database, reason};
 use crate::store::redis::{Live, Redis, Unavailable};
 use crate::telemetry::trace;
 
@@ -392,7 +392,7 @@ impl Recent {
             Err(error) => Err(error),
         };
         if let Err(error) = written {
-            tracing::debug!(%error, "the windows could not be suspended");
+            tracing::debug!(error = reason(&error), "the windows could not be suspended");
             return Duration::from_millis(500);
         }
         let committed = Instant::now();

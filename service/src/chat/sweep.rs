@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::store::operation::Operation;
-use crate::store::postgres::Database;
+use crate::store::postgres::{Database, reason};
 
 const INTERVAL: Duration = Duration::from_secs(60);
 
@@ -21,7 +21,7 @@ pub(crate) async fn expired_idempotency_keys(database: Database) {
             Ok(_) => tokio::time::sleep(INTERVAL).await,
             // The health task has already logged that Postgres is unavailable.
             Err(error) => {
-                tracing::debug!(%error, "expired idempotency keys were not removed");
+                tracing::debug!(error = reason(&error), "expired idempotency keys were not removed");
                 tokio::time::sleep(Duration::from_secs(5)).await;
             }
         }

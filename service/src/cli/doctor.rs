@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::runtime::Handle;
 
 use crate::config::Config;
-use crate::store::migrations::{self, Schema};
+use crate::store::migrations::{self, Fault, Schema};
 use crate::store::operation::Operation;
 use crate::store::postgres::{self, Database, connect_fix};
 use crate::store::redis::Redis;
@@ -37,13 +37,16 @@ pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let server = format!("{}:{}", options.get_host(), options.get_port());
     match postgres::connect(&options).await {
         Err(error) => {
-            report("postgres", Err(format!("{server}: {error}: {}", connect_fix(&error))));
+            let (reason, fix) = (postgres::reason(&error), connect_fix(&error));
+            report("postgres", Err(format!("{server}: {reason}: {fix}")));
             report("schema", Err("unknown without Postgres".into()));
         }
         Ok(_) => {
             report("postgres", Ok(format!("{server} answers")));
             let database = Database::new(postgres::pool(config, options), Arc::clone(&metrics));
-            report("schema", schema(&database).await);
+            for (name, outcome) in database_checks(&database).await {
+                report(name, outcome);
+            }
         }
     }
     let redis = Redis::new(config, Vec::new(), vec![Handle::current()], metrics)?;
@@ -56,16 +59,38 @@ pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-async fn schema(database: &Database) -> Result<String, String> {
-    let known = migrations::known_version();
-    match migrations::schema(database).await {
-        Ok(Schema::Current { version }) if version > known => Err(format!(
+/// The checks of the encoding, the schema, and what the role may do.
+async fn database_checks(database: &Database) -> Vec<(&'static str, Result<String, String>)> {
+    let (schema, fault) = match migrations::schema(database).await {
+        Ok(answer) => answer,
+        Err(error) => {
+            let reason = postgres::reason(&error);
+            return vec![("schema", Err(format!("{reason}: run `chat-service doctor` again")))];
+        }
+    };
+    let (version, known) = (schema.version(), migrations::known_version());
+    if let Some(Fault::NotUtf8(fault)) = &fault {
+        let unknown = Err("unknown without a database in UTF8".to_owned());
+        return vec![("encoding", Err(fault.to_string())), ("schema", unknown)];
+    }
+    let mut checks = vec![("encoding", Ok("UTF8".to_owned()))];
+    let applied = match schema {
+        Schema::Forbidden { version: 0, .. } => Err("unknown, before the role may read it".to_owned()),
+        _ if version > known => Err(format!(
             "version {version}, newer than this binary, which knows {known}: run the newer release"
         )),
-        Ok(Schema::Current { version }) => Ok(format!("version {version}, current")),
-        Ok(Schema::Behind { version }) => {
+        _ if version < known => {
             Err(format!("version {version}, this binary needs {known}: run `chat-service migrate`"))
         }
-        Err(error) => Err(format!("{error}: grant the user access to the table _sqlx_migrations")),
-    }
+        _ => Ok(format!("version {version}, current")),
+    };
+    checks.push(("schema", applied));
+    let access = match fault {
+        // The statements on lines of their own, to be copied.
+        Some(Fault::Lacking(lacking)) => Err([vec![lacking.fault()], lacking.statements].concat().join("\n")),
+        _ if version == 0 => Ok("the role lacks nothing yet".to_owned()),
+        _ => Ok("the role may use all that the service needs".to_owned()),
+    };
+    checks.push(("access", access));
+    checks
 }

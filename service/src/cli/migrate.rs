@@ -3,11 +3,11 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use sqlx::postgres::PgConnectOptions;
 
 use crate::config::Config;
 use crate::store::migrations::{self, MigrationError, MigrationStatus};
+use crate::store::postgres;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -41,7 +41,9 @@ pub async fn run(config: &Config, args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 async fn show_status(options: &PgConnectOptions) -> anyhow::Result<ExitCode> {
-    let statuses = migrations::statuses(options).await.context("Postgres cannot be asked")?;
+    let statuses = migrations::statuses(options)
+        .await
+        .map_err(|error| anyhow::anyhow!("Postgres cannot be asked: {}", postgres::reason(&error)))?;
     let mut sound = true;
     for (version, description, status) in statuses {
         let (word, fix) = match status {

@@ -16,7 +16,8 @@ use crate::chat::outbox::SendError;
 use crate::security::limits::RateLimited;
 use crate::security::passwords::HashError;
 use crate::security::tokens::TokenError;
-use crate::store::postgres::is_unavailable;
+use crate::store::postgres::{is_unavailable, reason};
+use crate::telemetry::causes::causes;
 
 pub(super) const PROBLEM_JSON: &str = "application/problem+json";
 
@@ -220,9 +221,11 @@ impl Error {
         let status = self.status();
         match self {
             // The health task logs once that Postgres is unavailable; requests do not repeat it.
-            Self::Database(error) if is_unavailable(error) => tracing::debug!(%error, "statement failed"),
-            Self::Database(error) => tracing::error!(%error, "statement failed"),
-            Self::Internal(error) => tracing::error!(%error, "internal fault"),
+            Self::Database(error) if is_unavailable(error) => {
+                tracing::debug!(error = reason(error), "statement failed")
+            }
+            Self::Database(error) => tracing::error!(error = reason(error), "statement failed"),
+            Self::Internal(error) => tracing::error!(error = causes(&**error), "internal fault"),
             _ => {}
         }
         if let Some(after) = self.retry_after() {

@@ -28,7 +28,8 @@ pub(super) struct Checks {
     /// `ok` or `away`.
     #[salvo(schema(example = "ok"))]
     postgres: &'static str,
-    /// `ok`, `behind` before its migrations, or `unknown` while Postgres is unavailable.
+    /// `ok`; `behind` before its migrations; `forbidden` while the role lacks privileges; `encoding` where the database is
+    /// not in UTF8; `unknown` while Postgres is unavailable.
     #[salvo(schema(example = "ok"))]
     schema: &'static str,
     /// `ok` or `away`.
@@ -89,6 +90,8 @@ impl Readiness {
             schema: match postgres {
                 PostgresState::Answers(Schema::Current { .. }) => "ok",
                 PostgresState::Answers(Schema::Behind { .. }) => "behind",
+                PostgresState::Answers(Schema::Forbidden { .. }) => "forbidden",
+                PostgresState::Answers(Schema::NotUtf8 { .. }) => "encoding",
                 PostgresState::Unknown | PostgresState::Unavailable => "unknown",
             },
             redis: if redis_answers { "ok" } else { "away" },

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::migrations::{self, Schema};
-use super::postgres::Database;
+use super::postgres::{self, Database};
 
 /// How old the answer to a probe may be, and how long Postgres may take for it.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -54,7 +54,7 @@ impl Health {
     /// The newest applied migration, 0 while that is unknown.
     pub fn schema_version(&self) -> i64 {
         match self.postgres() {
-            PostgresState::Answers(Schema::Behind { version } | Schema::Current { version }) => version,
+            PostgresState::Answers(schema) => schema.version(),
             PostgresState::Unknown | PostgresState::Unavailable => 0,
         }
     }
@@ -77,8 +77,8 @@ impl Health {
     pub async fn ask(&self, database: &Database) {
         let answer = tokio::time::timeout(TIMEOUT, migrations::schema(database)).await;
         let (postgres, fault) = match answer {
-            Ok(Ok(schema)) => (PostgresState::Answers(schema), None),
-            Ok(Err(error)) => (PostgresState::Unavailable, Some(error.to_string())),
+            Ok(Ok((schema, fault))) => (PostgresState::Answers(schema), fault.map(|fault| fault.to_string())),
+            Ok(Err(error)) => (PostgresState::Unavailable, Some(postgres::reason(&error))),
             Err(_) => (PostgresState::Unavailable, Some(format!("no answer within {} s", TIMEOUT.as_secs()))),
         };
         let before = self.postgres.send_replace(postgres);
@@ -94,9 +94,14 @@ impl Health {
                 tracing::warn!(
                     version,
                     needed = migrations::known_version(),
+                    fault,
                     "the schema is behind: not ready until it is migrated"
                 );
             }
+            PostgresState::Answers(Schema::Forbidden { .. } | Schema::NotUtf8 { .. }) => tracing::warn!(
+                fault,
+                "Postgres answers, but the service cannot work with its database: not ready"
+            ),
             PostgresState::Answers(Schema::Current { version }) => {
                 tracing::info!(version, "Postgres answers, the schema is current")
             }

@@ -1,22 +1,35 @@
 //! The migrations of the schema: applying them, and their status in a database.
 
+use std::fmt;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use sqlx::migrate::{Migrate as _, MigrateError, Migrator};
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{Connection as _, PgConnection};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tokio::time::Instant;
 
+use super::access::{self, Lacking, NotUtf8};
 use super::email_keys;
 use super::operation::Operation;
 use super::postgres::{self, Database};
 
 /// The migrations that this binary was built with.
-static MIGRATIONS: Migrator = sqlx::migrate!("./migrations");
+static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
+    let mut migrations = sqlx::migrate!("./migrations");
+    // `migrate` takes the lock itself.
+    migrations.set_locking(false);
+    migrations
+});
 
 /// How long a migration may take, with the wait for other replicas'. It has no statement timeout: a migration that is
 /// cut off half-way would only start again.
 const MIGRATE_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How long a migration may wait for the lock of a table. Everyone who uses the table waits behind it, so it gives up
+/// before their requests do, lets them pass, and starts again.
+const LOCK_TIMEOUT_MS: u32 = 2000;
+const LOCK_RETRY: Duration = Duration::from_secs(1);
 
 /// Between two attempts to reach a Postgres that is not up yet.
 const CONNECT_RETRY: Duration = Duration::from_secs(1);
@@ -29,6 +42,38 @@ pub enum Schema {
     /// The schema has everything that this binary needs. A newer one has, too: a migration only adds until the last old
     /// process has ended.
     Current { version: i64 },
+    /// It is current, but the role lacks that many privileges, or tables: requests fail.
+    Forbidden { version: i64, lacking: usize },
+    /// The database cannot hold every text.
+    NotUtf8 { version: i64 },
+}
+
+impl Schema {
+    /// The newest applied migration, 0 where there is none, or the role may not see it.
+    pub fn version(self) -> i64 {
+        match self {
+            Self::Behind { version }
+            | Self::Current { version }
+            | Self::Forbidden { version, .. }
+            | Self::NotUtf8 { version } => version,
+        }
+    }
+}
+
+/// What an operator has to change so that the service can work with the database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    NotUtf8(NotUtf8),
+    Lacking(Lacking),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotUtf8(fault) => fault.fmt(f),
+            Self::Lacking(lacking) => lacking.fmt(f),
+        }
+    }
 }
 
 #[derive(thiserror::Error, Debug)]
@@ -42,10 +87,47 @@ pub enum MigrationError {
     Edited(i64),
     #[error("no migration within {} s: another process may hold the lock", MIGRATE_TIMEOUT.as_secs())]
     TimedOut,
-    #[error("Postgres cannot be reached: {0}")]
-    Unreachable(#[source] sqlx::Error),
-    #[error("the migration failed: {0}")]
-    Failed(#[source] MigrateError),
+    #[error("{0}")]
+    NotUtf8(NotUtf8),
+    /// Whether anything is to be migrated is unknown.
+    #[error("{0}")]
+    Lacking(Lacking),
+    // Without `#[source]`: the cause is in the text, and would be said again.
+    #[error("Postgres cannot be reached: {}", postgres::reason(.0))]
+    Unreachable(sqlx::Error),
+    #[error("the migration failed: {}", failure(.0))]
+    Failed(MigrateError),
+}
+
+impl MigrationError {
+    /// True when a repetition may succeed.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            Self::Unreachable(_) | Self::TimedOut => true,
+            // There may be nothing to migrate. The service waits for the grants, unready.
+            Self::Lacking(_) => true,
+            Self::Failed(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) => {
+                postgres::is_temporary(error)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Why a migration failed, and what to do where that is known.
+fn failure(error: &MigrateError) -> String {
+    let (error, place) = match error {
+        MigrateError::Execute(error) => (error, String::new()),
+        MigrateError::ExecuteMigration(error, version) => (error, format!("migration {version}: ")),
+        error => return error.to_string(),
+    };
+    let fix = if postgres::is_forbidden(error) {
+        ": migrate with the role that owns the schema, or `GRANT CREATE ON SCHEMA ... TO ...` in a new database; with \
+         MIGRATE_ON_START=false the service itself needs no such role"
+    } else {
+        ""
+    };
+    format!("{place}{}{fix}", postgres::reason(error))
 }
 
 /// The version of the newest migration that this binary knows.
@@ -54,21 +136,106 @@ pub fn known_version() -> i64 {
 }
 
 /// Brings the schema up to date on a dedicated connection. Any number of processes may do so at once: an advisory lock
-/// admits one at a time, and the others then find nothing to do.
+/// admits one at a time, and the others then find nothing to do. A schema that is current is only read: its role needs
+/// no more than to serve, and no other process's migration is waited for.
 pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> {
     let work = async {
         let mut connection = postgres::connect(options).await.map_err(MigrationError::Unreachable)?;
-        let outcome = MIGRATIONS.run_direct(None, &mut connection, false).await;
-        if let Err(error) = outcome {
-            return Err(explain(&mut connection, error).await);
+        let not_utf8 = access::encoding(&mut connection).await.map_err(failed)?;
+        if let Some(fault) = not_utf8 {
+            return Err(MigrationError::NotUtf8(fault));
+        }
+        let current = is_current(&mut connection).await?;
+        lift_timeouts(&mut connection).await.map_err(failed)?;
+        if !current {
+            run(&mut connection).await?;
         }
         if let Err(error) = email_keys::fold(&mut connection).await {
-            return Err(explain(&mut connection, MigrateError::Execute(error)).await);
+            return Err(refused(&mut connection, error).await);
         }
         connection.close().await.ok();
         Ok(known_version())
     };
     tokio::time::timeout(MIGRATE_TIMEOUT, work).await.unwrap_or(Err(MigrationError::TimedOut))
+}
+
+/// Whether every migration of this binary was applied as it is, and no other.
+async fn is_current(connection: &mut PgConnection) -> Result<bool, MigrationError> {
+    let query = "SELECT version, checksum FROM _sqlx_migrations WHERE success";
+    let applied: Vec<(i64, Vec<u8>)> = match sqlx::query_as(query).fetch_all(&mut *connection).await {
+        Ok(applied) => applied,
+        Err(error) if postgres::is_forbidden(&error) => {
+            return Err(refused(connection, error).await);
+        }
+        // What is wrong, the migration itself will say.
+        Err(error) if postgres::is_undefined_table(&error) => return Ok(false),
+        Err(error) => return Err(failed(error)),
+    };
+    let newest = applied.iter().map(|(version, _)| *version).max().unwrap_or(0);
+    for (version, checksum) in &applied {
+        match MIGRATIONS.iter().find(|migration| migration.version == *version) {
+            None => {
+                return Err(MigrationError::DatabaseIsNewer { applied: newest, known: known_version() });
+            }
+            Some(migration) if *migration.checksum != **checksum => {
+                return Err(MigrationError::Edited(*version));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(applied.len() == MIGRATIONS.iter().count())
+}
+
+/// Timeouts that the role or the database has are meant for requests. Which there are depends on Postgres' version. Where
+/// none is set, nothing is changed.
+async fn lift_timeouts(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let query = sqlx::query(
+        "SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('statement_timeout', 'lock_timeout',
+         'idle_in_transaction_session_timeout', 'idle_session_timeout', 'transaction_timeout') AND setting <> '0'",
+    );
+    query.execute(connection).await.map(drop)
+}
+
+/// Applies what is pending. Only the wait for a table is limited.
+async fn run(connection: &mut PgConnection) -> Result<(), MigrationError> {
+    connection.lock().await.map_err(MigrationError::Failed)?;
+    // One outside a transaction may not be cut off: what it has done until then would stay.
+    if MIGRATIONS.iter().all(|migration| !migration.no_tx) {
+        let limit = format!("SET lock_timeout = {LOCK_TIMEOUT_MS}");
+        sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut *connection).await.map_err(failed)?;
+    }
+    let mut reported = false;
+    loop {
+        match MIGRATIONS.run_direct(None, &mut *connection, false).await {
+            Ok(()) => break,
+            Err(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _))
+                if postgres::is_lock_timeout(&error) =>
+            {
+                if !reported {
+                    tracing::warn!("a migration waits for a table that is in use: trying again");
+                    reported = true;
+                }
+                tokio::time::sleep(LOCK_RETRY).await;
+            }
+            Err(error) => return Err(explain(connection, error).await),
+        }
+    }
+    sqlx::raw_sql("SET lock_timeout = 0").execute(connection).await.map(drop).map_err(failed)
+}
+
+/// What the role lacks, if the schema is there, or else the error.
+async fn refused(connection: &mut PgConnection, error: sqlx::Error) -> MigrationError {
+    if !postgres::is_forbidden(&error) {
+        return explain(connection, MigrateError::Execute(error)).await;
+    }
+    match access::lacking(connection).await {
+        Ok(Some(lacking)) if !lacking.is_nothing() => MigrationError::Lacking(lacking),
+        _ => failed(error),
+    }
+}
+
+fn failed(error: sqlx::Error) -> MigrationError {
+    MigrationError::Failed(MigrateError::Execute(error))
 }
 
 /// As [`migrate`], but tries again for as long as `wait` while Postgres cannot be reached.
@@ -82,7 +249,8 @@ pub async fn migrate_with_retry(options: &PgConnectOptions, wait: Duration) -> R
             {
                 if !reported {
                     let left = (deadline - Instant::now()).as_secs();
-                    eprintln!("Postgres cannot be reached: {error}; trying again for {left} s");
+                    let reason = postgres::reason(&error);
+                    eprintln!("Postgres cannot be reached: {reason}; trying again for {left} s");
                     reported = true;
                 }
                 tokio::time::sleep(CONNECT_RETRY).await;
@@ -92,18 +260,40 @@ pub async fn migrate_with_retry(options: &PgConnectOptions, wait: Duration) -> R
     }
 }
 
-/// Asks Postgres for the schema's version, on which readiness depends.
-pub async fn schema(database: &Database) -> Result<Schema, sqlx::Error> {
+/// Asks Postgres for all that readiness depends on: the schema's version, the encoding, and what the role may do. One
+/// statement, unless something is wrong.
+pub async fn schema(database: &Database) -> Result<(Schema, Option<Fault>), sqlx::Error> {
     let mut connection = database.acquire().await?;
-    let query = sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success");
-    let version: Result<Option<i64>, _> =
+    let (tables, privileges) = access::needed();
+    let query = sqlx::query_as(AssertSqlSafe(access::probe())).bind(tables).bind(privileges);
+    let answer: Result<(Option<i64>, String, i64), _> =
         database.run(Operation::CheckSchema, query.fetch_one(&mut *connection)).await;
-    let version = match version {
-        Ok(version) => version.unwrap_or(0),
-        Err(error) if postgres::is_undefined_table(&error) => 0,
+    let version = match answer {
+        Ok((version, encoding, 0)) if encoding == access::ENCODING => {
+            return Ok((state_of(version.unwrap_or(0)), None));
+        }
+        Ok((version, ..)) => version.unwrap_or(0),
+        Err(error) if postgres::is_undefined_table(&error) || postgres::is_forbidden(&error) => 0,
         Err(error) => return Err(error),
     };
-    Ok(if version < known_version() { Schema::Behind { version } } else { Schema::Current { version } })
+    if let Some(fault) = access::encoding(&mut connection).await? {
+        return Ok((Schema::NotUtf8 { version }, Some(Fault::NotUtf8(fault))));
+    }
+    Ok(match access::lacking(&mut connection).await? {
+        Some(lacking) if lacking.is_nothing() => (state_of(version), None),
+        // Not migrated yet, where search_path leads; or some tables are still to come.
+        Some(lacking) if !lacking.is_on_path || (1..known_version()).contains(&version) => {
+            (Schema::Behind { version }, Some(Fault::Lacking(lacking)))
+        }
+        Some(lacking) => {
+            (Schema::Forbidden { version, lacking: lacking.count() }, Some(Fault::Lacking(lacking)))
+        }
+        None => (Schema::Behind { version }, None),
+    })
+}
+
+fn state_of(version: i64) -> Schema {
+    if version < known_version() { Schema::Behind { version } } else { Schema::Current { version } }
 }
 
 /// The status of one migration in a database.

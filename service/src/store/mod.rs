@@ -1,5 +1,6 @@
 //! Postgres and Redis: connections, migrations, and whether they answer.
 
+pub mod access;
 mod email_keys;
 pub(crate) mod health;
 pub mod migrations;

@@ -1,6 +1,7 @@
 //! Logs, traces and metrics. Logs go to stdout, one line per event; traces go to an OTLP collector where the standard
 //! `OTEL_*` variables name one.
 
+pub mod causes;
 pub(crate) mod context;
 mod log_format;
 mod log_writer;

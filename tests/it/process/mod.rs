@@ -6,6 +6,7 @@ mod configuration;
 mod connections;
 mod dotenv;
 mod faults;
+mod installation;
 mod jobs;
 mod lifecycle;
 mod metrics;

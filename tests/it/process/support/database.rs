@@ -24,6 +24,11 @@ pub(crate) struct Database {
 impl Database {
     /// A new one on the server of `TEST_DATABASE_URL`.
     pub(crate) fn create() -> Result<Self> {
+        Self::create_with("")
+    }
+
+    /// Likewise, with clauses of `CREATE DATABASE`.
+    pub(crate) fn create_with(clauses: &str) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let url =
             std::env::var("TEST_DATABASE_URL").context("TEST_DATABASE_URL: run by `cargo xtask test`")?;
@@ -38,7 +43,7 @@ impl Database {
             shared: true,
         };
         database.query_in("postgres", &format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", database.name))?;
-        database.query_in("postgres", &format!("CREATE DATABASE {}", database.name))?;
+        database.query_in("postgres", &format!("CREATE DATABASE {} {clauses}", database.name))?;
         Ok(database)
     }
 
@@ -64,6 +69,17 @@ impl Database {
         let Self { host, port, user, password, name, .. } = self;
         let password = if password.is_empty() { String::new() } else { format!(":{password}") };
         format!("postgres://{user}{password}@{host}:{port}/{name}")
+    }
+
+    /// The URL for another role, which has the same password.
+    pub(crate) fn url_of(&self, role: &str) -> String {
+        let mut other = self.handle();
+        other.user = role.to_owned();
+        other.url()
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     /// The same database for another thread. It is not dropped with this value.
