@@ -39,6 +39,21 @@
 {{- end }}
 {{- end }}
 
+{{/* As above, and the port of the migration's own Postgres: it bypasses a pooler. */}}
+{{- define "chat-service.migrationEgress" -}}
+{{- if .Values.postgres.enabled }}
+{{- include "chat-service.postgresEgress" . }}
+{{- else }}
+{{- $ports := list (int .Values.externalPostgres.port) }}
+{{- range .Values.migration.extraEnv }}
+{{- if and (eq .name "DB_PORT") .value }}
+{{- $ports = append $ports (int .value) }}
+{{- end }}
+{{- end }}
+{{- include "chat-service.egressTo" (list .Values.networkPolicy.externalPostgresTo $ports) }}
+{{- end }}
+{{- end }}
+
 {{- define "chat-service.redisEgress" -}}
 {{- if .Values.redis.enabled }}
 {{- include "chat-service.egressToPart" (list $ "redis" 6379) }}

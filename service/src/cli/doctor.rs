@@ -8,7 +8,7 @@ use tokio::runtime::Handle;
 use crate::config::Config;
 use crate::store::migrations::{self, Answer, Fault, Schema};
 use crate::store::operation::Operation;
-use crate::store::pooler;
+use crate::store::pooler::{self, StatementTimeout};
 use crate::store::postgres::{self, Database, ReadOnly, connect_fix};
 use crate::store::redis::Redis;
 use crate::telemetry::metrics::{Known, Metrics};
@@ -76,17 +76,16 @@ fn writes(server: &str, read_only: Result<Option<ReadOnly>, sqlx::Error>) -> Res
 
 /// Postgres may have another limit than the service asks for: behind a pooler it has the role's.
 async fn warn_without_limit(config: &Config, database: &Database) {
-    let (wanted, user) = (config.statement_timeout(), database.pool().connect_options());
-    match pooler::statement_timeout(database).await {
-        Ok(limit) if limit.is_zero() || limit > wanted => println!(
-            "warn  limit     Postgres has statement_timeout = {} ms, not DB_STATEMENT_TIMEOUT_MS={}, as behind a pooler: run \
-             `ALTER ROLE {} SET statement_timeout = {}`, and restart the pooler",
-            limit.as_millis(),
-            wanted.as_millis(),
-            user.get_username(),
-            wanted.as_millis(),
-        ),
-        _ => {}
+    let wanted = config.statement_timeout();
+    let Ok(StatementTimeout { limit, role, database }) = pooler::statement_timeout(database).await else {
+        return;
+    };
+    if limit.is_zero() || limit > wanted {
+        let (limit, wanted) = (limit.as_millis(), wanted.as_millis());
+        println!(
+            "warn  limit     Postgres has statement_timeout = {limit} ms, not DB_STATEMENT_TIMEOUT_MS={wanted}, as behind a \
+             pooler: run `ALTER ROLE {role} IN DATABASE {database} SET statement_timeout = {wanted}`, and restart the pooler"
+        );
     }
 }
 

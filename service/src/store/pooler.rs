@@ -26,12 +26,21 @@ pub(crate) async fn is_own_session(connection: &mut PgConnection) -> Result<bool
     query.fetch_one(connection).await
 }
 
-/// When Postgres gives up on a statement of the service; zero for never.
-pub(crate) async fn statement_timeout(database: &Database) -> Result<Duration, sqlx::Error> {
+/// When Postgres gives up on a statement of the service (zero for never), and whose setting that is.
+#[derive(Debug)]
+pub(crate) struct StatementTimeout {
+    pub(crate) limit: Duration,
+    pub(crate) role: String,
+    pub(crate) database: String,
+}
+
+pub(crate) async fn statement_timeout(database: &Database) -> Result<StatementTimeout, sqlx::Error> {
     let mut connection = database.acquire().await?;
-    let query = "SELECT setting::bigint FROM pg_settings WHERE name = 'statement_timeout'";
-    let milliseconds: i64 = sqlx::query_scalar(query).fetch_one(&mut *connection).await?;
-    Ok(Duration::from_millis(milliseconds.unsigned_abs()))
+    let query = "SELECT setting::bigint, quote_ident(current_user), quote_ident(current_database())
+         FROM pg_settings WHERE name = 'statement_timeout'";
+    let (milliseconds, role, database): (i64, String, String) =
+        sqlx::query_as(query).fetch_one(&mut *connection).await?;
+    Ok(StatementTimeout { limit: Duration::from_millis(milliseconds.unsigned_abs()), role, database })
 }
 
 /// Why the service cannot work through the pooler, as an error tells.

@@ -392,7 +392,7 @@ fn is_refusal(error: &RedisError) -> bool {
 fn said(error: &RedisError) -> String {
     match error.code() {
         Some("NOAUTH") => "it needs a password".to_owned(),
-        _ if is_refusal(error) => format!("wrong user or password ({error})"),
+        _ if is_refusal(error) => "wrong user or password, or it has none".to_owned(),
         _ => error.to_string(),
     }
 }
