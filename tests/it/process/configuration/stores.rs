@@ -118,7 +118,7 @@ fn db_statement_timeout_ms_ends_a_statement_that_waits() -> Result<()> {
 fn request_timeout_ms_answers_503_before_a_statement_ends() -> Result<()> {
     let database = Database::create()?;
     let start = Start::on(&database).env("DB_STATEMENT_TIMEOUT_MS", "50000");
-    let service = start.env("REQUEST_TIMEOUT_MS", "400").ready()?;
+    let service = start.env("REQUEST_TIMEOUT_MS", "2500").ready()?;
     let (ana, ben) = service.two_users()?;
     service.send(&ana, &ben, "first")?.expect(201)?;
     let _held = database.hold_conversations()?;
