@@ -26,15 +26,19 @@ key: {{ ternary .existingSecretPasswordKey "redis-password" (not (empty .existin
 {{- end }}
 {{- end }}
 
-{{/* Arguments for the keys that the chart must generate, in the Secret named after the release; empty if the user provides all. */}}
-{{- define "chat-service.generatedKeys" -}}
-{{- if not .Values.secretKey.existingSecret }}
+{{/*
+Arguments for the keys that are still to be generated, in the Secret named after the release: neither the user provides them, nor does the
+cluster have them. Where no cluster can be asked (`helm template`, Argo CD), all that the user does not provide.
+*/}}
+{{- define "chat-service.keysToGenerate" -}}
+{{- $present := (lookup "v1" "Secret" .Release.Namespace (include "chat-service.fullname" .)).data | default dict }}
+{{- if not (or .Values.secretKey.existingSecret (hasKey $present "secret-key")) }}
 - --key=secret-key=48
 {{- end }}
-{{- if and .Values.postgres.enabled (not .Values.postgres.auth.existingSecret) }}
+{{- if and .Values.postgres.enabled (not (or .Values.postgres.auth.existingSecret (hasKey $present "postgres-password"))) }}
 - --key=postgres-password=32
 {{- end }}
-{{- if and .Values.redis.enabled (not .Values.redis.auth.existingSecret) }}
+{{- if and .Values.redis.enabled (not (or .Values.redis.auth.existingSecret (hasKey $present "redis-password"))) }}
 - --key=redis-password=32
 {{- end }}
 {{- end }}
