@@ -234,7 +234,8 @@ async fn first_answers(app: &Arc<App>) -> anyhow::Result<JoinSet<MigrationError>
     }
 }
 
-/// Migrates, with a retry while Postgres is unavailable or only reads. Returns only with a fault; drops `first` after the first attempt.
+/// Migrates, with a retry while Postgres is unavailable or only reads. Returns only with a fault; drops `first` after the
+/// first attempt.
 async fn migrate(app: Arc<App>, first: oneshot::Sender<()>) -> MigrationError {
     let mut first = Some(first);
     let mut reported = String::new();

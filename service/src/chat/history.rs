@@ -225,8 +225,8 @@ struct Loaded {
 }
 
 /// One statement, one snapshot: whether Postgres takes writes, whether both users exist, whether windows are suspended, the
-/// conversation's last seq, and the page, which is one range of the primary key whatever the offset. Without the messages where the last seq is
-/// `known`.
+/// conversation's last seq, and the page, which is one range of the primary key whatever the offset. Without the messages
+/// where the last seq is `known`.
 async fn load(
     database: &Database,
     request: &PageRequest,

@@ -439,9 +439,9 @@ async fn insert(writer: &mut WriterConnection, messages: &[Outgoing]) -> Result<
     }
 }
 
-/// The statement is one transaction, or all of one. It locks the conversations in the order of their key. `seq` continues from the
-/// locked row, so it has no gaps; `last_at` is read under that lock, so times follow `seq`. If another statement is just
-/// inserting the same key, this one fails and is repeated.
+/// The statement is one transaction, or all of one. It locks the conversations in the order of their key. `seq` continues
+/// from the locked row, so it has no gaps; `last_at` is read under that lock, so times follow `seq`. If another statement is
+/// just inserting the same key, this one fails and is repeated.
 async fn insert_batch(connection: &mut PgConnection, messages: &[Outgoing]) -> Result<Vec<Row>, sqlx::Error> {
     let ids: Vec<Uuid> = messages.iter().map(|_| Uuid::now_v7()).collect();
     let senders: Vec<Uuid> = messages.iter().map(|message| message.sender).collect();

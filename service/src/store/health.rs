@@ -1,5 +1,5 @@
-//! Whether Postgres answers, takes writes, and has a current schema. A task asks once a second, so that probes cost nothing and any
-//! number of them cannot burden the database.
+//! Whether Postgres answers, takes writes, and has a current schema. A task asks once a second, so that probes cost nothing
+//! and any number of them cannot burden the database.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
