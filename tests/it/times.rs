@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::support::{Response, TestApp, text};
 
-/// What Postgres is told, and what clients get.
+/// What Postgres stores, and what clients get.
 const TIMES: [(&str, &str); 6] = [
     ("2026-01-31 12:00:00.123456+00", "2026-01-31T12:00:00.123456Z"),
     ("2026-01-31 12:00:00.12345+00", "2026-01-31T12:00:00.123450Z"),

@@ -10,11 +10,11 @@ use crate::text::email_key;
 const STEP_ROWS: i64 = 1000;
 
 /// Gives every user the key that this release looks an address up by. Older releases stored the lower case, which is the
-/// same in ASCII, so only the others are read: Postgres looks at each user for that, a million of them in about a second.
+/// same in ASCII, so only the others are read. For that Postgres looks at each user.
 ///
 /// It runs after the migrations, each time, and finds nothing to do when it is done. An old replica that still runs beside
 /// this one may add such a user; the next run corrects it. Of users whose addresses are one now, one has the key, the
-/// others keep their old ones, and nobody else can register with that address.
+/// others keep their old ones, and no new user can register with that address.
 pub(super) async fn fold(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     let mut last = Uuid::nil();
     loop {

@@ -131,8 +131,8 @@ fn keep_alive_seconds_is_how_long_an_idle_connection_is_kept() -> Result<()> {
     Ok(())
 }
 
-/// Sends SIGTERM, and stops the process's threads shortly before the end of the time for load balancers, so that whoever
-/// connects now is in the kernel's queue when the process closes its listener.
+/// Sends SIGTERM, and stops the process's threads shortly before the end of the time for load balancers, so that a client
+/// that connects now is in the kernel's queue when the process closes its listener.
 fn frozen_at_the_stop(service: &Service) -> Result<()> {
     service.process.signal(Signal::TERM)?;
     service.process.logs(&["stopping: no longer ready"])?;

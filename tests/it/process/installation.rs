@@ -275,7 +275,7 @@ fn limit_sessions(database: &Database) -> Result<()> {
 #[test]
 fn timeouts_of_the_role_do_not_end_migrations_that_wait() -> Result<()> {
     let database = Database::create()?;
-    // Not committed: whoever creates the table waits, and the others wait for the migration's lock.
+    // Not committed: the process that creates the table waits, and the others wait for the migration's lock.
     let held = database.hold("CREATE TABLE _sqlx_migrations (version bigint)")?;
     limit_sessions(&database)?;
     let start = Start::on(&database);
@@ -345,7 +345,9 @@ fn a_migration_lets_others_pass_while_a_table_is_in_use() -> Result<()> {
     let mut migrate = Start::on(&database).args(&["migrate"]).spawn()?;
     for _ in 0..2 {
         database.blocks(1)?;
-        eventually("the migration to give way", || database.blocked().ok().filter(|count| *count == 0))?;
+        eventually("the migration to let the others pass", || {
+            database.blocked().ok().filter(|count| *count == 0)
+        })?;
     }
     held.release();
     let code = migrate.exit(LIMIT)?;

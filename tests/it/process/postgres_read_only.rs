@@ -84,16 +84,6 @@ fn refuses_writes(service: &Service, ana: &User, ben: &User, newest_first: &[&st
     service.read(ana, &nobody, 5)?.is_unavailable()
 }
 
-/// Three messages, whose window is in use.
-fn conversation(service: &Service) -> Result<(User, User)> {
-    let (ana, ben) = service.two_users()?;
-    for content in ["first", "second", "third"] {
-        service.send(&ana, &ben, content)?.expect(201)?;
-    }
-    service.hit(&ana, &ben, 3)?;
-    Ok((ana, ben))
-}
-
 fn takes_writes(service: &Service, ana: &User, ben: &User) -> Result<()> {
     service.becomes("ok")?;
     ensure!(service.metric("chat_dependency_up{dependency=\"postgres\"}")? == 1.0);
@@ -118,7 +108,7 @@ fn a_postgres_set_to_read_only_makes_the_service_unready_until_it_takes_writes()
     let Backends { postgres, redis, scratch: _scratch } = backends()?;
     let database = Database::on(&postgres)?;
     let service = start(&database, &redis).ready()?;
-    let (ana, ben) = conversation(&service)?;
+    let (ana, ben) = service.conversation()?;
     set_read_only(&postgres, "on")?;
     says_read_only(&service)?;
     for _ in 0..3 {
@@ -134,7 +124,7 @@ fn a_primary_that_became_a_standby_makes_the_service_unready_until_it_is_promote
     let Backends { mut postgres, redis, scratch: _scratch } = backends()?;
     let database = Database::on(&postgres)?;
     let service = start(&database, &redis).ready()?;
-    let (ana, ben) = conversation(&service)?;
+    let (ana, ben) = service.conversation()?;
     postgres.restart_as_standby()?;
     eventually("the standby to be noticed", || says_read_only(&service).ok())?;
     refuses_writes(&service, &ana, &ben, &["third", "second", "first"])?;
@@ -172,7 +162,7 @@ fn a_database_that_was_set_to_read_only_is_noticed_by_the_first_session_that_mee
     let Backends { postgres, redis, scratch: _scratch } = backends()?;
     let database = Database::on(&postgres)?;
     let service = start(&database, &redis).ready()?;
-    let (ana, ben) = conversation(&service)?;
+    let (ana, ben) = service.conversation()?;
     set_database_read_only(&postgres, "on")?;
     // Two sessions at least are needed at once, and a new one is opened.
     let lock = database.handle().hold("SET TRANSACTION READ WRITE; LOCK TABLE users")?;
@@ -205,7 +195,7 @@ fn a_standby_that_lags_behind_never_shows_its_history_unmarked() -> Result<()> {
     let Backends { mut postgres, redis, scratch } = backends()?;
     let database = Database::on(&postgres)?;
     let current = start(&database, &redis).ready()?;
-    let (ana, ben) = conversation(&current)?;
+    let (ana, ben) = current.conversation()?;
     let standby = postgres.stale_standby(&scratch.path().join("standby"))?;
     current.becomes("ok")?;
     let behind =

@@ -68,16 +68,6 @@ fn shows_cached_history(service: &Service, ana: &User, ben: &User, newest_first:
     within(PATIENCE, "a read", || service.read(ben, ana, 100))?.is_unavailable()
 }
 
-/// A conversation of three messages, whose window is in use.
-fn conversation(service: &Service) -> Result<(User, User)> {
-    let (ana, ben) = service.two_users()?;
-    for content in ["first", "second", "third"] {
-        service.send(&ana, &ben, content)?.expect(201)?;
-    }
-    service.hit(&ana, &ben, 3)?;
-    Ok((ana, ben))
-}
-
 fn has_recovered(service: &Service, ana: &User, ben: &User) -> Result<()> {
     service.becomes("ok")?;
     let message = service.send(ana, ben, "fourth")?.expect(201)?.json()?;
@@ -94,7 +84,7 @@ fn without_a_killed_postgres_requests_get_503_or_cached_history_until_it_restart
     let Backends { mut postgres, mut redis, _scratch } = backends(PostgresOptions::fast())?;
     let database = Database::on(&postgres)?;
     let service = start(&database, &redis).ready()?;
-    let (ana, ben) = conversation(&service)?;
+    let (ana, ben) = service.conversation()?;
     postgres.kill()?;
     // At once, without waiting for the next probe.
     within(PATIENCE, "a send", || service.send(&ana, &ben, "not now"))?.is_unavailable()?;
@@ -117,7 +107,7 @@ fn with_a_frozen_postgres_requests_get_503_or_cached_history_until_it_continues(
     let Backends { mut postgres, redis, _scratch } = backends(PostgresOptions::fast())?;
     let database = Database::on(&postgres)?;
     let service = start(&database, &redis).ready()?;
-    let (ana, ben) = conversation(&service)?;
+    let (ana, ben) = service.conversation()?;
     postgres.pause();
     service.becomes("unavailable")?;
     refuses_everything(&service, &ana, &ben)?;
@@ -142,7 +132,7 @@ fn a_cached_read_is_answered_within_a_second_and_a_half_of_a_kill_or_a_freeze() 
             let Backends { mut postgres, redis, _scratch } = backends(PostgresOptions::fast())?;
             let database = Database::on(&postgres)?;
             let service = start(&database, &redis).ready()?;
-            let (ana, ben) = conversation(&service)?;
+            let (ana, ben) = service.conversation()?;
             service.stop()?;
             let service = start(&database, &redis).env("REQUEST_TIMEOUT_MS", request_timeout).ready()?;
             // So that a session is open, and no lease is left.
@@ -176,7 +166,7 @@ fn connections_that_never_answer_again_do_not_keep_the_pool_from_recovering() ->
     let database = Database::on(&postgres)?;
     let proxy = Proxy::start(runtime.handle(), postgres.port())?;
     let setup = start(&database, &redis).ready()?;
-    let (ana, ben) = conversation(&setup)?;
+    let (ana, ben) = setup.conversation()?;
     setup.stop()?;
     let service = through(&proxy, &postgres, &database, start(&database, &redis))
         .env("DB_POOL_MAX", "4")
@@ -251,7 +241,7 @@ fn a_postgres_that_is_unavailable_at_the_start_is_migrated_once_it_answers() -> 
     service.read(&nobody, &nobody, 5)?.expect(401)?;
     postgres.restart()?;
     service.becomes("ok")?;
-    let (ana, ben) = conversation(&service)?;
+    let (ana, ben) = service.conversation()?;
     has_recovered(&service, &ana, &ben)
 }
 

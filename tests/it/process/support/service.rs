@@ -126,6 +126,16 @@ impl Service {
         Ok((self.user("ana")?, self.user("ben")?))
     }
 
+    /// Two users with three messages from the first to the second, whose window is in use.
+    pub(crate) fn conversation(&self) -> Result<(User, User)> {
+        let (from, to) = self.two_users()?;
+        for content in ["first", "second", "third"] {
+            self.send(&from, &to, content)?.expect(201)?;
+        }
+        self.hit(&from, &to, 3)?;
+        Ok((from, to))
+    }
+
     pub(crate) fn me(&self, token: &str) -> Result<Response> {
         Response::of(self.get("/me").bearer_auth(token))
     }
