@@ -6,8 +6,10 @@ use sqlx::postgres::PgConnectOptions;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::chat::check;
 use crate::chat::history::History;
 use crate::chat::outbox::Outbox;
+use crate::chat::permission::Permission;
 use crate::chat::recent::Recent;
 use crate::chat::sweep;
 use crate::config::Config;
@@ -75,13 +77,15 @@ impl App {
         let database = Database::new(&config, connect_options.clone(), Arc::clone(&metrics));
         let redis =
             Redis::new(&config, Recent::scripts(), workers.runtimes().to_vec(), Arc::clone(&metrics))?;
-        let recent = Recent::new(&config, Arc::clone(&redis), database.clone());
+        let permission = Permission::new(&config, Arc::clone(&redis), database.clone());
+        let recent = Recent::new(&config, Arc::clone(&redis), Arc::clone(&permission));
         let health = Health::new();
         let (outbox, writers) = Outbox::start(&config, &database, &recent, &metrics, stop);
 
         let mut supervisors = JoinSet::new();
         supervisors.spawn(Arc::clone(&redis).supervise());
-        supervisors.spawn(Arc::clone(&recent).supervise());
+        supervisors.spawn(Arc::clone(&permission).supervise());
+        supervisors.spawn(check::windows(Arc::clone(&recent), permission, database.clone()));
 
         let app = Arc::new(Self {
             limits: Limits::new(&config, Arc::clone(&redis), Arc::clone(&metrics)),
@@ -109,6 +113,8 @@ impl App {
     pub fn watch_postgres(&self, tasks: &mut Tasks) {
         tasks.supervisors.spawn(Arc::clone(&self.health).supervise(self.database.clone()));
         tasks.supervisors.spawn(sweep::expired_idempotency_keys(self.database.clone()));
+        let kept = Permission::deletions_kept(&self.config);
+        tasks.supervisors.spawn(sweep::old_deletions(self.database.clone(), kept));
     }
 
     /// Numbers that the metrics read at each scrape.

@@ -7,22 +7,30 @@ compile_error!("the feature `failpoints` breaks the service on purpose: a releas
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "failpoints", derive(strum::IntoStaticStr), strum(serialize_all = "kebab-case"))]
 pub enum Failpoint {
-    /// The writer does not append to the windows, and does not wait for the leases either.
+    /// The writer neither appends to the windows nor waits until none is used.
     SkipInvalidation,
     /// The writer acknowledges before it commits.
     AckBeforeCommit,
-    /// A reader that may not fill the window does not drop an older one either.
-    SkipSettle,
-    /// Nothing waits for leases to expire while Redis is unavailable.
-    SkipWait,
-    /// A window without a lease counts as complete.
-    TrustExpiredLease,
-    /// Leases are granted although a replica has suspended the windows.
-    IgnoreSuspension,
-    /// A replayed message is acknowledged without an append to its window.
-    SkipReplay,
     /// Idempotency keys are ignored.
     IgnoreKey,
+    /// A replayed message is acknowledged without an append to its window.
+    SkipReplay,
+    /// A reader that may not fill the window does not drop an older one either.
+    SkipSettle,
+    /// A reader fills the window although its right to do so was withdrawn.
+    IgnoreToken,
+    /// Nothing waits until windows that lack a message are out of use.
+    SkipWait,
+    /// A permission never expires.
+    TrustExpiredPermission,
+    /// A new connection to Redis inherits the permission of the one before.
+    KeepPermissionOverReconnect,
+    /// Windows are used although a replica has suspended them.
+    IgnoreSuspension,
+    /// Windows of before a suspension are used after it.
+    IgnoreEpoch,
+    /// Any Redis counts as the one that has the windows.
+    IgnoreRedisIdentity,
 }
 
 #[cfg(not(feature = "failpoints"))]

@@ -5,14 +5,19 @@ use std::time::{Duration, Instant};
 
 use deadpool_redis::redis;
 
-use crate::support::{TestApp, User};
+use crate::support::{TestApp, User, together};
 
-/// The keys of the only list in the test's Redis, and of its lease.
-async fn window_keys(app: &TestApp) -> (String, String) {
-    let keys: Vec<String> = app.redis.run(redis::cmd("KEYS").arg("chat:recent:*")).await;
-    let key = |part: &str| keys.iter().find(|key| key.ends_with(part)).cloned();
-    let keys = key(":list").zip(key(":lease"));
-    keys.unwrap_or_else(|| panic!("no window with a lease in Redis"))
+/// The key of the only list in the test's Redis.
+async fn list_key(app: &TestApp) -> String {
+    let keys: Vec<String> = app.redis.run(redis::cmd("KEYS").arg("chat:recent:*:list")).await;
+    assert_eq!(keys.len(), 1, "{keys:?}");
+    keys[0].clone()
+}
+
+/// How many pages Postgres was asked for.
+async fn statements(app: &TestApp) -> f64 {
+    app.metric("db_client_operation_duration_seconds_count{db_operation_name=\"read_messages\",db_system_name=\"postgresql\"}")
+        .await
 }
 
 async fn head(app: &TestApp, reader: &User, peer: &User) -> i64 {
@@ -35,8 +40,8 @@ async fn a_message_is_shown_by_every_replica_as_soon_as_one_acknowledged_it() {
             assert_eq!(page[0], message, "after the 201 of message {number}");
         }
         if number % 20 == 0 {
-            // Longer than a lease.
-            tokio::time::sleep(Duration::from_millis(1000)).await;
+            // Longer than a permission.
+            tokio::time::sleep(Duration::from_millis(500)).await;
         }
     }
     assert!(
@@ -94,7 +99,6 @@ async fn reads_never_go_back_in_time_while_redis_keeps_losing_its_data() {
     let one = TestApp::start().await;
     let other = one.replica(&[]).await;
     let (ana, ben) = one.pair().await;
-    // For some time after it connects, a replica trusts no lease.
     one.hit(&ana, &ben, "").await;
     other.hit(&ana, &ben, "").await;
     let (acknowledged, shown, done) = (AtomicI64::new(0), AtomicI64::new(0), AtomicBool::new(false));
@@ -135,46 +139,62 @@ async fn reads_never_go_back_in_time_while_redis_keeps_losing_its_data() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_list_without_its_lease_is_not_trusted() {
+async fn a_list_of_an_earlier_epoch_or_with_a_gap_is_not_used() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
     app.sent_many(&ana, &ben, 3).await;
     let truth = app.hit(&ana, &ben, "").await.json(200);
-    // Shows that this list is what a hit shows: the test changes the right key.
     let falsify = async || {
-        app.hit(&ana, &ben, "").await;
-        let (list, lease) = window_keys(&app).await;
+        let list = list_key(&app).await;
         let head: String = app.redis.run(redis::cmd("LINDEX").arg(&list).arg(0)).await;
         let falsified = head.replace("\"content\":\"3\"", "\"content\":\"never sent\"");
         assert_ne!(falsified, head);
         app.redis.run::<()>(redis::cmd("LSET").arg(&list).arg(0).arg(falsified)).await;
-        (list, lease)
     };
-    let (_, lease) = falsify().await;
-    app.redis.run::<()>(redis::cmd("PERSIST").arg(&lease)).await;
-    assert_eq!(app.hit(&ana, &ben, "").await.json(200)[0]["content"], "never sent");
+    // Shows that this list is what a hit shows: the test changes the right key.
+    falsify().await;
+    assert_eq!(app.messages(&ana, &ben, "").await.json(200)[0]["content"], "never sent");
+    app.database.execute("UPDATE window_suspension SET epoch = epoch + 1").await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(app.messages(&ana, &ben, "").await.json(200), truth);
+
+    // Nor is one that lacks what it should have.
     app.redis.flush().await;
+    app.hit(&ana, &ben, "").await;
+    let list = list_key(&app).await;
+    app.redis.run::<()>(redis::cmd("RPOP").arg(&list)).await;
+    assert_eq!(app.messages(&ana, &ben, "").await.json(200), truth);
+}
 
-    // A list that lacks its newest message, as when a writer died before it could append: its lease has run out.
-    let (list, lease) = {
-        app.hit(&ana, &ben, "").await;
-        window_keys(&app).await
-    };
-    app.redis.run::<()>(redis::cmd("LPOP").arg(&list)).await;
-    app.redis.run::<()>(redis::cmd("DEL").arg(&lease)).await;
-    assert_eq!(app.messages(&ana, &ben, "").await.json(200), truth);
+#[tokio::test(flavor = "multi_thread")]
+async fn a_window_that_is_read_now_and_then_answers_every_time() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    app.sent_many(&ana, &ben, 3).await;
+    app.hit(&ana, &ben, "").await;
+    let before = statements(&app).await;
+    for query in ["", "limit=2", "offset=1", "after=1", "after=3", "after=0&limit=3", "limit=1"] {
+        tokio::time::sleep(Duration::from_millis(1200)).await;
+        let answer = app.hit(&ana, &ben, query).await;
+        let without = app.replica(&[("CACHE_WINDOW", "0")]).await;
+        let row = without.messages(&ana, &ben, query).await;
+        assert_eq!(String::from_utf8_lossy(&answer.body), String::from_utf8_lossy(&row.body), "{query}");
+        assert_eq!(answer.header("link"), row.header("link"), "{query}");
+    }
+    assert_eq!(statements(&app).await, before);
+    let misses = app.metric("chat_cache_lookups_total{outcome=\"miss\"}").await;
+    assert!(misses <= 1.0, "{misses} misses");
+}
 
-    // A lease for a seq that the list does not have is not trusted either.
-    let (list, lease) = {
-        app.hit(&ana, &ben, "").await;
-        window_keys(&app).await
-    };
-    app.redis.run::<()>(redis::cmd("PERSIST").arg(&lease)).await;
-    app.redis.run::<()>(redis::cmd("LPOP").arg(&list)).await;
-    assert_eq!(app.messages(&ana, &ben, "").await.json(200), truth);
-    app.redis.run::<()>(redis::cmd("DEL").arg(&list)).await;
-    app.redis.run::<()>(redis::cmd("SET").arg(&lease).arg(3)).await;
-    assert_eq!(app.messages(&ana, &ben, "").await.json(200), truth);
+/// A committed message that its writer has neither appended to the window nor acknowledged.
+async fn commit_without_append(app: &TestApp) {
+    app.database
+        .execute(
+            "UPDATE conversations SET last_seq = 4;
+             INSERT INTO messages SELECT conversation_id, 4, gen_random_uuid(), sender_id, '4', now()
+             FROM messages WHERE seq = 3",
+        )
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -185,22 +205,128 @@ async fn no_window_hides_what_a_read_from_postgres_has_shown() {
         let (ana, ben) = one.pair().await;
         one.sent_many(&ana, &ben, 3).await;
         one.hit(&ana, &ben, "").await;
-        let (_, lease) = window_keys(&one).await;
-        one.redis.run::<()>(redis::cmd("PERSIST").arg(&lease)).await;
-        // Committed, but its writer has not updated Redis or acknowledged it yet.
-        one.database
-            .execute(
-                "UPDATE conversations SET last_seq = 4;
-                 INSERT INTO messages SELECT conversation_id, 4, gen_random_uuid(), sender_id, '4', now()
-                 FROM messages WHERE seq = 3",
-            )
-            .await;
+        commit_without_append(&one).await;
         assert_eq!(one.hit(&ana, &ben, "").await.seqs(), [3, 2, 1], "the window may still be behind");
         assert_eq!(other.seqs(&ben, &ana, query).await, [4, 3, 2, 1], "{query}");
         for app in [&one, &other, &one] {
             assert_eq!(app.seqs(&ana, &ben, "").await, [4, 3, 2, 1], "after {query} has shown it");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_window_soon_shows_a_message_whose_writer_died() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    app.sent_many(&ana, &ben, 3).await;
+    app.hit(&ana, &ben, "").await;
+    commit_without_append(&app).await;
+    let started = Instant::now();
+    while app.seqs(&ana, &ben, "").await != [4, 3, 2, 1] {
+        assert!(started.elapsed() < Duration::from_secs(8), "not shown after 8 s");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_readers_of_a_lost_window_one_asks_postgres() {
+    let one = TestApp::start().await;
+    let other = one.replica(&[]).await;
+    let (ana, ben) = one.pair().await;
+    one.sent_many(&ana, &ben, 3).await;
+    for app in [&one, &other] {
+        app.hit(&ana, &ben, "").await;
+    }
+    for round in 0..5 {
+        let before = statements(&one).await + statements(&other).await;
+        one.redis.flush().await;
+        let readers = (0..40).map(|reader| {
+            let app = if reader % 2 == 0 { &one } else { &other };
+            app.seqs(&ana, &ben, "")
+        });
+        for seqs in together(readers).await {
+            assert_eq!(seqs, [3, 2, 1]);
+        }
+        let asked = statements(&one).await + statements(&other).await - before;
+        assert_eq!(asked, 1.0, "round {round}: 40 readers asked Postgres {asked} times");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_that_was_deleted_is_refused_within_a_second_although_a_window_could_answer() {
+    let one = TestApp::start().await;
+    let other = one.replica(&[]).await;
+    let (ana, ben) = one.pair().await;
+    one.sent_many(&ana, &ben, 3).await;
+    for app in [&one, &other] {
+        app.hit(&ana, &ben, "").await;
+        app.hit(&ben, &ana, "").await;
+    }
+    // Numbered before, committed after: the order in which deletions commit must not matter.
+    let mut early = one.database.connect().await;
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("BEGIN; DELETE FROM users WHERE id = '{}'", ana.id)))
+        .execute(&mut early)
+        .await
+        .expect("a deletion");
+    let (carl, _) = one.pair().await;
+    one.database.execute(&format!("DELETE FROM users WHERE id = '{}'", carl.id)).await;
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    one.hit(&ana, &ben, "").await;
+    sqlx::raw_sql("COMMIT").execute(&mut early).await.expect("a commit");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let third = one.replica(&[]).await;
+    for app in [&one, &other, &third] {
+        assert_eq!(app.messages(&ana, &ben, "").await.status, 401);
+        assert_eq!(app.messages(&ben, &ana, "").await.status, 404);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_of_an_older_release_keeps_the_windows_out_of_use() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    app.sent_many(&ana, &ben, 3).await;
+    app.hit(&ana, &ben, "").await;
+    // As its probes do.
+    app.redis.run::<()>(redis::cmd("SET").arg("chat:probe").arg(1)).await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    let before = app.metric("chat_cache_lookups_total{outcome=\"hit\"}").await;
+    for _ in 0..5 {
+        app.sent(&ana, &ben, "hello").await;
+        app.messages(&ana, &ben, "").await.json(200);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    assert_eq!(app.metric("chat_cache_lookups_total{outcome=\"hit\"}").await, before);
+    app.redis.run::<()>(redis::cmd("DEL").arg("chat:probe")).await;
+    app.hit(&ana, &ben, "").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_with_different_redis_use_no_windows_and_show_every_message() {
+    let one = TestApp::start().await;
+    let (ana, ben) = one.pair().await;
+    one.sent(&ana, &ben, "1").await;
+    one.hit(&ana, &ben, "").await;
+    // A proxy between the two would be another address of the same Redis.
+    let scratch = tests::Scratch::new("second-redis").expect("a folder");
+    let second = tests::Redis::start(&scratch.path().join("redis"), tests::RedisOptions::default());
+    let second = second.expect("a second Redis");
+    let other = one.replica(&[("REDIS_URL", &second.url(0))]).await;
+    let mut slowest = Duration::ZERO;
+    for number in 2..=60 {
+        let (writer, reader) = if number % 3 == 0 { (&other, &one) } else { (&one, &other) };
+        let started = Instant::now();
+        writer.sent(&ana, &ben, &number.to_string()).await;
+        slowest = slowest.max(started.elapsed());
+        for app in [reader, writer] {
+            assert_eq!(head(app, &ben, &ana).await, number);
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(slowest < Duration::from_millis(1500), "a message took {slowest:?}");
+    // Alone again, one goes on with its own.
+    drop(other);
+    one.hit(&ana, &ben, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -213,12 +339,12 @@ async fn a_replica_that_starts_does_not_suspend_the_windows() {
     for app in [&one, &other] {
         app.hit(&ana, &ben, "").await;
     }
-    let suspensions: i64 = sqlx::query_scalar("SELECT count(*) FROM window_suspension")
+    let suspensions: i64 = sqlx::query_scalar("SELECT count(*) FROM window_suspension WHERE epoch > 1")
         .fetch_one(&mut one.database.connect().await)
         .await
         .expect("a count");
     assert_eq!(suspensions, 0);
-    assert!(started.elapsed() < Duration::from_secs(5), "no window for {:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(1), "no window for {:?}", started.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -249,7 +375,7 @@ async fn a_window_has_no_more_messages_than_its_limit() {
     app.hit(&ana, &ben, "limit=3").await;
     app.sent_many(&ana, &ben, 6).await;
     assert_eq!(app.hit(&ana, &ben, "limit=4").await.seqs(), [9, 8, 7, 6]);
-    let (list, _) = window_keys(&app).await;
+    let list = list_key(&app).await;
     assert_eq!(app.redis.run::<i64>(redis::cmd("LLEN").arg(&list)).await, 4);
     assert_eq!(app.seqs(&ana, &ben, "limit=100").await, (1..=9).rev().collect::<Vec<_>>());
 }

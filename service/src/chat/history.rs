@@ -8,9 +8,9 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::message::{Message, Pair, RenderedMessage};
-use super::recent::{Found, Lookup, Miss, Recent};
+use super::permission::Unsettled;
+use super::recent::{Lookup, Miss, Recent};
 use crate::config::Config;
-use crate::failpoints::{self, Failpoint};
 use crate::store::health::Health;
 use crate::store::operation::Operation;
 use crate::store::postgres::{Database, is_unavailable};
@@ -20,6 +20,11 @@ use crate::telemetry::metrics::{CacheOutcome, Metrics};
 /// stale: far above a healthy read, far below a client's patience. Of a short `REQUEST_TIMEOUT_MS` it takes a third, which
 /// leaves the rest to Redis and the answer.
 const FALLBACK_WAIT: Duration = Duration::from_millis(750);
+
+/// While another reader fills the window: the first pause before it is looked at again, and the last, each twice the one
+/// before. Together 62 ms, many times what a fill takes. Then the reader asks Postgres itself.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LAST_PAUSE: Duration = Duration::from_millis(32);
 
 /// Which messages a reader asks for.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +66,8 @@ pub enum HistoryError {
     #[error("Postgres only reads, and lacks one of the users")]
     MayBeMissing,
     #[error(transparent)]
+    Unsettled(#[from] Unsettled),
+    #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
 
@@ -91,32 +98,45 @@ impl History {
     /// The page that was asked for.
     ///
     /// It has every message of its range that was acknowledged before the call, and every message that an earlier
-    /// call on any replica returned, unless it is marked `stale`. Two rules ensure that:
+    /// call on any replica returned, unless it is marked `stale`. Three rules ensure that:
     ///
-    /// - A window answers only under a lease, which says that the window is complete.
-    /// - What was read in Postgres is returned only after [`Recent::settle`] has made sure that no window lacks it.
+    /// - A window answers only under a permission to use it.
+    /// - What was read in Postgres is returned only once no window in use lacks it: [`Recent::settle`].
     /// - What a Postgres that only reads answers is marked, and fills no window: after a failover the old primary lags behind.
     ///
     /// `recent` argues why this suffices, also when Redis fails.
     pub async fn page(&self, request: &PageRequest) -> Result<Page, HistoryError> {
         let pair = Pair::new(request.reader, request.peer);
-        let limit = usize::try_from(request.limit).unwrap_or_default();
-        let miss = match request.position {
-            Position::Offset(offset) => {
-                // An offset that does not fit lies beyond any window.
-                let skip = usize::try_from(offset).unwrap_or(usize::MAX / 2);
-                match self.recent.look_up(pair, skip, limit).await {
-                    Lookup::Hit(messages) => {
-                        self.metrics.cache_lookup(CacheOutcome::Hit);
-                        return Ok(request.page(messages, None, false));
-                    }
-                    Lookup::Miss(miss) => miss,
-                }
+        let miss = match self.page_from_window(request, pair).await {
+            Ok(page) => {
+                self.metrics.cache_lookup(CacheOutcome::Hit);
+                return Ok(page);
             }
-            Position::Before(_) | Position::After(_) => self.recent.bypass(),
+            Err(miss) => miss,
         };
+        let outcome = if miss.claim.is_some() { CacheOutcome::Miss } else { CacheOutcome::Bypass };
+        self.metrics.cache_lookup(outcome);
         // Boxed: the future of a query is large, and every read, hit or not, would otherwise allocate and move it.
         Box::pin(self.page_from_postgres(request, pair, miss)).await
+    }
+
+    /// The page, if the window has all of it. While another reader fills the window, this one waits for it: when a window is
+    /// lost that many read, one of them asks Postgres.
+    async fn page_from_window(&self, request: &PageRequest, pair: Pair) -> Result<Page, Miss> {
+        let Some(wanted) = request.newest_needed() else { return Err(Miss::default()) };
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.recent.look_up(pair, wanted).await {
+                Lookup::Hit(newest) => {
+                    return request.page_of_newest(newest, false).ok_or_else(Miss::default);
+                }
+                Lookup::Miss(miss) if miss.is_being_filled && pause <= LAST_PAUSE => {
+                    tokio::time::sleep(pause).await;
+                    pause *= 2;
+                }
+                Lookup::Miss(miss) => return Err(miss),
+            }
+        }
     }
 
     async fn page_from_postgres(
@@ -125,24 +145,25 @@ impl History {
         pair: Pair,
         miss: Miss,
     ) -> Result<Page, HistoryError> {
-        let may_fill = miss.may_fill();
-        self.metrics.cache_lookup(if may_fill { CacheOutcome::Miss } else { CacheOutcome::Bypass });
+        let Miss { claim, unchecked, .. } = miss;
         if self.health.postgres_is_unavailable() {
-            return request.stale_page(miss.unchecked);
+            return request.stale_page(unchecked);
         }
         // A reader that may fill the window reads all of it instead of the page.
-        let wanted = if may_fill {
-            PageRequest { limit: self.recent.window() as i64, position: Position::Offset(0), ..*request }
-        } else {
-            *request
+        let fills = claim.is_some();
+        let wanted = match fills {
+            true => {
+                PageRequest { limit: self.recent.window() as i64, position: Position::Offset(0), ..*request }
+            }
+            false => *request,
         };
-        let limit = match request.is_in(&miss.unchecked) {
+        let limit = match !unchecked.is_empty() && request.is_in(&unchecked) {
             true => self.fallback_wait,
             false => self.request_timeout,
         };
-        let loaded = match load(&self.database, &wanted, pair, miss.known, limit).await {
+        let loaded = match load(&self.database, &wanted, pair, limit).await {
             Ok(loaded) => loaded,
-            Err(error) if is_unavailable(&error) => return request.stale_page(miss.unchecked),
+            Err(error) if is_unavailable(&error) => return request.stale_page(unchecked),
             Err(error) => return Err(error.into()),
         };
         if loaded.read_only && !(loaded.reader_exists && loaded.peer_exists) {
@@ -154,28 +175,34 @@ impl History {
         if !loaded.peer_exists {
             return Err(HistoryError::NoSuchPeer);
         }
-        let same = miss.known == Some(loaded.last_seq);
-        // The window may have what a Postgres that lags behind lacks.
-        let newer =
-            loaded.read_only && miss.unchecked.first().is_some_and(|head| head.seq >= loaded.last_seq);
-        if newer && request.is_in(&miss.unchecked) {
-            return request.stale_page(miss.unchecked);
+        if loaded.read_only {
+            // The window may have what a Postgres that lags behind lacks.
+            let is_newer = unchecked.first().is_some_and(|head| head.seq >= loaded.last_seq);
+            if is_newer && request.is_in(&unchecked) {
+                return request.stale_page(unchecked);
+            }
+        } else {
+            match claim {
+                Some(claim) => self.recent.fill(pair, claim, &loaded.messages).await?,
+                None => {
+                    let shown = loaded.messages.first().map_or(0, |message| message.seq);
+                    self.recent.settle(pair, shown).await?;
+                }
+            }
         }
-        let messages = if same { miss.unchecked.clone() } else { loaded.messages };
-        let suspended = loaded.suspended && !failpoints::is_on(Failpoint::IgnoreSuspension);
-        let found = match (may_fill && !suspended && !loaded.read_only, same) {
-            (false, _) => Found::Other,
-            (true, true) => Found::Same,
-            (true, false) => Found::Newest(&messages),
-        };
-        self.recent.settle(pair, miss, loaded.last_seq, found).await;
-        let messages = if may_fill { request.slice(messages) } else { messages };
-        Ok(request.page(messages, Some(loaded.last_seq), loaded.read_only))
+        if !fills {
+            return Ok(request.page(loaded.messages, Some(loaded.last_seq), loaded.read_only));
+        }
+        match request.page_of_newest(loaded.messages, loaded.read_only) {
+            Some(page) => Ok(page),
+            // It goes back further than the window.
+            None => Box::pin(self.page_from_postgres(request, pair, Miss::default())).await,
+        }
     }
 }
 
 impl PageRequest {
-    /// `last_seq` is unknown after a hit: a window only knows its own messages.
+    /// `last_seq` is the conversation's as of the page.
     fn page(&self, messages: Vec<RenderedMessage>, last_seq: Option<i64>, stale: bool) -> Page {
         let ends = messages.first().zip(messages.last()).map(|(newest, oldest)| (newest.seq, oldest.seq));
         let next = ends.and_then(|(newest, oldest)| match self.position {
@@ -188,29 +215,50 @@ impl PageRequest {
         Page { messages, next, stale }
     }
 
-    /// The page out of the window as it was last seen, if the window has all of it.
+    /// How many of the newest messages suffice for the page, as a rule.
+    fn newest_needed(&self) -> Option<usize> {
+        let needed = match self.position {
+            // An offset that does not fit lies beyond any window.
+            Position::Offset(offset) => offset.saturating_add(self.limit),
+            Position::After(_) => self.limit,
+            Position::Before(_) => return None,
+        };
+        usize::try_from(needed).ok()
+    }
+
+    /// True if these newest messages of the conversation have all of the page.
+    fn is_in(&self, newest: &[RenderedMessage]) -> bool {
+        let [head, oldest] = [newest.first(), newest.last()].map(|end| end.map_or(0, |message| message.seq));
+        let lowest = match self.position {
+            Position::Offset(offset) => (head - offset - self.limit).saturating_add(1),
+            Position::After(seq) if head - seq <= self.limit => seq + 1,
+            Position::After(_) | Position::Before(_) => return false,
+        };
+        oldest <= lowest.clamp(1, head.max(1))
+    }
+
+    /// The page out of the newest messages of the conversation, if they have all of it.
+    fn page_of_newest(&self, mut newest: Vec<RenderedMessage>, stale: bool) -> Option<Page> {
+        if !self.is_in(&newest) {
+            return None;
+        }
+        let last_seq = newest.first().map(|message| message.seq);
+        match self.position {
+            Position::Offset(offset) => {
+                newest.drain(..newest.len().min(usize::try_from(offset).unwrap_or(usize::MAX)));
+                newest.truncate(usize::try_from(self.limit).unwrap_or_default());
+            }
+            Position::After(seq) => newest.retain(|message| message.seq > seq),
+            Position::Before(_) => return None,
+        }
+        Some(self.page(newest, last_seq, stale))
+    }
+
+    /// The page out of the window as it was found, if that has all of it.
     fn stale_page(&self, unchecked: Vec<RenderedMessage>) -> Result<Page, HistoryError> {
-        if !self.is_in(&unchecked) {
-            return Err(HistoryError::NotCached);
-        }
-        Ok(self.page(self.slice(unchecked), None, true))
-    }
-
-    /// True if the window has all of the page, and the page is not empty.
-    fn is_in(&self, window: &[RenderedMessage]) -> bool {
-        let Position::Offset(offset) = self.position else { return false };
-        let head = window.first().map_or(0, |message| message.seq);
-        let wanted = self.limit.min(head - offset);
-        wanted >= 1 && window.len() as i64 - offset >= wanted
-    }
-
-    /// The page out of the newest messages.
-    fn slice(&self, mut newest: Vec<RenderedMessage>) -> Vec<RenderedMessage> {
-        if let Position::Offset(offset) = self.position {
-            newest.drain(..newest.len().min(usize::try_from(offset).unwrap_or(usize::MAX)));
-            newest.truncate(usize::try_from(self.limit).unwrap_or_default());
-        }
-        newest
+        // Of a conversation without messages the window says nothing.
+        let page = if unchecked.is_empty() { None } else { self.page_of_newest(unchecked, true) };
+        page.ok_or(HistoryError::NotCached)
     }
 }
 
@@ -219,19 +267,16 @@ struct Loaded {
     read_only: bool,
     reader_exists: bool,
     peer_exists: bool,
-    suspended: bool,
     last_seq: i64,
     messages: Vec<RenderedMessage>,
 }
 
-/// One statement, one snapshot: whether Postgres takes writes, whether both users exist, whether windows are suspended, the
-/// conversation's last seq, and the page, which is one range of the primary key whatever the offset. Without the messages
-/// where the last seq is `known`.
+/// One statement, one snapshot: whether Postgres takes writes, whether both users exist, the conversation's
+/// last seq, and the page, which is one range of the primary key whatever the offset.
 async fn load(
     database: &Database,
     request: &PageRequest,
     pair: Pair,
-    known: Option<i64>,
     limit: Duration,
 ) -> Result<Loaded, sqlx::Error> {
     let deadline = Instant::now() + limit;
@@ -247,7 +292,6 @@ async fn load(
         r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
                   EXISTS (SELECT FROM users WHERE id = $1) AS "caller_exists!",
                   EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
-                  EXISTS (SELECT FROM window_suspension WHERE suspended_until > clock_timestamp()) AS "suspended!",
                   coalesce(c.last_seq, 0) AS "last_seq!",
                   m.id AS "id?", m.seq AS "seq?", m.sender_id AS "sender_id?", m.content AS "content?",
                   m.created_at AS "created_at?"
@@ -257,7 +301,6 @@ async fn load(
                SELECT id, seq, sender_id, content, created_at
                FROM messages
                WHERE conversation_id = c.id
-                 AND c.last_seq IS DISTINCT FROM $9
                  AND seq <= least($5, c.last_seq - $6)
                  AND seq > coalesce($7, least($5, c.last_seq - $6) - $8)
                ORDER BY seq DESC
@@ -271,7 +314,6 @@ async fn load(
         offset,
         floor,
         request.limit,
-        known,
     );
     let rows = database.run(Operation::ReadMessages, query.fetch_all(&mut *connection));
     let rows = tokio::time::timeout_at(deadline, rows).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
@@ -281,7 +323,6 @@ async fn load(
         read_only: false,
         reader_exists: false,
         peer_exists: false,
-        suspended: true,
         last_seq: 0,
         messages: Vec::new(),
     };
@@ -289,7 +330,6 @@ async fn load(
         loaded.read_only = row.read_only;
         loaded.reader_exists = row.caller_exists;
         loaded.peer_exists = row.peer_exists;
-        loaded.suspended = row.suspended;
         loaded.last_seq = row.last_seq;
         let (Some(id), Some(seq), Some(sender_id), Some(content), Some(created_at)) =
             (row.id, row.seq, row.sender_id, row.content, row.created_at)

@@ -1,7 +1,9 @@
 //! Messages: how they are committed, and how a conversation is read without ever being stale.
 
+pub(crate) mod check;
 pub(crate) mod history;
 pub(crate) mod message;
 pub(crate) mod outbox;
+pub(crate) mod permission;
 pub(crate) mod recent;
 pub(crate) mod sweep;

@@ -275,8 +275,13 @@ impl Writer {
                 Accepted { json: message.json, replayed }
             }));
         }
-        if !committed.is_empty() {
-            self.recent.append(&runs(committed)).await;
+        if !committed.is_empty() && self.recent.append(&runs(committed)).await.is_err() {
+            // A window may be in use that lacks them.
+            for answer in &mut answers {
+                if answer.is_ok() {
+                    *answer = Err(SendError::OutcomeUnknown);
+                }
+            }
         }
         answers
     }

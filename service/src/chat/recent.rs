@@ -1,101 +1,74 @@
 //! The recent window: a conversation's newest messages in Redis, ready to be sent, and never stale.
 //!
-//! Three keys per conversation, in one slot of a cluster:
+//! Two keys per conversation, in one slot of a cluster. Both carry an epoch; [`super::permission`] says which epoch's
+//! windows a replica may use, if any.
 //!
-//! - `list`: the newest messages as `SEQ JSON`, newest first. It expires `CACHE_TTL_SECONDS` after it was last checked,
-//!   so that a conversation that is written but not read costs nothing;
-//! - `lease`: "the list is complete". It holds the newest `seq` and expires [`LEASE`] after the Redis time at which a
-//!   reader *began* to check the list against Postgres;
-//! - `token`: held by the reader that checks the list just now.
+//! - `list`: the newest messages as `SEQ JSON`, newest first, without a gap; of a conversation without messages `0 `. It
+//!   expires `CACHE_TTL_SECONDS` after it was last compared with Postgres;
+//! - `token`: held by the reader that is about to fill the list.
 //!
-//! # Why a read is never stale
+//! # Why a read is never stale, and never goes back in time
 //!
-//! A hit needs a lease. So the question for each message M of a committed batch is how long a lease can outlive the
-//! commit over a list without M.
+//! *What is acknowledged is in the list.* After the commit, a writer waits until it knows which windows are in use. If none
+//! is, no list can hide the message: the epoch has been raised. Else it runs [`APPEND`] before it acknowledges. In one
+//! atomic step that adds the message, or drops a list that it does not continue, and deletes the token: a reader that asked
+//! Postgres before the commit may no longer fill the list with what it read. The order of two writers' appends does not
+//! matter, for the same reason.
 //!
-//! *Its writer reaches Redis.* Before it acknowledges M, it runs [`APPEND`]. In one atomic step, that deletes the token
-//! and adds M to the list, or drops list and lease if M does not continue the list. A reader that asked Postgres before
-//! the commit and wants to fill the list afterwards finds its token deleted and may not. The append corrects the list of
-//! a reader that filled it before. The order of two writers' appends does not matter: a message that does not continue
-//! the list drops it.
+//! *What was shown is in the list.* A reader can see a message in Postgres before its writer has appended it. So before it
+//! returns what it read, it does the same: it waits until it knows which windows are in use, and runs [`SETTLE`], which
+//! fills the list if the reader holds the token, and else drops a list that ends before what was read, with any token.
 //!
-//! *Its writer does not reach Redis* (a timeout, a broken connection), or the answer is lost. Then the writer waits
-//! [`LEASE_WAIT`] after the commit before it acknowledges M. A lease granted by a check that began before the commit has
-//! expired by then: a lease ends [`LEASE`] after the check began, by the clock of the one Redis that granted it. A check
-//! that began later has seen M. A command that a paused Redis executes late does no harm: a lease inherits what is left
-//! of its token's life, which is nothing.
+//! *An epoch has all of those before.* Say the epoch is raised at R. A permission for the old one was asked for before R, so
+//! it ends within `PERMISSION` of R. Whatever came into an old list was committed while such a permission held. A list of the
+//! new epoch is filled by a reader that holds one for the new epoch, at least `SETTLING` after R, which is later; and it asks
+//! Postgres after that. So it sees all that an old list can show, and all that was acknowledged because of an old list.
 //!
-//! *Its writer died between commit and append*, or has not appended yet. M was not acknowledged. The list shows M after
-//! at most one lease, because the next check sees it. A client that repeats M under its idempotency key gets the stored
-//! M, and that acknowledgement, too, comes only after [`APPEND`], which changes nothing if the list already has M.
+//! It suffices that a permission held at any moment after the read began, or after the commit. A replica that is frozen
+//! thereafter and goes on much later shows an old list: with all that was acknowledged before it was asked, and nothing that
+//! the windows of today lack. Neither does it harm that Redis executes a command late: an append or a fill of an old epoch
+//! changes lists that nobody uses, and one of this epoch is ordered by the token.
 //!
-//! # Why reads never go back in time
+//! *Redis may lose everything, and may come back with what it had before*: a snapshot, a replica that lagged behind and was
+//! promoted, an append-only file without its last second. Each makes it another Redis than the one that Postgres names, so
+//! the replica that connects to it raises the epoch. So does one that is connected to another Redis than the others.
 //!
-//! A reader can see M in Postgres before M's writer has appended it. So a reader that returns what it read in Postgres
-//! first makes sure that no window shows less: [`SETTLE`] fills the list, or drops a list that ends earlier, and the
-//! token of any reader that may be about to fill such a list. A replica that cannot reach Redis waits [`LEASE_WAIT`]
-//! after the read instead, for the reason given above.
+//! *A writer may die between commit and append.* Its message was not acknowledged. The list shows it once it is compared
+//! with Postgres, [`CHECK_AFTER`] later at most while it is read; see [`super::check`]. A client that repeats the message under
+//! its idempotency key gets it acknowledged after [`APPEND`], like any other.
 //!
-//! Such a wait in each request would be too slow while Redis is unavailable for long. So a replica that has lost Redis
-//! *suspends* the windows of all replicas: it keeps `window_suspension` in Postgres in the future. The check that grants
-//! a lease reads that row in the same statement. [`LEASE_WAIT`] after the suspension's commit, therefore, all leases have
-//! expired, none can be granted, and no request has to wait. The replica renews the suspension well before it ends; once
-//! Redis is back, it expires.
+//! # What remains
 //!
-//! # What Redis may lose
+//! A cluster's client reconnects to single nodes by itself. If a node comes back with older data, or a live master is
+//! replaced by force, a replica may for the rest of a permission (`PERMISSION`) show a list that lacks messages. The same
+//! holds if a replica's whole machine stands still, monotonic clock included.
 //!
-//! Redis may lose everything, at any time: a list without its lease is not used, and without its token no list is
-//! filled. A Redis that comes back with an older state (a snapshot, a promoted replica, an append-only file without its
-//! last second) could bring back a lease that was dropped. Each of these breaks the connection, and for [`LEASE`] after
-//! connecting a replica trusts no lease. Leases expire by the wall clock, so an older one has expired by then.
-//!
-//! This remains: if one Redis splits into two masters that both go on answering, a replica or a worker that asks the old
-//! one may show a window that lacks messages acknowledged within the last [`LEASE`], and no older ones, because each
-//! lease there is checked against Postgres anew. The same bound holds
-//!
-//! - while Redis's wall clock is set back, for as long as it was set back;
-//! - after a cluster's node was replaced by force within one lease: a cluster's client reconnects by itself;
-//! - while a replica is without Redis, after Postgres's clock jumped ahead or the replica's machine was frozen:
-//!   either ends a suspension unnoticed.
-//!
-//! While Postgres is unavailable, a replica answers from a list without a lease and marks it: `Warning: 110`.
+//! While Postgres is unavailable, a replica answers from a list without a permission and marks it: `Warning: 110`.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use deadpool_redis::redis::{Pipeline, Script};
-use tokio::sync::watch;
-use tokio::time::Instant;
-use tracing::Instrument as _;
+use tokio::sync::Notify;
 use uuid::Uuid;
 use uuid::fmt::Simple;
 
 use super::message::{Pair, RenderedMessage};
+use super::permission::{Epoch, Permission, Unsettled, Windows};
 use crate::config::Config;
 use crate::failpoints::{self, Failpoint};
 use crate::store::operation::Operation;
-use crate::store::postgres::{Database, reason};
 use crate::store::redis::{Live, Redis, Unavailable};
-use crate::telemetry::trace;
 
-/// How long a window may answer after the start of the check that found it complete.
-const LEASE: Duration = Duration::from_millis(900);
+/// A list that was compared with Postgres this long ago is compared again when it is read. It answers meanwhile.
+const CHECK_AFTER: Duration = Duration::from_secs(5);
 
-/// How long to wait until a lease has expired. The margin covers rounding to milliseconds and two clocks that differ in
-/// speed: 5 % is a hundred times the largest slew of a clock.
-const LEASE_WAIT: Duration = Duration::from_millis(950);
+/// Lists that wait to be compared, at most. One that finds no room is added by a later reader.
+const DUE_MAX: usize = 1000;
 
-/// How far ahead a suspension reaches. A replica that hangs for longer than this finds it expired, by its own clock, and
-/// waits again.
-const SUSPENSION: Duration = Duration::from_secs(10);
-const SUSPENSION_RENEWAL: Duration = Duration::from_secs(3);
-
-/// How long the first connection to Redis may take before Redis counts as unavailable. Until then each request waits for
-/// the leases to expire.
-const FIRST_CONNECTION: Duration = Duration::from_secs(1);
-
-/// Between asking Postgres for a suspension and relying on it some time passes, which the suspension must not cover.
-const SUSPENSION_MARGIN: Duration = Duration::from_secs(1);
+/// For how long no other reader may fill the list. Far above the time that Postgres takes; a reader that dies delays the others.
+const TOKEN_TTL: Duration = Duration::from_secs(1);
 
 /// Puts the function that both scripts need before the script.
 macro_rules! script {
@@ -103,131 +76,110 @@ macro_rules! script {
         concat!(
             "local function newest(list)\n\
                local head = redis.call('LINDEX', list, 0)\n\
-               return head and tonumber(string.match(head, '^%d+')) or 0\n\
+               return head and tonumber(string.match(head, '^%d+'))\n\
              end\n",
             $body
         )
     };
 }
 
-/// The writer's step, after the commit, for any number of conversations. KEYS: three for each. ARGV: CACHE_WINDOW, the
-/// expiry of a new list in ms, then for each conversation the first new seq, the number of new elements, and the
-/// elements, oldest first.
+/// The writer's step, after the commit, for any number of conversations. KEYS: list and token of each. ARGV: CACHE_WINDOW,
+/// then for each conversation the first new seq, the number of new elements, and the elements, oldest first.
 const APPEND: &str = script!(
-    "local window, ttl, at = tonumber(ARGV[1]), ARGV[2], 3
-     for key = 1, #KEYS, 3 do
-       local lease, list, token = KEYS[key], KEYS[key + 1], KEYS[key + 2]
+    "local window, at = tonumber(ARGV[1]), 2
+     for key = 1, #KEYS, 2 do
+       local list, token = KEYS[key], KEYS[key + 1]
        local first, count = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
-       local last = first + count - 1
        redis.call('DEL', token)
-       if redis.call('EXISTS', list, lease) > 0 then
-         local head = newest(list)
-         local granted = redis.call('GET', lease)
-         if head >= last then
-           -- A reader stored it since the commit.
-         elseif window > 0 and head == first - 1 and (head > 0 or granted) then
-           redis.call('LPUSH', list, unpack(ARGV, at + 2, at + 1 + count))
-           redis.call('LTRIM', list, 0, window - 1)
-           if head == 0 then redis.call('PEXPIRE', list, ttl) end
-           if granted then redis.call('SET', lease, last, 'KEEPTTL') end
-         else
-           redis.call('DEL', lease, list)
-         end
+       local head = newest(list)
+       if head == first - 1 and window > 0 then
+         redis.call('LPUSH', list, unpack(ARGV, at + 2, at + 1 + count))
+         redis.call('LTRIM', list, 0, window - 1)
+       elseif head and head < first + count - 1 then
+         redis.call('DEL', list)
        end
        at = at + 2 + count
      end"
 );
 
-/// The reader's step, before it returns what it read in Postgres. ARGV: its token or nothing, the newest seq that it saw,
-/// what to do with the list (`fill`, `keep` or `none`), the list's expiry in ms, then for `fill` the elements, newest
-/// first. The lease gets what is left of the token's life.
+/// The reader's step, before it returns what it read in Postgres. KEYS: list, token. ARGV: the newest seq that it read, its
+/// token or nothing, the list's expiry in ms, then the elements to fill the list with, newest first.
 const SETTLE: &str = script!(
-    "local lease, list, token = KEYS[1], KEYS[2], KEYS[3]
-     local seen = tonumber(ARGV[2])
-     if ARGV[1] ~= '' and redis.call('GET', token) == ARGV[1] then
-       local left = redis.call('PTTL', token)
-       redis.call('DEL', token)
-       if left > 0 and ARGV[3] ~= 'none' then
-         if ARGV[3] == 'fill' then
-           redis.call('DEL', list)
-           if #ARGV > 4 then redis.call('RPUSH', list, unpack(ARGV, 5)) end
-         end
-         redis.call('PEXPIRE', list, ARGV[4])
-         if newest(list) == seen then
-           redis.call('SET', lease, seen, 'PX', left)
-           return
-         end
-       end
-     end
-     redis.call('DEL', token)
-     if newest(list) < seen then redis.call('DEL', lease, list) end"
+    "local list, token = KEYS[1], KEYS[2]
+     local held = redis.call('GET', token)
+     if held then redis.call('DEL', token) end
+     if ARGV[2] ~= '' and held == ARGV[2] then
+       redis.call('DEL', list)
+       redis.call('RPUSH', list, unpack(ARGV, 4))
+       redis.call('PEXPIRE', list, ARGV[3])
+     else
+       local head = newest(list)
+       if head and head < tonumber(ARGV[1]) then redis.call('DEL', list) end
+     end"
 );
 
 #[derive(Debug)]
 pub(crate) enum Lookup {
-    /// The messages after the `skip` newest ones, complete.
+    /// The newest messages, as many as were asked for or all there are.
     Hit(Vec<RenderedMessage>),
     Miss(Miss),
 }
 
-/// What a reader knows after a miss, and passes back to [`Recent::settle`].
+/// What a reader knows after a miss.
 #[derive(Debug, Default)]
 pub(crate) struct Miss {
-    live: Option<Live>,
-    /// Present if this reader may fill the window.
-    token: Option<String>,
-    /// The list as it was found, without a lease. It may be shown only while Postgres is unavailable, or once Postgres
-    /// says that `known` is the last seq.
-    pub unchecked: Vec<RenderedMessage>,
-    /// The newest seq of `unchecked`, if the list would be complete under a lease up to there.
-    pub known: Option<i64>,
+    /// Present if this reader may fill the window; to be passed to [`Recent::fill`].
+    pub(super) claim: Option<Claim>,
+    /// True if another reader is about to fill the window.
+    pub(super) is_being_filled: bool,
+    /// The list as it was found, without a permission. It may be shown only while Postgres is unavailable.
+    pub(super) unchecked: Vec<RenderedMessage>,
 }
 
-/// What a reader found in Postgres.
-#[derive(Debug)]
-pub(crate) enum Found<'a> {
-    /// The list that the look-up found is complete.
-    Same,
-    /// These are the newest `CACHE_WINDOW` messages, newest first.
-    Newest(&'a [RenderedMessage]),
-    /// Anything else than the newest messages, or windows are suspended: nothing may be filled.
-    Other,
+/// Lists that are to be compared with Postgres.
+#[derive(Default)]
+struct Due {
+    lists: Mutex<HashMap<Pair, i64>>,
+    wake: Notify,
 }
 
-impl Miss {
-    /// True if this reader may fill the window.
-    pub(crate) fn may_fill(&self) -> bool {
-        self.token.is_some()
+impl Due {
+    fn add(&self, pair: Pair, newest: i64) {
+        let mut lists = self.lists.lock().unwrap_or_else(PoisonError::into_inner);
+        if lists.len() < DUE_MAX {
+            lists.insert(pair, newest);
+            self.wake.notify_one();
+        }
     }
+}
+
+/// The right to fill a window.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    epoch: Epoch,
+    token: String,
 }
 
 pub struct Recent {
     redis: Arc<Redis>,
-    database: Database,
+    permission: Arc<Permission>,
+    due: Due,
     window: usize,
-    ttl_ms: u64,
+    ttl: Duration,
     append: Script,
     settle: Script,
-    suspension: watch::Sender<Option<Suspension>>,
-}
-
-/// The time in which no replica trusts any window.
-#[derive(Clone, Copy, Debug)]
-struct Suspension {
-    from: Instant,
-    until: Instant,
 }
 
 impl Recent {
-    pub fn new(config: &Config, redis: Arc<Redis>, database: Database) -> Arc<Self> {
+    pub(crate) fn new(config: &Config, redis: Arc<Redis>, permission: Arc<Permission>) -> Arc<Self> {
         Arc::new(Self {
             redis,
-            database,
+            permission,
+            due: Due::default(),
             window: config.cache_window as usize,
-            ttl_ms: u64::from(config.cache_ttl_seconds) * 1000,
+            ttl: Duration::from_secs(config.cache_ttl_seconds.into()),
             append: Script::new(APPEND),
             settle: Script::new(SETTLE),
-            suspension: watch::Sender::new(None),
         })
     }
 
@@ -241,83 +193,189 @@ impl Recent {
         self.window
     }
 
-    /// Looks for the `limit` messages after the `skip` newest ones. After a miss the caller asks Postgres, and must call
-    /// [`Recent::settle`] before it returns the answer.
-    pub(super) async fn look_up(&self, pair: Pair, skip: usize, limit: usize) -> Lookup {
-        let Some(live) = self.redis.live() else { return Lookup::Miss(Miss::default()) };
-        let wanted = skip + limit;
-        if wanted > self.window {
-            return Lookup::Miss(Miss { live: Some(live), ..Miss::default() });
+    /// Waits until lists are to be compared with Postgres.
+    pub(super) async fn due(&self) {
+        self.due.wake.notified().await;
+    }
+
+    /// The conversations whose lists are to be compared with Postgres, with the newest seq that their readers saw.
+    pub(super) fn take_due(&self) -> HashMap<Pair, i64> {
+        std::mem::take(&mut self.due.lists.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Looks for the `wanted` newest messages. After a miss the caller asks Postgres.
+    pub(super) async fn look_up(&self, pair: Pair, wanted: usize) -> Lookup {
+        let is_refused = [pair.low(), pair.high()].into_iter().any(|user| self.permission.is_deleted(user));
+        if wanted > self.window || is_refused {
+            return Lookup::Miss(Miss::default());
         }
-        let [lease, list, token] = keys(pair);
+        let (live, epoch, is_permitted) = match self.permission.windows() {
+            Windows::Usable(live, epoch) => (live, epoch, true),
+            Windows::Unsettled(Some((live, epoch))) => (live, epoch, false),
+            Windows::Unsettled(None) | Windows::Suspended => return Lookup::Miss(Miss::default()),
+        };
+        let [list, token] = keys(&epoch, pair);
         let mut pipeline = Pipeline::with_capacity(2);
-        pipeline.cmd("GET").arg(&lease);
+        pipeline.cmd("PTTL").arg(&list);
         pipeline.cmd("LRANGE").arg(&list).arg(0).arg(wanted.saturating_sub(1));
-        let Ok((lease, found)) =
-            self.redis.run::<(Option<i64>, Vec<Vec<u8>>)>(&live, Operation::LookUpWindow, &pipeline).await
+        let Ok((expires_in, found)) =
+            self.redis.run::<(i64, Vec<Vec<u8>>)>(&live, Operation::LookUpWindow, &pipeline).await
         else {
             return Lookup::Miss(Miss::default());
         };
+        let exists = !found.is_empty();
         let mut elements: Vec<RenderedMessage> = found.into_iter().filter_map(decode).collect();
-        let trusted = live.since.elapsed() > LEASE;
-        let lease = lease.or_else(|| failpoints::is_on(Failpoint::TrustExpiredLease).then_some(1));
-        if trusted && lease.is_some_and(|newest| is_complete(&elements, newest, wanted)) {
-            elements.drain(..skip.min(elements.len()));
+        elements.retain(|element| element.seq > 0);
+        let head = elements.first().map_or(0, |element| element.seq);
+        let is_complete = exists && elements.len() == wanted.min(usize::try_from(head).unwrap_or(0));
+        if !is_permitted {
+            return Lookup::Miss(Miss { unchecked: elements, ..Miss::default() });
+        }
+        if is_complete {
+            if self.is_due(expires_in) {
+                self.due.add(pair, head);
+            }
             return Lookup::Hit(elements);
         }
-        let token = self.take_token(&live, &token).await;
-        let head = elements.first().map_or(0, |element| element.seq);
-        let known = (token.is_some() && is_complete(&elements, head, wanted)).then_some(head);
-        Lookup::Miss(Miss { live: Some(live), token, unchecked: elements, known })
+        Lookup::Miss(match self.claim(&live, epoch, &token).await {
+            Ok(Some(claim)) => Miss { claim: Some(claim), unchecked: elements, ..Miss::default() },
+            Ok(None) => Miss { is_being_filled: true, unchecked: elements, ..Miss::default() },
+            Err(Unavailable) => Miss { unchecked: elements, ..Miss::default() },
+        })
     }
 
-    /// A miss without a look-up, for a read that no window can answer.
-    pub(super) fn bypass(&self) -> Miss {
-        Miss { live: self.redis.live(), ..Miss::default() }
+    /// Whether a list that expires in so many milliseconds is to be compared with Postgres.
+    fn is_due(&self, expires_in: i64) -> bool {
+        let left = Duration::from_millis(u64::try_from(expires_in).unwrap_or(0));
+        // It expires later than it can where the clock of Redis was set back.
+        left > self.ttl || self.ttl - left >= CHECK_AFTER.min(self.ttl / 2)
     }
 
-    /// Makes sure that no window shows less than what was just read in Postgres, where `newest` was the conversation's
-    /// last seq.
-    pub(super) async fn settle(&self, pair: Pair, miss: Miss, newest: i64, found: Found<'_>) {
-        if miss.token.is_none() && failpoints::is_on(Failpoint::SkipSettle) {
-            return;
-        }
-        let read_at = Instant::now();
-        let Some(live) = miss.live.or_else(|| self.redis.live()) else {
-            return self.wait_for_leases(read_at).await;
-        };
-        let (what, elements) = match found {
-            Found::Same => ("keep", &[][..]),
-            Found::Other => ("none", &[][..]),
-            Found::Newest(elements) => ("fill", elements),
-        };
+    /// Asks for the right to fill the window with what the caller is about to read.
+    async fn claim(&self, live: &Live, epoch: Epoch, key: &str) -> Result<Option<Claim>, Unavailable> {
+        let token = Uuid::new_v4().simple().to_string();
         let mut pipeline = Pipeline::with_capacity(1);
-        call(&mut pipeline, &self.settle, std::iter::once(pair));
-        pipeline.arg(miss.token.unwrap_or_default()).arg(newest).arg(what).arg(self.ttl_ms);
-        for element in elements {
-            pipeline.arg(encode(element));
+        pipeline.cmd("SET").arg(key).arg(&token).arg("NX").arg("PX").arg(TOKEN_TTL.as_millis() as u64);
+        let (taken,): (Option<String>,) = self.redis.run(live, Operation::ClaimWindow, &pipeline).await?;
+        Ok(taken.map(|_| Claim { epoch, token }))
+    }
+
+    /// Fills the window with the newest messages, which the caller read in Postgres after it got the claim. If the claim was
+    /// withdrawn, it does as [`Recent::settle`].
+    pub(super) async fn fill(
+        &self,
+        pair: Pair,
+        claim: Claim,
+        newest: &[RenderedMessage],
+    ) -> Result<(), Unsettled> {
+        let shown = newest.first().map_or(0, |message| message.seq);
+        if let Windows::Usable(live, epoch) = self.permission.settled(Permission::deadline()).await?
+            && epoch == claim.epoch
+        {
+            let [list, token] = keys(&epoch, pair);
+            let mut pipeline = Pipeline::with_capacity(1);
+            if failpoints::is_on(Failpoint::IgnoreToken) {
+                pipeline.cmd("SET").arg(&token).arg(&claim.token).ignore();
+            }
+            call(&mut pipeline, &self.settle, [list, token]);
+            pipeline.arg(shown).arg(claim.token).arg(self.ttl.as_millis() as u64);
+            if newest.is_empty() {
+                pipeline.arg("0 ");
+            }
+            for element in newest {
+                pipeline.arg(encode(element));
+            }
+            if self.redis.run::<()>(&live, Operation::SettleWindow, pipeline.ignore()).await.is_ok() {
+                return Ok(());
+            }
         }
-        if self.redis.run::<()>(&live, Operation::SettleWindow, pipeline.ignore()).await.is_err() {
-            self.wait_for_leases(read_at).await;
+        self.settle(pair, shown).await
+    }
+
+    /// Makes sure that no window shows less than what was just read in Postgres, where `shown` is its newest seq.
+    pub(super) async fn settle(&self, pair: Pair, shown: i64) -> Result<(), Unsettled> {
+        if shown == 0 || failpoints::is_on(Failpoint::SkipSettle) {
+            return Ok(());
         }
+        let deadline = Permission::deadline();
+        loop {
+            let Windows::Usable(live, epoch) = self.permission.settled(deadline).await? else {
+                return Ok(());
+            };
+            // After a failure Redis is unavailable: the windows are soon suspended.
+            if self.settle_under(&live, &epoch, pair, shown).await.is_ok() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Mostly there is nothing to do, which two cheap commands tell.
+    pub(super) async fn settle_under(
+        &self,
+        live: &Live,
+        epoch: &Epoch,
+        pair: Pair,
+        shown: i64,
+    ) -> Result<(), Unavailable> {
+        let [list, token] = keys(epoch, pair);
+        let mut pipeline = Pipeline::with_capacity(2);
+        pipeline.cmd("LINDEX").arg(&list).arg(0);
+        pipeline.cmd("EXISTS").arg(&token);
+        let (head, is_being_filled): (Option<Vec<u8>>, bool) =
+            self.redis.run(live, Operation::SettleWindow, &pipeline).await?;
+        let is_settled = match head.and_then(decode) {
+            Some(head) => head.seq >= shown,
+            None => !is_being_filled,
+        };
+        if is_settled {
+            return Ok(());
+        }
+        let mut pipeline = Pipeline::with_capacity(1);
+        call(&mut pipeline, &self.settle, [list, token]);
+        pipeline.arg(shown).arg("");
+        self.redis.run(live, Operation::SettleWindow, pipeline.ignore()).await
+    }
+
+    /// Lets the lists of these conversations live on, which lack nothing.
+    pub(super) async fn extend(&self, live: &Live, epoch: &Epoch, pairs: &[Pair]) -> Result<(), Unavailable> {
+        let mut pipeline = Pipeline::with_capacity(pairs.len());
+        for pair in pairs {
+            let [list, _] = keys(epoch, *pair);
+            pipeline.cmd("PEXPIRE").arg(list).arg(self.ttl.as_millis() as u64).ignore();
+        }
+        self.redis.run(live, Operation::ExtendWindow, &pipeline).await
     }
 
     /// Adds a committed batch to the windows, or makes sure that no window lacks it. Each item is a run of messages whose
     /// seqs follow one another. Only after this may a batch be acknowledged.
-    pub(super) async fn append(&self, batch: &[(Pair, Vec<RenderedMessage>)]) {
+    pub(super) async fn append(&self, batch: &[(Pair, Vec<RenderedMessage>)]) -> Result<(), Unsettled> {
         if failpoints::is_on(Failpoint::SkipInvalidation) {
-            return;
+            return Ok(());
         }
-        let committed_at = Instant::now();
-        let Some(live) = self.redis.live() else {
-            return self.wait_for_leases(committed_at).await;
-        };
+        let deadline = Permission::deadline();
+        loop {
+            let Windows::Usable(live, epoch) = self.permission.settled(deadline).await? else {
+                return Ok(());
+            };
+            // After a failure Redis is unavailable: the windows are soon suspended.
+            if self.append_under(&live, &epoch, batch).await.is_ok() {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn append_under(
+        &self,
+        live: &Live,
+        epoch: &Epoch,
+        batch: &[(Pair, Vec<RenderedMessage>)],
+    ) -> Result<(), Unavailable> {
         let mut pipeline = Pipeline::with_capacity(1);
         // A cluster runs a script where all its keys are, so there each conversation needs its own call.
         let together = if live.is_cluster() { 1 } else { batch.len().max(1) };
         for conversations in batch.chunks(together) {
-            call(&mut pipeline, &self.append, conversations.iter().map(|(pair, _)| *pair));
-            pipeline.arg(self.window).arg(self.ttl_ms);
+            call(&mut pipeline, &self.append, conversations.iter().flat_map(|(pair, _)| keys(epoch, *pair)));
+            pipeline.arg(self.window);
             for (_, elements) in conversations {
                 pipeline.arg(elements.first().map_or(0, |element| element.seq)).arg(elements.len());
                 for element in elements {
@@ -326,97 +384,7 @@ impl Recent {
             }
             pipeline.ignore();
         }
-        let outcome: Result<(), Unavailable> =
-            self.redis.run(&live, Operation::AppendWindow, &pipeline).await;
-        if outcome.is_err() {
-            self.wait_for_leases(committed_at).await;
-        }
-    }
-
-    /// Returns when every lease whose check began before `since` has expired: at once under a suspension.
-    async fn wait_for_leases(&self, since: Instant) {
-        if failpoints::is_on(Failpoint::SkipWait) {
-            return;
-        }
-        let mut suspension = self.suspension.subscribe();
-        let in_force = suspension.wait_for(|suspension| suspension.is_some_and(Suspension::is_in_force));
-        // Either way those leases have expired; an error means that the process is ending.
-        tokio::select! {
-            _ = in_force => {}
-            () = tokio::time::sleep_until(since + LEASE_WAIT) => {}
-        }
-    }
-
-    /// Asks for the right to fill the window with what the caller is about to read.
-    async fn take_token(&self, live: &Live, key: &str) -> Option<String> {
-        let token = Uuid::new_v4().simple().to_string();
-        let mut pipeline = Pipeline::with_capacity(1);
-        pipeline.cmd("SET").arg(key).arg(&token).arg("NX").arg("PX").arg(LEASE.as_millis() as u64);
-        let (taken,): (Option<String>,) =
-            self.redis.run(live, Operation::ClaimWindow, &pipeline).await.ok()?;
-        taken.map(|_| token)
-    }
-
-    /// Suspends the windows while Redis is unavailable. Runs until the process ends.
-    pub async fn supervise(self: Arc<Self>) {
-        let mut unavailable = self.redis.watch_unavailable();
-        // A process begins without a connection. That alone must not suspend the windows of all others.
-        tokio::time::timeout(FIRST_CONNECTION, unavailable.wait_for(|unavailable| !*unavailable)).await.ok();
-        loop {
-            if unavailable.wait_for(|unavailable| *unavailable).await.is_err() {
-                return;
-            }
-            let span = tracing::info_span!(target: trace::BACKGROUND, "suspend windows");
-            let pause = self.suspend().instrument(span).await;
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                _ = unavailable.wait_for(|unavailable| !*unavailable) => {}
-            }
-        }
-    }
-
-    /// Writes the suspension to Postgres; returns when to renew it.
-    async fn suspend(&self) -> Duration {
-        let asked = Instant::now();
-        let query = sqlx::query!(
-            "INSERT INTO window_suspension AS held (suspended_until)
-             VALUES (clock_timestamp() + make_interval(secs => $1))
-             ON CONFLICT (only_row) DO UPDATE
-             SET suspended_until = greatest(held.suspended_until, excluded.suspended_until)",
-            SUSPENSION.as_secs_f64(),
-        );
-        let written = match self.database.acquire().await {
-            Ok(mut connection) => {
-                self.database.run(Operation::SuspendWindows, query.execute(&mut *connection)).await
-            }
-            Err(error) => Err(error),
-        };
-        if let Err(error) = written {
-            tracing::debug!(error = reason(&error), "the windows could not be suspended");
-            return Duration::from_millis(500);
-        }
-        let committed = Instant::now();
-        let held = *self.suspension.borrow();
-        let from = match held {
-            Some(held) if held.until > committed => held.from,
-            _ => committed + LEASE_WAIT,
-        };
-        let until = asked + SUSPENSION - SUSPENSION_MARGIN;
-        self.suspension.send_replace(Some(Suspension { from, until }));
-        if from <= committed {
-            return SUSPENSION_RENEWAL;
-        }
-        // Wakes the requests that wait for it when it takes effect, not when it was written.
-        tokio::time::sleep_until(from).await;
-        self.suspension.send_modify(|_| {});
-        SUSPENSION_RENEWAL
-    }
-}
-
-impl Suspension {
-    fn is_in_force(self) -> bool {
-        let now = Instant::now();
-        self.from <= now && now < self.until
+        self.redis.run(live, Operation::AppendWindow, &pipeline).await
     }
 }
 
@@ -435,30 +403,19 @@ fn decode(mut element: Vec<u8>) -> Option<RenderedMessage> {
     Some(RenderedMessage { seq, json: element })
 }
 
-/// True if the elements are the `wanted` newest messages of a conversation whose last seq is at least `newest`: an append
-/// may have come between the two reads of one round trip.
-fn is_complete(elements: &[RenderedMessage], newest: i64, wanted: usize) -> bool {
-    let head = elements.first().map_or(0, |element| element.seq);
-    head >= newest && elements.len() == wanted.min(usize::try_from(head).unwrap_or(0))
-}
-
-/// Starts a call of a script by its digest, on the keys of these conversations. The caller adds the arguments.
-fn call(pipeline: &mut Pipeline, script: &Script, pairs: impl ExactSizeIterator<Item = Pair>) {
-    pipeline.cmd("EVALSHA").arg(script.get_hash()).arg(3 * pairs.len());
-    for pair in pairs {
-        for key in keys(pair) {
-            pipeline.arg(key);
-        }
-    }
+/// Starts a call of a script by its digest, on these keys. The caller adds the arguments.
+fn call(pipeline: &mut Pipeline, script: &Script, keys: impl IntoIterator<Item = String>) {
+    let keys: Vec<String> = keys.into_iter().collect();
+    pipeline.cmd("EVALSHA").arg(script.get_hash()).arg(keys.len()).arg(keys);
 }
 
 /// The braces put a conversation's keys into one slot of a cluster. Joined rather than formatted, because every read needs
 /// them.
-fn keys(pair: Pair) -> [String; 3] {
+fn keys(epoch: &Epoch, pair: Pair) -> [String; 2] {
     let (mut low, mut high) = ([0; Simple::LENGTH], [0; Simple::LENGTH]);
     let low: &str = pair.low().simple().encode_lower(&mut low);
     let high: &str = pair.high().simple().encode_lower(&mut high);
-    ["lease", "list", "token"].map(|part| ["chat:recent:{", low, ".", high, "}:", part].concat())
+    ["list", "token"].map(|part| ["chat:recent:", epoch, ":{", low, ".", high, "}:", part].concat())
 }
 
 impl std::fmt::Debug for Recent {
@@ -477,26 +434,14 @@ mod tests {
 
     #[test]
     fn the_keys_of_a_conversation_share_a_slot() {
-        let keys = keys(Pair::new(Uuid::from_u128(0xab), Uuid::from_u128(1)));
+        let keys = keys(&"17.2".into(), Pair::new(Uuid::from_u128(0xab), Uuid::from_u128(1)));
         let name = "{00000000000000000000000000000001.000000000000000000000000000000ab}";
-        assert_eq!(keys, ["lease", "list", "token"].map(|part| format!("chat:recent:{name}:{part}")));
+        assert_eq!(keys, ["list", "token"].map(|part| format!("chat:recent:17.2:{name}:{part}")));
     }
 
     #[test]
     fn an_element_is_decoded_as_it_was_encoded() {
         assert_eq!(decode(encode(&element(42))), Some(element(42)));
         assert_eq!(decode(b"no".to_vec()), None);
-    }
-
-    #[test]
-    fn a_list_is_complete_only_up_to_its_lease_and_its_length() {
-        let list: Vec<RenderedMessage> = (1..=5).rev().map(element).collect();
-        assert!(is_complete(&list, 5, 5));
-        assert!(is_complete(&list[..3], 5, 3));
-        assert!(is_complete(&list, 4, 5), "an append came in between");
-        assert!(!is_complete(&list, 6, 5), "the list ends before the lease");
-        assert!(!is_complete(&list[..3], 5, 5), "the list is too short");
-        assert!(is_complete(&[], 0, 5), "a conversation without messages");
-        assert!(!is_complete(&[], 1, 5));
     }
 }

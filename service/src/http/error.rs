@@ -186,6 +186,7 @@ impl From<HistoryError> for Error {
                 Self::Unavailable("the database is unavailable, and this page is not cached: try again")
             }
             HistoryError::MayBeMissing => MAY_BE_MISSING,
+            HistoryError::Unsettled(_) => Self::Unavailable("the database is unavailable: try again"),
             HistoryError::Database(error) => Self::Database(error),
         }
     }

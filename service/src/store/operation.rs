@@ -20,15 +20,25 @@ pub enum Operation {
     InsertUser,
     /// What readiness depends on.
     CheckSchema,
-    SuspendWindows,
+    /// What the permission to use the windows depends on: an epoch, a suspension, deleted users.
+    ReadPermission,
+    /// Suspends the windows, or names the Redis that has them.
+    ChangePermission,
+    /// Whether windows lack a message.
+    CheckWindows,
     DeleteExpiredKeys,
+    DeleteOldDeletions,
     /// Counts a request against a rate limit.
     CountAttempt,
+    /// Which Redis it is.
+    IdentifyRedis,
     LookUpWindow,
     /// Asks for the right to fill a window.
     ClaimWindow,
     SettleWindow,
     AppendWindow,
+    /// Gives windows that lack nothing another while.
+    ExtendWindow,
 }
 
 impl Operation {
@@ -51,13 +61,18 @@ impl Operation {
             | Self::CheckTaken
             | Self::InsertUser
             | Self::CheckSchema
-            | Self::SuspendWindows
-            | Self::DeleteExpiredKeys => "postgresql",
+            | Self::ReadPermission
+            | Self::ChangePermission
+            | Self::CheckWindows
+            | Self::DeleteExpiredKeys
+            | Self::DeleteOldDeletions => "postgresql",
             Self::CountAttempt
+            | Self::IdentifyRedis
             | Self::LookUpWindow
             | Self::ClaimWindow
             | Self::SettleWindow
-            | Self::AppendWindow => "redis",
+            | Self::AppendWindow
+            | Self::ExtendWindow => "redis",
         }
     }
 }

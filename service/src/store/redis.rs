@@ -18,7 +18,6 @@ use deadpool_redis::{PoolError, Runtime, cluster, sentinel};
 use futures_util::future::{join_all, try_join_all};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
-use tokio::time::Instant;
 
 use super::operation::Operation;
 use crate::config::{Config, RedisMode};
@@ -37,6 +36,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two attempts to reconnect, and between two probes of an idle connection.
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Written by each probe, and by those of releases before the windows had epochs.
+const PROBE_KEY: &str = "chat:answers";
+const OLDER_PROBE_KEY: &str = "chat:probe";
 
 /// Why Redis cannot be used, and what to do.
 #[derive(Debug)]
@@ -71,9 +74,8 @@ pub struct Redis {
 #[derive(Clone)]
 pub struct Live {
     connections: Arc<[Connection]>,
-    generation: u64,
-    /// When they were opened. Leases from before are not trusted at once; see `chat::recent`.
-    pub since: Instant,
+    /// Tells them from those that were opened before and after.
+    pub generation: u64,
 }
 
 #[derive(Clone)]
@@ -159,6 +161,16 @@ impl Redis {
         })
     }
 
+    /// Which Redis it is: another after each start and each promotion to master. In a cluster all its masters together.
+    /// `None` while a replica of an older release uses it, too, whose windows are others.
+    pub async fn identity(&self, live: &Live) -> Result<Option<String>, Unavailable> {
+        let mut pipeline = identify();
+        pipeline.cmd("EXISTS").arg(OLDER_PROBE_KEY);
+        let mut answers: Vec<Value> = self.run(live, Operation::IdentifyRedis, &pipeline).await?;
+        let older = answers.pop() != Some(Value::Int(0));
+        Ok(Some(identity(&answers)).filter(|identity| !older && !identity.is_empty()))
+    }
+
     /// Keeps the connections alive until the process ends.
     pub async fn supervise(self: Arc<Self>) {
         let mut generation = 0;
@@ -230,6 +242,9 @@ impl Redis {
             self.probe(&connections).await?;
             // Scripts that one connection has loaded are known on all.
             let mut first = connections.first().cloned().ok_or_else(|| timed_out("no worker runs"))?;
+            if identity(&identify().query_async::<Vec<Value>>(&mut first).await?).is_empty() {
+                return Err(RedisError::from((ErrorKind::Client, "INFO does not say which Redis it is")));
+            }
             for script in &self.scripts {
                 script.prepare_invoke().load_async(&mut first).await?;
             }
@@ -238,7 +253,7 @@ impl Redis {
         let connections = tokio::time::timeout(CONNECT_TIMEOUT, attempt)
             .await
             .unwrap_or_else(|_| Err(timed_out("no connection in time")))?;
-        Ok(Live { connections, generation, since: Instant::now() })
+        Ok(Live { connections, generation })
     }
 
     /// Opens a connection that the runtime drives.
@@ -250,7 +265,7 @@ impl Redis {
 
     /// Writes, because a read-only Redis (a replica, or one out of memory) is of no use here.
     async fn probe(&self, connections: &[Connection]) -> Result<(), RedisError> {
-        let probe = deadpool_redis::redis::cmd("SET").arg("chat:probe").arg(1).arg("PX").arg(1000).to_owned();
+        let probe = deadpool_redis::redis::cmd("SET").arg(PROBE_KEY).arg(1).arg("PX").arg(1000).to_owned();
         let probes = connections.iter().map(|connection| {
             let (probe, mut connection) = (&probe, connection.clone());
             async move { probe.query_async::<()>(&mut connection).await }
@@ -444,6 +459,36 @@ async fn each_on_its_node(
         answers.push(answer.map_err(|_| timed_out("no answer in time"))??);
     }
     Ok(answers)
+}
+
+/// Asks which Redis it is.
+fn identify() -> Pipeline {
+    let mut pipeline = Pipeline::with_capacity(3);
+    pipeline.cmd("INFO").arg("server");
+    pipeline.cmd("INFO").arg("replication");
+    pipeline
+}
+
+/// What tells a server from every other, and from itself before it was a replica. Empty if a server does not say.
+fn identity(answers: &[Value]) -> String {
+    fn texts<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
+        match value {
+            Value::BulkString(text) => found.extend(std::str::from_utf8(text)),
+            Value::SimpleString(text) | Value::VerbatimString { text, .. } => found.push(text),
+            Value::Array(values) => values.iter().for_each(|value| texts(value, found)),
+            // A cluster's answer, by node.
+            Value::Map(nodes) => nodes.iter().for_each(|(_, value)| texts(value, found)),
+            _ => {}
+        }
+    }
+    let mut found = Vec::new();
+    answers.iter().for_each(|answer| texts(answer, &mut found));
+    let lines = found.iter().flat_map(|text| text.lines());
+    let mut ids: Vec<&str> = lines
+        .filter_map(|line| line.strip_prefix("run_id:").or_else(|| line.strip_prefix("master_replid:")))
+        .collect();
+    ids.sort_unstable();
+    ids.join(" ")
 }
 
 /// The server's attributes in spans: none where there are several servers.

@@ -1,0 +1,414 @@
+//! The permission to use the recent windows: which of them a replica may use just now, learnt from Postgres.
+//!
+//! One row in Postgres says which Redis has the windows, under which *epoch*, and until when they are *suspended*. Every
+//! replica asks its Redis who it is and then reads that row, again and again. Windows of the epoch are *usable* for a
+//! replica whose Redis is that one while its last answer is younger than [`PERMISSION`], counted from the question. Whoever
+//! must put the windows out of use raises the epoch: a replica that has lost Redis, or that is connected to another one. It
+//! suspends them at the same time, so that it need not raise the epoch for each message.
+//!
+//! [`SETTLING`] is longer than any permission. So once a replica has known of an epoch, or of a suspension, for that long,
+//! no replica uses windows of an epoch before. Until then it is *unsettled*, and what depends on the windows waits. The
+//! first replica for which an epoch has settled says so in the row, and spares the others the wait.
+//!
+//! All of this is measured with monotonic clocks. Postgres's wall clock only ends a suspension; if it is set, a suspension
+//! ends early, or lasts for [`SUSPENSION_MAX`] at most. That is harmless: every replica sees the end of a suspension
+//! no earlier than it happens, and uses windows only [`SETTLING`] later. By then each replica that relied on the suspension
+//! has noticed its end, or has asked no more for longer than [`PERMISSION`], and so relies on it no more.
+//!
+//! The same question brings the users who were deleted. [`Permission::is_deleted`] knows of them before a permission
+//! that does not has expired.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use sqlx::PgConnection;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tracing::Instrument as _;
+use uuid::Uuid;
+
+use crate::config::Config;
+use crate::failpoints::{self, Failpoint};
+use crate::store::operation::Operation;
+use crate::store::postgres::{Database, Session, reason};
+use crate::store::redis::{Live, Redis};
+use crate::telemetry::trace;
+
+/// How long an answer is relied on, from the moment of the question.
+const PERMISSION: Duration = Duration::from_millis(450);
+
+/// Between two questions: two in a row may fail or be late.
+const INTERVAL: Duration = Duration::from_millis(150);
+
+/// How long an epoch must be known before all permissions for earlier ones have expired. The margin of 5 % is for clocks
+/// that differ in speed: a hundred times the largest slew.
+const SETTLING: Duration = Duration::from_millis(475);
+
+/// How long one question may take. Later answers would be too old in any case.
+const ANSWER_LIMIT: Duration = Duration::from_millis(500);
+
+/// How far ahead a suspension reaches, and how often it is renewed.
+const SUSPENSION: Duration = Duration::from_secs(3);
+const RENEWAL: Duration = Duration::from_secs(1);
+
+/// A suspension that reaches further is not one: the clock was set back. Older releases suspended for 10 s.
+const SUSPENSION_MAX: Duration = Duration::from_secs(15);
+
+/// How long the first connection to Redis may take before Redis counts as unavailable.
+const FIRST_CONNECTION: Duration = Duration::from_secs(1);
+
+/// How long anything waits for the windows to settle: a loss of Redis takes a third of it.
+const WAIT_LIMIT: Duration = Duration::from_secs(3);
+
+/// A pool of at least this many connections can spare one for the questions, so that they never wait for requests.
+const POOL_WITH_ONE_TO_SPARE: u32 = 4;
+
+/// Whether windows are in use.
+#[derive(Clone, Debug)]
+pub(super) enum Windows {
+    /// Those of this epoch may be used, and no other replica uses those of another.
+    Usable(Live, Epoch),
+    /// No replica uses any.
+    Suspended,
+    /// Not known, or not for long enough. If Redis answers, the epoch that was usable last.
+    Unsettled(Option<(Live, Epoch)>),
+}
+
+/// Part of the keys of the windows that belong to it. It also changes with each start of Postgres, so that the windows do not
+/// outlive what a failover of Postgres may have lost.
+pub(super) type Epoch = Arc<str>;
+
+/// The windows did not settle in time.
+#[derive(thiserror::Error, Clone, Copy, Debug)]
+#[error("it is not known which windows are in use")]
+pub struct Unsettled;
+
+/// What the last answer said.
+#[derive(Clone, Debug)]
+struct View {
+    /// The beginning of the question.
+    asked: Instant,
+    /// The connections to Redis that were asked, too.
+    generation: u64,
+    state: State,
+    /// From when on the state has certainly held without a break.
+    since: Instant,
+    /// True if another replica has found that the epoch has settled.
+    settled: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State {
+    Usable(Epoch),
+    Suspended,
+    /// Another Redis has the windows, or Postgres only reads.
+    Neither,
+}
+
+/// The row, and the users deleted since the question before.
+#[derive(Debug)]
+struct Answer {
+    read_only: bool,
+    /// The epoch, with the start of Postgres.
+    epoch: String,
+    /// True if no Redis has ever had the windows.
+    unclaimed: bool,
+    /// True if the caller's Redis has them.
+    ours: bool,
+    suspended: bool,
+    settled: bool,
+    /// Every transaction before this one has ended.
+    horizon: String,
+    deleted: Vec<Uuid>,
+}
+
+pub(crate) struct Permission {
+    redis: Arc<Redis>,
+    database: Database,
+    keeps_connection: bool,
+    view: watch::Sender<Option<View>>,
+    /// When this replica learnt of it.
+    deleted: RwLock<HashMap<Uuid, Instant>>,
+    deleted_kept: Duration,
+}
+
+/// What the task that asks keeps between its questions.
+struct Asking {
+    connection: Option<Session>,
+    /// When this replica suspended the windows last.
+    suspended: Option<Instant>,
+    /// The oldest transaction whose deletions may be new.
+    horizon: String,
+}
+
+impl Permission {
+    pub(crate) fn new(config: &Config, redis: Arc<Redis>, database: Database) -> Arc<Self> {
+        Arc::new(Self {
+            redis,
+            database,
+            keeps_connection: config.db_pool_max >= POOL_WITH_ONE_TO_SPARE,
+            view: watch::Sender::new(None),
+            deleted: RwLock::default(),
+            deleted_kept: Self::deletions_kept(config),
+        })
+    }
+
+    /// For how long deletions must be known: longer than a window can live after its last comparison with Postgres.
+    pub(crate) fn deletions_kept(config: &Config) -> Duration {
+        Duration::from_secs(3600) + Duration::from_secs(config.cache_ttl_seconds.into())
+    }
+
+    /// Whether windows are in use as of now.
+    pub(super) fn windows(&self) -> Windows {
+        let live = self.redis.live();
+        let view = self.view.borrow();
+        let Some(view) = &*view else { return Windows::Unsettled(None) };
+        let is_current = view.asked.elapsed() < PERMISSION
+            || (failpoints::is_on(Failpoint::TrustExpiredPermission) && view.state != State::Suspended);
+        let has_settled = view.settled || view.since.elapsed() >= SETTLING;
+        match (&view.state, live) {
+            (State::Suspended, _) if is_current && has_settled => Windows::Suspended,
+            (State::Usable(epoch), Some(live)) => {
+                let same = live.generation == view.generation
+                    || failpoints::is_on(Failpoint::KeepPermissionOverReconnect);
+                match is_current && has_settled && same {
+                    true => Windows::Usable(live, Arc::clone(epoch)),
+                    false => Windows::Unsettled(Some((live, Arc::clone(epoch)))),
+                }
+            }
+            _ => Windows::Unsettled(None),
+        }
+    }
+
+    /// As [`Permission::windows`], once they are settled.
+    pub(super) async fn settled(&self, deadline: Instant) -> Result<Windows, Unsettled> {
+        let mut changes = self.view.subscribe();
+        loop {
+            match self.windows() {
+                Windows::Unsettled(_) if failpoints::is_on(Failpoint::SkipWait) => {
+                    return Ok(Windows::Suspended);
+                }
+                Windows::Unsettled(_) => {}
+                windows => return Ok(windows),
+            }
+            // An answer may have settled already but for the time.
+            let settles = changes.borrow_and_update().as_ref().map(|view| view.since + SETTLING);
+            let settles = settles.filter(|at| *at > Instant::now()).unwrap_or(deadline);
+            tokio::select! {
+                changed = changes.changed() => changed.map_err(|_| Unsettled)?,
+                () = tokio::time::sleep_until(settles.min(deadline)) => {}
+            }
+            if Instant::now() >= deadline {
+                return Err(Unsettled);
+            }
+        }
+    }
+
+    /// Until when something that begins now may wait for the windows to settle.
+    pub(super) fn deadline() -> Instant {
+        Instant::now() + WAIT_LIMIT
+    }
+
+    /// True if the user was deleted, as of the last answer.
+    pub(super) fn is_deleted(&self, user: Uuid) -> bool {
+        let deleted = self.deleted.read().unwrap_or_else(PoisonError::into_inner);
+        !deleted.is_empty() && deleted.contains_key(&user)
+    }
+
+    /// Asks until the process ends.
+    pub(crate) async fn supervise(self: Arc<Self>) {
+        let mut unavailable = self.redis.watch_unavailable();
+        // A process begins without a connection. That alone must not suspend the windows of all others.
+        tokio::time::timeout(FIRST_CONNECTION, unavailable.wait_for(|unavailable| !*unavailable)).await.ok();
+        let mut asking = Asking { connection: None, suspended: None, horizon: "0".to_owned() };
+        loop {
+            unavailable.mark_unchanged();
+            let span = tracing::info_span!(target: trace::BACKGROUND, "ask for permission");
+            if let Err(error) = self.ask(&mut asking, &mut unavailable.clone()).instrument(span).await {
+                // The health task logs that Postgres is unavailable.
+                tracing::debug!(error = reason(&error), "no permission to use the windows");
+            }
+            tokio::select! {
+                _ = unavailable.changed() => {}
+                () = tokio::time::sleep(INTERVAL) => {}
+            }
+        }
+    }
+
+    /// Asks once, and changes the row where it must be changed.
+    async fn ask(
+        &self,
+        asking: &mut Asking,
+        unavailable: &mut watch::Receiver<bool>,
+    ) -> Result<(), sqlx::Error> {
+        let asked = Instant::now();
+        let live = self.redis.live();
+        let identity = match &live {
+            Some(live) => tokio::select! {
+                identity = self.redis.identity(live) => identity.ok().flatten(),
+                // A request has noticed first.
+                _ = unavailable.wait_for(|unavailable| *unavailable) => None,
+            },
+            None => None,
+        };
+        let mut connection = match asking.connection.take() {
+            Some(connection) => connection,
+            None => self.database.acquire_within(ANSWER_LIMIT).await?,
+        };
+        let exchange = async {
+            let mut answer = self.read(&mut connection, identity.as_deref(), &asking.horizon).await?;
+            if self.change(&mut connection, asking, identity.as_deref(), &answer).await? {
+                answer = self.read(&mut connection, identity.as_deref(), &asking.horizon).await?;
+            }
+            Ok(answer)
+        };
+        let answer = match tokio::time::timeout(ANSWER_LIMIT, exchange).await {
+            Ok(Ok(answer)) => answer,
+            outcome => {
+                connection.close_on_drop();
+                return outcome.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|_: Answer| ());
+            }
+        };
+        // A session that only reads would go on to do so.
+        if self.keeps_connection && !answer.read_only {
+            asking.connection = Some(connection);
+        }
+        self.learn_of_deleted(&answer.deleted);
+        asking.horizon.clone_from(&answer.horizon);
+        self.publish(asked, live.map_or(0, |live| live.generation), identity.is_some(), answer);
+        Ok(())
+    }
+
+    async fn read(
+        &self,
+        connection: &mut PgConnection,
+        identity: Option<&str>,
+        horizon: &str,
+    ) -> Result<Answer, sqlx::Error> {
+        let query = sqlx::query_as!(
+            Answer,
+            r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
+                      server.epoch || '.' || coalesce(w.epoch, 0) AS "epoch!",
+                      w.redis IS NULL AS "unclaimed!",
+                      coalesce(w.redis = $1, false) AS "ours!",
+                      coalesce(w.suspended_until > clock_timestamp()
+                               AND w.suspended_until < clock_timestamp() + make_interval(secs => $2), false) AS "suspended!",
+                      coalesce(w.settled = server.epoch || '.' || w.epoch, false) AS "settled!",
+                      pg_snapshot_xmin(pg_current_snapshot())::text AS "horizon!",
+                      ARRAY(SELECT user_id FROM deleted_users WHERE xact >= $3::text::xid8) AS "deleted!"
+               FROM (VALUES ((extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint)) AS server (epoch)
+               LEFT JOIN window_suspension w ON true"#,
+            identity,
+            SUSPENSION_MAX.as_secs_f64(),
+            horizon,
+        );
+        self.database.run(Operation::ReadPermission, query.fetch_one(connection)).await
+    }
+
+    /// Changes the row if this replica must; true if it did.
+    async fn change(
+        &self,
+        connection: &mut PgConnection,
+        asking: &mut Asking,
+        identity: Option<&str>,
+        answer: &Answer,
+    ) -> Result<bool, sqlx::Error> {
+        let is_due = asking.suspended.is_none_or(|at| at.elapsed() >= RENEWAL);
+        let changed = match identity {
+            _ if answer.read_only => return Ok(false),
+            // Nobody has ever had a permission.
+            Some(identity) if answer.unclaimed => {
+                let query = sqlx::query!(
+                    "INSERT INTO window_suspension AS held (suspended_until, epoch, redis, settled)
+                     VALUES ('-infinity', 1, $1, $2 || '.1')
+                     ON CONFLICT (only_row) DO UPDATE
+                     SET epoch = held.epoch + 1, redis = excluded.redis, settled = $2 || '.' || held.epoch + 1
+                     WHERE held.redis IS NULL",
+                    identity,
+                    answer.epoch.split('.').next(),
+                );
+                self.database.run(Operation::ChangePermission, query.execute(connection)).await
+            }
+            Some(_) if answer.ours => {
+                if answer.settled || answer.suspended || !self.has_settled(&answer.epoch) {
+                    return Ok(false);
+                }
+                let query = sqlx::query!(
+                    "UPDATE window_suspension SET settled = $1 WHERE epoch = split_part($1, '.', 2)::bigint",
+                    answer.epoch,
+                );
+                self.database.run(Operation::ChangePermission, query.execute(connection)).await
+            }
+            _ if answer.suspended && !is_due => return Ok(false),
+            identity => {
+                let query = sqlx::query!(
+                    "INSERT INTO window_suspension AS held (suspended_until, epoch, redis)
+                     VALUES (clock_timestamp() + make_interval(secs => $1), 1, $2)
+                     ON CONFLICT (only_row) DO UPDATE
+                     SET suspended_until = excluded.suspended_until,
+                         epoch = held.epoch + 1,
+                         redis = coalesce(excluded.redis, held.redis)",
+                    SUSPENSION.as_secs_f64(),
+                    identity,
+                );
+                asking.suspended = Some(Instant::now());
+                self.database.run(Operation::ChangePermission, query.execute(connection)).await
+            }
+        };
+        changed.map(|_| true)
+    }
+
+    /// True if this replica has known of the epoch for long enough.
+    fn has_settled(&self, epoch: &str) -> bool {
+        self.view.borrow().as_ref().is_some_and(|view| {
+            matches!(&view.state, State::Usable(known) if **known == *epoch)
+                && view.since.elapsed() >= SETTLING
+                && view.asked.elapsed() < PERMISSION
+        })
+    }
+
+    /// Makes the answer the view that all requests see.
+    fn publish(&self, asked: Instant, generation: u64, has_redis: bool, answer: Answer) {
+        let ours = answer.ours || (has_redis && failpoints::is_on(Failpoint::IgnoreRedisIdentity));
+        let suspended = answer.suspended && !failpoints::is_on(Failpoint::IgnoreSuspension);
+        let state = match () {
+            () if answer.read_only => State::Neither,
+            () if suspended => State::Suspended,
+            () if ours => State::Usable(match failpoints::is_on(Failpoint::IgnoreEpoch) {
+                true => "any".into(),
+                false => answer.epoch.into(),
+            }),
+            () => State::Neither,
+        };
+        // What an answer says was true no later than when it came.
+        let answered = Instant::now();
+        self.view.send_modify(|view| {
+            let since = match view {
+                // Two answers that are further apart may hide a change and its opposite.
+                Some(before) if before.state == state && asked - before.asked < PERMISSION => before.since,
+                _ => answered,
+            };
+            let settled = answer.settled && state != State::Suspended;
+            *view = Some(View { asked, generation, state, since, settled });
+        });
+    }
+
+    fn learn_of_deleted(&self, users: &[Uuid]) {
+        let now = Instant::now();
+        let is_old = |learnt: &Instant| now - *learnt >= self.deleted_kept;
+        let none_is_old = !self.deleted.read().unwrap_or_else(PoisonError::into_inner).values().any(is_old);
+        if users.is_empty() && none_is_old {
+            return;
+        }
+        let mut deleted = self.deleted.write().unwrap_or_else(PoisonError::into_inner);
+        deleted.retain(|_, learnt| !is_old(learnt));
+        deleted.extend(users.iter().map(|user| (*user, now)));
+    }
+}
+
+impl std::fmt::Debug for Permission {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Permission").field("view", &*self.view.borrow()).finish_non_exhaustive()
+    }
+}
