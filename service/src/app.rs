@@ -38,6 +38,8 @@ pub struct App {
     pub outbox: Outbox,
     /// Reads every page of messages.
     pub history: History,
+    /// Whether the recent windows may be used, and which users were deleted.
+    pub(crate) permission: Arc<Permission>,
     /// The rate limits.
     pub limits: Limits,
     /// Signs and verifies access tokens.
@@ -77,15 +79,14 @@ impl App {
         let database = Database::new(&config, connect_options.clone(), Arc::clone(&metrics));
         let redis =
             Redis::new(&config, Recent::scripts(), workers.runtimes().to_vec(), Arc::clone(&metrics))?;
-        let permission = Permission::new(&config, Arc::clone(&redis), database.clone());
-        let recent = Recent::new(&config, Arc::clone(&redis), Arc::clone(&permission));
         let health = Health::new();
+        let permission = Permission::new(&config, Arc::clone(&redis), database.clone(), Arc::clone(&health));
+        let recent = Recent::new(&config, Arc::clone(&redis), Arc::clone(&permission));
         let (outbox, writers) = Outbox::start(&config, &database, &recent, &metrics, stop);
 
         let mut supervisors = JoinSet::new();
         supervisors.spawn(Arc::clone(&redis).supervise());
-        supervisors.spawn(Arc::clone(&permission).supervise());
-        supervisors.spawn(check::windows(Arc::clone(&recent), permission, database.clone()));
+        supervisors.spawn(check::windows(Arc::clone(&recent), Arc::clone(&permission), database.clone()));
 
         let app = Arc::new(Self {
             limits: Limits::new(&config, Arc::clone(&redis), Arc::clone(&metrics)),
@@ -98,6 +99,7 @@ impl App {
                 Arc::clone(&health),
                 Arc::clone(&metrics),
             ),
+            permission,
             connect_options,
             database,
             redis,
@@ -112,6 +114,7 @@ impl App {
     /// Starts the tasks that need Postgres, once it was migrated or found to be unavailable.
     pub fn watch_postgres(&self, tasks: &mut Tasks) {
         tasks.supervisors.spawn(Arc::clone(&self.health).supervise(self.database.clone()));
+        tasks.supervisors.spawn(Arc::clone(&self.permission).supervise());
         tasks.supervisors.spawn(sweep::expired_idempotency_keys(self.database.clone()));
         let kept = Permission::deletions_kept(&self.config);
         tasks.supervisors.spawn(sweep::old_deletions(self.database.clone(), kept));

@@ -157,7 +157,7 @@ async fn the_token_of_a_deleted_user_is_401_even_if_a_window_still_has_its_messa
     for operation in authenticated().iter().filter(|operation| operation.path != "/messages") {
         ask(&app, operation, &ben, Some(&token)).await.problem(401);
     }
-    // A lease that was granted before is valid for a second at most.
+    // What replicas know of deleted users is half a second old at most.
     while app.messages(&ana, &ben, "").await.status != 401 {
         assert!(deleted.elapsed() < Duration::from_secs(2), "the window still answers a deleted user");
         tokio::time::sleep(Duration::from_millis(50)).await;

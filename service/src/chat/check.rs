@@ -8,14 +8,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tracing::Instrument as _;
-
 use super::message::Pair;
 use super::permission::{Permission, Windows};
 use super::recent::Recent;
 use crate::store::operation::Operation;
 use crate::store::postgres::{Database, reason};
-use crate::telemetry::trace;
 
 /// For how long requests gather.
 const GATHER: Duration = Duration::from_millis(50);
@@ -25,9 +22,7 @@ pub(crate) async fn windows(recent: Arc<Recent>, permission: Arc<Permission>, da
     loop {
         recent.due().await;
         tokio::time::sleep(GATHER).await;
-        let span = tracing::info_span!(target: trace::BACKGROUND, "check windows");
-        let checked = check(&recent, &permission, &database, recent.take_due()).instrument(span);
-        if let Err(error) = checked.await {
+        if let Err(error) = check(&recent, &permission, &database, recent.take_due()).await {
             // The health task logs that Postgres is unavailable.
             tracing::debug!(error = reason(&error), "windows were not compared with Postgres");
         }

@@ -30,6 +30,7 @@ use uuid::Uuid;
 
 use crate::config::Config;
 use crate::failpoints::{self, Failpoint};
+use crate::store::health::Health;
 use crate::store::operation::Operation;
 use crate::store::postgres::{Database, Session, reason};
 use crate::store::redis::{Live, Redis};
@@ -62,7 +63,7 @@ const FIRST_CONNECTION: Duration = Duration::from_secs(1);
 const WAIT_LIMIT: Duration = Duration::from_secs(3);
 
 /// A pool of at least this many connections can spare one for the questions, so that they never wait for requests.
-const POOL_WITH_ONE_TO_SPARE: u32 = 4;
+const POOL_WITH_ONE_TO_SPARE: u32 = 8;
 
 /// Whether windows are in use.
 #[derive(Clone, Debug)]
@@ -126,6 +127,7 @@ struct Answer {
 pub(crate) struct Permission {
     redis: Arc<Redis>,
     database: Database,
+    health: Arc<Health>,
     keeps_connection: bool,
     view: watch::Sender<Option<View>>,
     /// When this replica learnt of it.
@@ -143,10 +145,16 @@ struct Asking {
 }
 
 impl Permission {
-    pub(crate) fn new(config: &Config, redis: Arc<Redis>, database: Database) -> Arc<Self> {
+    pub(crate) fn new(
+        config: &Config,
+        redis: Arc<Redis>,
+        database: Database,
+        health: Arc<Health>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             redis,
             database,
+            health,
             keeps_connection: config.db_pool_max >= POOL_WITH_ONE_TO_SPARE,
             view: watch::Sender::new(None),
             deleted: RwLock::default(),
@@ -216,7 +224,7 @@ impl Permission {
         !deleted.is_empty() && deleted.contains_key(&user)
     }
 
-    /// Asks until the process ends.
+    /// Asks until the process ends, while Postgres has what is asked for.
     pub(crate) async fn supervise(self: Arc<Self>) {
         let mut unavailable = self.redis.watch_unavailable();
         // A process begins without a connection. That alone must not suspend the windows of all others.
@@ -224,10 +232,11 @@ impl Permission {
         let mut asking = Asking { connection: None, suspended: None, horizon: "0".to_owned() };
         loop {
             unavailable.mark_unchanged();
-            let span = tracing::info_span!(target: trace::BACKGROUND, "ask for permission");
-            if let Err(error) = self.ask(&mut asking, &mut unavailable.clone()).instrument(span).await {
-                // The health task logs that Postgres is unavailable.
-                tracing::debug!(error = reason(&error), "no permission to use the windows");
+            if self.health.has_tables() {
+                if let Err(error) = self.ask(&mut asking, &mut unavailable.clone()).await {
+                    // The health task logs that Postgres is unavailable.
+                    tracing::debug!(error = reason(&error), "no permission to use the windows");
+                }
             }
             tokio::select! {
                 _ = unavailable.changed() => {}
@@ -353,7 +362,11 @@ impl Permission {
                     identity,
                 );
                 asking.suspended = Some(Instant::now());
-                self.database.run(Operation::ChangePermission, query.execute(connection)).await
+                let span = tracing::info_span!(target: trace::BACKGROUND, "suspend windows");
+                self.database
+                    .run(Operation::ChangePermission, query.execute(connection))
+                    .instrument(span)
+                    .await
             }
         };
         changed.map(|_| true)

@@ -34,7 +34,7 @@
 //! the replica that connects to it raises the epoch. So does one that is connected to another Redis than the others.
 //!
 //! *A writer may die between commit and append.* Its message was not acknowledged. The list shows it once it is compared
-//! with Postgres, [`CHECK_AFTER`] later at most while it is read; see [`super::check`]. A client that repeats the message under
+//! with Postgres, [`CHECK_AFTER`] later at most while it is read: `check.rs`. A client that repeats the message under
 //! its idempotency key gets it acknowledged after [`APPEND`], like any other.
 //!
 //! # What remains
@@ -237,7 +237,7 @@ impl Recent {
             }
             return Lookup::Hit(elements);
         }
-        Lookup::Miss(match self.claim(&live, epoch, &token).await {
+        Lookup::Miss(match self.claim(&live, epoch, &token, (!exists).then_some(&list)).await {
             Ok(Some(claim)) => Miss { claim: Some(claim), unchecked: elements, ..Miss::default() },
             Ok(None) => Miss { is_being_filled: true, unchecked: elements, ..Miss::default() },
             Err(Unavailable) => Miss { unchecked: elements, ..Miss::default() },
@@ -251,13 +251,23 @@ impl Recent {
         left > self.ttl || self.ttl - left >= CHECK_AFTER.min(self.ttl / 2)
     }
 
-    /// Asks for the right to fill the window with what the caller is about to read.
-    async fn claim(&self, live: &Live, epoch: Epoch, key: &str) -> Result<Option<Claim>, Unavailable> {
+    /// Asks for the right to fill the window with what the caller is about to read. Without success if another reader has it,
+    /// or has just filled the list that was missing.
+    async fn claim(
+        &self,
+        live: &Live,
+        epoch: Epoch,
+        key: &str,
+        missing: Option<&String>,
+    ) -> Result<Option<Claim>, Unavailable> {
         let token = Uuid::new_v4().simple().to_string();
-        let mut pipeline = Pipeline::with_capacity(1);
+        let mut pipeline = Pipeline::with_capacity(2);
         pipeline.cmd("SET").arg(key).arg(&token).arg("NX").arg("PX").arg(TOKEN_TTL.as_millis() as u64);
-        let (taken,): (Option<String>,) = self.redis.run(live, Operation::ClaimWindow, &pipeline).await?;
-        Ok(taken.map(|_| Claim { epoch, token }))
+        pipeline.cmd("EXISTS").arg(missing.map_or(key, String::as_str));
+        let (taken, exists): (Option<String>, bool) =
+            self.redis.run(live, Operation::ClaimWindow, &pipeline).await?;
+        let is_filled = missing.is_some() && exists;
+        Ok(taken.filter(|_| !is_filled).map(|_| Claim { epoch, token }))
     }
 
     /// Fills the window with the newest messages, which the caller read in Postgres after it got the claim. If the claim was

@@ -59,6 +59,16 @@ impl Health {
         matches!(self.postgres(), PostgresState::Answers(_))
     }
 
+    /// True if Postgres answered when it was last asked, and has all tables, which the service may use.
+    pub fn has_tables(&self) -> bool {
+        match self.postgres() {
+            PostgresState::Answers(schema) | PostgresState::ReadOnly(_, schema) => {
+                matches!(schema, Schema::Current { .. } | Schema::NotUtf8 { .. })
+            }
+            PostgresState::Unknown | PostgresState::Unavailable => false,
+        }
+    }
+
     /// The newest applied migration, 0 while that is unknown.
     pub fn schema_version(&self) -> i64 {
         match self.postgres() {

@@ -67,7 +67,7 @@ fn says_read_only(service: &Service) -> Result<()> {
 fn refuses_writes(service: &Service, ana: &User, ben: &User, newest_first: &[&str]) -> Result<()> {
     service.send(ana, ben, "not now")?.is_unavailable()?;
     register(service, "eve")?.is_unavailable()?;
-    // A lease from before still says that the window is complete.
+    // The window is still there.
     thread::sleep(Duration::from_secs(1));
     // From the window, and beyond it from Postgres.
     for limit in [newest_first.len(), 100] {

@@ -135,15 +135,16 @@ fn a_cached_read_is_answered_within_a_second_and_a_half_of_a_kill_or_a_freeze() 
             let (ana, ben) = service.conversation()?;
             service.stop()?;
             let service = start(&database, &redis).env("REQUEST_TIMEOUT_MS", request_timeout).ready()?;
-            // So that a session is open, and no lease is left.
+            // So that a session is open, and the window is filled.
             service.read(&ben, &ana, 100)?.expect(200)?;
-            thread::sleep(Duration::from_secs(1));
+            service.hit(&ben, &ana, 3)?;
             if freeze {
                 postgres.pause();
             } else {
                 postgres.kill()?;
             }
-            // Not only those that come after the health check has noticed.
+            // No permission is left, but the health check has not noticed yet.
+            thread::sleep(Duration::from_millis(500));
             for _ in 0..4 {
                 let page = within(CACHED_PATIENCE, "a cached read", || service.read(&ben, &ana, 3))?;
                 let page = page.expect(200).with_context(|| format!("{request_timeout} ms, {freeze}"))?;
@@ -187,8 +188,8 @@ fn connections_that_never_answer_again_do_not_keep_the_pool_from_recovering() ->
     has_recovered(&service, &ana, &ben)
 }
 
-/// Nor may such a connection keep the background tasks from their work: without a suspension every request would wait for
-/// leases for as long as Redis is unavailable.
+/// Nor may such a connection keep the background tasks from their work: without a suspension no request could
+/// be answered while Redis is unavailable.
 #[test]
 fn windows_stay_suspended_after_a_connection_that_never_answers_again() -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
@@ -204,7 +205,7 @@ fn windows_stay_suspended_after_a_connection_that_never_answers_again() -> Resul
     service.send(&ana, &ben, "first")?.expect(201)?;
     let quick_read = || {
         let read = || service.read(&ben, &ana, 1)?.expect(200);
-        eventually("a read that does not wait for leases", || {
+        eventually("a read that does not wait for permissions to expire", || {
             within(Duration::from_millis(600), "", read).ok()
         })
     };

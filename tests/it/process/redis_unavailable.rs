@@ -27,7 +27,7 @@ fn a_frozen_redis_leaves_time_for_the_answer_when_requests_are_short() -> Result
     let service = start.env("REQUEST_TIMEOUT_MS", "400").ready()?;
     redis.pause();
     service.log_in("ana")?;
-    // Only the wait for leases does not fit into such a request, until the windows are suspended.
+    // Only the wait until the windows are suspended does not fit into such a request.
     let (ana, ben) = (&conversation.ana, &conversation.ben);
     let page = eventually("a page", || service.read(ben, ana, 5).ok()?.expect(200).ok())?;
     ensure!(page.contents()? == conversation.sent, "{page:?}");
@@ -259,7 +259,7 @@ fn every_replica_shows_what_a_replica_without_redis_acknowledged() -> Result<()>
     database.has_no_gaps()
 }
 
-/// The last sends took less than half of the wait for a lease.
+/// The last sends took less than half of the wait for permissions to expire.
 fn end_fast(taken: &[Duration]) -> bool {
     const COUNT: usize = 5;
     let last = taken.iter().rev().take(COUNT);
