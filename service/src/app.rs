@@ -122,15 +122,14 @@ impl App {
 
     /// Numbers that the metrics read at each scrape.
     pub fn gauges(&self) -> Gauges {
-        let pool = self.database.pool();
-        let pool_idle = pool.num_idle();
+        let pool = self.database.pool_size();
         Gauges {
             outbox_depth: self.outbox.depth(),
             outbox_capacity: self.outbox.capacity(),
             password_capacity: self.passwords.capacity(),
-            pool_idle,
-            pool_used: (pool.size() as usize).saturating_sub(pool_idle),
-            pool_max: pool.options().get_max_connections(),
+            pool_idle: pool.idle,
+            pool_used: pool.open - pool.idle,
+            pool_max: self.config.db_pool_max,
             postgres_up: self.health.postgres_answers(),
             redis_up: self.redis.live().is_some(),
             ready: self.health.is_ready(),

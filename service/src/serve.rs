@@ -185,7 +185,7 @@ impl Running {
             tracing::warn!("the grace is over: ending with requests in flight");
         }
         self.tasks.supervisors.shutdown().await;
-        tokio::time::timeout(Duration::from_secs(1), self.app.database.pool().close()).await.ok();
+        tokio::time::timeout(Duration::from_secs(1), self.app.database.close()).await.ok();
     }
 
     /// Returns when something has failed from which this process cannot recover.

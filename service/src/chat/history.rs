@@ -4,15 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
-use uuid::Uuid;
-
-use super::message::{Message, Pair, RenderedMessage};
+use super::message::{Pair, RenderedMessage};
+use super::pages::{self, PageRequest, Position};
 use super::permission::Unsettled;
 use super::recent::{Lookup, Miss, Recent};
 use crate::config::Config;
 use crate::store::health::Health;
-use crate::store::operation::Operation;
 use crate::store::postgres::{Database, is_unavailable};
 use crate::telemetry::metrics::{CacheOutcome, Metrics};
 
@@ -25,25 +22,6 @@ const FALLBACK_WAIT: Duration = Duration::from_millis(750);
 /// before. Together 62 ms, many times what a fill takes. Then the reader asks Postgres itself.
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LAST_PAUSE: Duration = Duration::from_millis(32);
-
-/// Which messages a reader asks for.
-#[derive(Clone, Copy, Debug)]
-pub struct PageRequest {
-    pub reader: Uuid,
-    pub peer: Uuid,
-    pub limit: i64,
-    pub position: Position,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Position {
-    /// After the newest `n`.
-    Offset(i64),
-    /// Below a seq.
-    Before(i64),
-    /// Directly above a seq.
-    After(i64),
-}
 
 /// A page, newest message first.
 #[derive(Debug)]
@@ -161,7 +139,7 @@ impl History {
             true => self.fallback_wait,
             false => self.request_timeout,
         };
-        let loaded = match load(&self.database, &wanted, pair, limit).await {
+        let loaded = match pages::load(&self.database, &wanted, pair, limit).await {
             Ok(loaded) => loaded,
             Err(error) if is_unavailable(&error) => return request.stale_page(unchecked),
             Err(error) => return Err(error.into()),
@@ -260,85 +238,4 @@ impl PageRequest {
         let page = if unchecked.is_empty() { None } else { self.page_of_newest(unchecked, true) };
         page.ok_or(HistoryError::NotCached)
     }
-}
-
-struct Loaded {
-    /// Postgres took no writes: it may be an old primary, which lags behind.
-    read_only: bool,
-    reader_exists: bool,
-    peer_exists: bool,
-    last_seq: i64,
-    messages: Vec<RenderedMessage>,
-}
-
-/// One statement, one snapshot: whether Postgres takes writes, whether both users exist, the conversation's
-/// last seq, and the page, which is one range of the primary key whatever the offset.
-async fn load(
-    database: &Database,
-    request: &PageRequest,
-    pair: Pair,
-    limit: Duration,
-) -> Result<Loaded, sqlx::Error> {
-    let deadline = Instant::now() + limit;
-    // The range ends at `top`, or `offset` below the last seq. It begins above `floor`, or `limit` below its end. No seq
-    // comes near the largest number, so half an offset is beyond all of them, too.
-    let (top, offset, floor) = match request.position {
-        Position::Offset(offset) => (None, offset.min(i64::MAX / 2), None),
-        Position::Before(seq) => (Some(seq - 1), 0, None),
-        Position::After(seq) => (Some(seq.saturating_add(request.limit)), 0, Some(seq)),
-    };
-    let mut connection = database.acquire_within(limit).await?;
-    let query = sqlx::query!(
-        r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
-                  EXISTS (SELECT FROM users WHERE id = $1) AS "caller_exists!",
-                  EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
-                  coalesce(c.last_seq, 0) AS "last_seq!",
-                  m.id AS "id?", m.seq AS "seq?", m.sender_id AS "sender_id?", m.content AS "content?",
-                  m.created_at AS "created_at?"
-           FROM (VALUES (1)) AS one
-           LEFT JOIN conversations c ON c.low_user = $3 AND c.high_user = $4
-           LEFT JOIN LATERAL (
-               SELECT id, seq, sender_id, content, created_at
-               FROM messages
-               WHERE conversation_id = c.id
-                 AND seq <= least($5, c.last_seq - $6)
-                 AND seq > coalesce($7, least($5, c.last_seq - $6) - $8)
-               ORDER BY seq DESC
-           ) m ON true
-           ORDER BY m.seq DESC"#,
-        request.reader,
-        request.peer,
-        pair.low(),
-        pair.high(),
-        top,
-        offset,
-        floor,
-        request.limit,
-    );
-    let rows = database.run(Operation::ReadMessages, query.fetch_all(&mut *connection));
-    let rows = tokio::time::timeout_at(deadline, rows).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
-    // To settle the window, which follows, needs no connection.
-    drop(connection);
-    let mut loaded = Loaded {
-        read_only: false,
-        reader_exists: false,
-        peer_exists: false,
-        last_seq: 0,
-        messages: Vec::new(),
-    };
-    for row in rows {
-        loaded.read_only = row.read_only;
-        loaded.reader_exists = row.caller_exists;
-        loaded.peer_exists = row.peer_exists;
-        loaded.last_seq = row.last_seq;
-        let (Some(id), Some(seq), Some(sender_id), Some(content), Some(created_at)) =
-            (row.id, row.seq, row.sender_id, row.content, row.created_at)
-        else {
-            continue;
-        };
-        let recipient_id = if sender_id == request.reader { request.peer } else { request.reader };
-        let message = Message { id, seq, sender_id, recipient_id, content, created_at };
-        loaded.messages.push(message.render());
-    }
-    Ok(loaded)
 }

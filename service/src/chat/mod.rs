@@ -4,6 +4,7 @@ pub(crate) mod check;
 pub(crate) mod history;
 pub(crate) mod message;
 pub(crate) mod outbox;
+pub(crate) mod pages;
 pub(crate) mod permission;
 pub(crate) mod recent;
 pub(crate) mod sweep;

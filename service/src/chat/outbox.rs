@@ -26,10 +26,10 @@ use super::recent::Recent;
 use crate::config::Config;
 use crate::failpoints::{self, Failpoint};
 use crate::store::operation::Operation;
+use crate::store::pool::Session;
 use crate::store::pooler;
 use crate::store::postgres::{
-    Database, STATEMENT_MARGIN, Session, is_conflict, is_unavailable, is_untranslatable, reason,
-    violated_constraint,
+    Database, STATEMENT_MARGIN, is_conflict, is_unavailable, is_untranslatable, reason, violated_constraint,
 };
 use crate::telemetry::metrics::{Metrics, SendOutcome};
 use crate::telemetry::trace::{self, Span};
@@ -344,9 +344,9 @@ impl Writer {
         let outcome = tokio::time::timeout(timeout, work).await.unwrap_or(Err(sqlx::Error::PoolTimedOut));
         self.last_used = Instant::now();
         if outcome.as_ref().is_err_and(is_unavailable)
-            && let Some(mut writer) = self.connection.take()
+            && let Some(writer) = self.connection.take()
         {
-            writer.connection.close_on_drop();
+            writer.connection.close();
         }
         outcome
     }
@@ -355,9 +355,9 @@ impl Writer {
         if let Some(writer) = &mut self.connection
             && self.last_used.elapsed() > IDLE_BEFORE_PING
             && writer.connection.ping().await.is_err()
-            && let Some(mut writer) = self.connection.take()
+            && let Some(writer) = self.connection.take()
         {
-            writer.connection.close_on_drop();
+            writer.connection.close();
         }
         if self.connection.is_none() {
             let mut connection = self.database.acquire().await?;

@@ -32,7 +32,8 @@ use crate::config::Config;
 use crate::failpoints::{self, Failpoint};
 use crate::store::health::Health;
 use crate::store::operation::Operation;
-use crate::store::postgres::{Database, Session, reason};
+use crate::store::pool::Session;
+use crate::store::postgres::{Database, reason};
 use crate::store::redis::{Live, Redis};
 use crate::telemetry::trace;
 
@@ -232,11 +233,11 @@ impl Permission {
         let mut asking = Asking { connection: None, suspended: None, horizon: "0".to_owned() };
         loop {
             unavailable.mark_unchanged();
-            if self.health.has_tables() {
-                if let Err(error) = self.ask(&mut asking, &mut unavailable.clone()).await {
-                    // The health task logs that Postgres is unavailable.
-                    tracing::debug!(error = reason(&error), "no permission to use the windows");
-                }
+            if self.health.has_tables()
+                && let Err(error) = self.ask(&mut asking, &mut unavailable.clone()).await
+            {
+                // The health task logs that Postgres is unavailable.
+                tracing::debug!(error = reason(&error), "no permission to use the windows");
             }
             tokio::select! {
                 _ = unavailable.changed() => {}
@@ -275,7 +276,7 @@ impl Permission {
         let answer = match tokio::time::timeout(ANSWER_LIMIT, exchange).await {
             Ok(Ok(answer)) => answer,
             outcome => {
-                connection.close_on_drop();
+                connection.close();
                 return outcome.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|_: Answer| ());
             }
         };

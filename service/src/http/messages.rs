@@ -17,9 +17,10 @@ use super::middleware::app;
 use super::query::{document_query, query_number, query_text};
 use super::rate_limit::SendPermit;
 use super::response::JsonResponse;
-use crate::chat::history::{Page, PageRequest, Position};
+use crate::chat::history::Page;
 use crate::chat::message::{Message, RenderedMessage};
 use crate::chat::outbox::{Accepted, Outgoing};
+use crate::chat::pages::{PageRequest, Position};
 use crate::text;
 
 /// Unicode scalar values in a message, counted after its edges were trimmed.

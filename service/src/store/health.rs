@@ -155,6 +155,7 @@ impl Health {
     pub async fn supervise(self: Arc<Self>, database: Database) {
         loop {
             self.ask(&database).await;
+            database.close_idle().await;
             tokio::time::sleep(INTERVAL).await;
         }
     }

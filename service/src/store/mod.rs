@@ -5,6 +5,7 @@ mod email_keys;
 pub(crate) mod health;
 pub mod migrations;
 pub(crate) mod operation;
+pub(crate) mod pool;
 pub(crate) mod pooler;
 pub mod postgres;
 pub(crate) mod redis;

@@ -65,8 +65,7 @@ pub(crate) fn reason(error: &sqlx::Error) -> String {
 /// Tries what the service needs of a pooler, before one that mixes up statements answers a request with the rows of
 /// another: two clients take turns with a prepared statement of the same name. Says nothing of Postgres itself.
 pub(crate) async fn check(database: &Database) -> Result<(), &'static str> {
-    let options = database.pool().connect_options();
-    let outcome = tokio::time::timeout(CHECK_TIMEOUT, take_turns(&options)).await;
+    let outcome = tokio::time::timeout(CHECK_TIMEOUT, take_turns(database.connect_options())).await;
     match outcome {
         Ok(Err(error)) => fault(&error).map_or(Ok(()), Err),
         Ok(Ok(())) | Err(_) => Ok(()),

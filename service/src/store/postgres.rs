@@ -1,18 +1,15 @@
 //! Postgres: the connection pool, how a statement is run, and what its errors mean.
 
 use std::io;
-use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgPoolOptions};
-use sqlx::{Connection as _, PgConnection, PgPool, Postgres};
-use tokio::runtime::Handle;
-use tokio::sync::watch;
+use sqlx::postgres::{PgConnectOptions, PgDatabaseError};
+use sqlx::{Connection as _, PgConnection};
 use tokio::time::Instant;
 
 use super::operation::Operation;
+use super::pool::{PoolSize, Pools, Replacement, Session};
 use crate::config::Config;
 use crate::telemetry::causes::causes;
 use crate::telemetry::metrics::Metrics;
@@ -61,26 +58,6 @@ impl ReadOnly {
     }
 }
 
-/// The sessions that the pool still uses: those that were opened since the last replacement. A session keeps the settings
-/// that its database and its user had when it was opened, so one that only reads would go on to do so.
-#[derive(Clone, Debug)]
-struct Replacement(Arc<watch::Sender<Instant>>);
-
-impl Replacement {
-    fn new() -> Self {
-        Self(Arc::new(watch::Sender::new(Instant::now())))
-    }
-
-    /// Every session of now is closed instead of used again.
-    fn replace(&self) {
-        self.0.send_replace(Instant::now());
-    }
-
-    fn elapsed(&self) -> Duration {
-        self.0.borrow().elapsed()
-    }
-}
-
 /// A fault of the installation fails every request: it is logged no more often than this.
 const FAULT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -91,7 +68,9 @@ pub(super) const OWN_SESSION: &str = "chat_service.own_session";
 /// The connection pool. Every statement of a request runs through it, and so is counted, timed and traced.
 #[derive(Clone, Debug)]
 pub struct Database {
-    pool: PgPool,
+    pools: Arc<Pools>,
+    options: PgConnectOptions,
+    acquire_limit: Duration,
     replacement: Replacement,
     /// How long a statement may take. Postgres's own timeout does not help when Postgres cannot answer.
     statement_limit: Duration,
@@ -101,75 +80,45 @@ pub struct Database {
     fault_logged: Arc<Mutex<Option<Instant>>>,
 }
 
-/// A connection of the pool, to which it returns when it is dropped.
-///
-/// sqlx first waits until the last statement has ended, which may have been cancelled, and waits without a limit. A server
-/// whose machine has died never answers, so without a limit its connections would fill the pool until TCP gives them up.
-#[derive(Debug)]
-pub struct Session {
-    connection: PoolConnection<Postgres>,
-    return_limit: Duration,
-    broken: bool,
-}
-
-impl Session {
-    /// Closes the connection instead of returning it to the pool.
-    pub fn close_on_drop(&mut self) {
-        self.broken = true;
-    }
-}
-
-impl Deref for Session {
-    type Target = PgConnection;
-
-    fn deref(&self) -> &PgConnection {
-        &self.connection
-    }
-}
-
-impl DerefMut for Session {
-    fn deref_mut(&mut self) -> &mut PgConnection {
-        &mut self.connection
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        if self.broken {
-            self.connection.close_on_drop();
-        } else if let Ok(runtime) = Handle::try_current() {
-            let returned = self.connection.return_to_pool();
-            runtime.spawn(tokio::time::timeout(self.return_limit, returned));
-        }
-    }
-}
-
-/// A pool that connects when it is first needed, so that the process starts, and stays alive, without Postgres.
-fn pool(config: &Config, options: PgConnectOptions, replacement: Replacement) -> PgPool {
-    let timeout = config.db_statement_timeout_ms.to_string();
-    PgPoolOptions::new()
-        .max_connections(config.db_pool_max)
-        .acquire_timeout(ACQUIRE_TIMEOUT.min(config.request_timeout() / 2))
-        .before_acquire(move |_, session| {
-            let is_current = session.age < replacement.elapsed();
-            Box::pin(async move { Ok(is_current) })
-        })
-        .idle_timeout(Duration::from_secs(600))
-        .connect_lazy_with(options.options([("statement_timeout", timeout.as_str()), (OWN_SESSION, "on")]))
-}
-
 impl Database {
     pub fn new(config: &Config, options: PgConnectOptions, metrics: Arc<Metrics>) -> Self {
         let replacement = Replacement::new();
         let database = options.get_database().unwrap_or_else(|| options.get_username());
         let server = ServerAttributes::new(options.get_host(), options.get_port(), database);
-        let pool = pool(config, options, replacement.clone());
+        let timeout = config.db_statement_timeout_ms.to_string();
+        let options = options.options([("statement_timeout", timeout.as_str()), (OWN_SESSION, "on")]);
+        let acquire_limit = ACQUIRE_TIMEOUT.min(config.request_timeout() / 2);
+        let pools = Arc::new(Pools::new(&options, config.db_pool_max, acquire_limit, &replacement));
         let statement_limit = config.statement_timeout() + STATEMENT_MARGIN;
-        Self { pool, replacement, statement_limit, server, metrics, fault_logged: Arc::default() }
+        Self {
+            pools,
+            options,
+            acquire_limit,
+            replacement,
+            statement_limit,
+            server,
+            metrics,
+            fault_logged: Arc::default(),
+        }
     }
 
-    pub fn pool(&self) -> &PgPool {
-        &self.pool
+    /// How the pool connects.
+    pub fn connect_options(&self) -> &PgConnectOptions {
+        &self.options
+    }
+
+    pub fn pool_size(&self) -> PoolSize {
+        self.pools.size()
+    }
+
+    /// Closes connections that were not used for long.
+    pub async fn close_idle(&self) {
+        self.pools.close_idle().await;
+    }
+
+    /// Closes the pool's connections.
+    pub async fn close(&self) {
+        self.pools.close().await;
     }
 
     /// A connection, waited for no longer than [`ACQUIRE_TIMEOUT`].
@@ -179,13 +128,13 @@ impl Database {
 
     /// A connection, waited for no longer than `limit` and [`ACQUIRE_TIMEOUT`].
     pub async fn acquire_within(&self, limit: Duration) -> Result<Session, sqlx::Error> {
-        let acquired = tokio::time::timeout(limit, self.pool.acquire()).await;
+        let acquired = tokio::time::timeout(limit.min(self.acquire_limit), self.pools.get()).await;
         let connection = acquired.unwrap_or(Err(sqlx::Error::PoolTimedOut)).inspect_err(|error| {
             if matches!(error, sqlx::Error::PoolTimedOut) {
                 self.metrics.pool_timed_out();
             }
         })?;
-        Ok(Session { connection, return_limit: self.statement_limit, broken: false })
+        Ok(Session::new(connection, self.statement_limit))
     }
 
     /// Has every session of the pool replaced before it is used again.

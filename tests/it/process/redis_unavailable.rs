@@ -259,7 +259,7 @@ fn every_replica_shows_what_a_replica_without_redis_acknowledged() -> Result<()>
     database.has_no_gaps()
 }
 
-/// The last sends took less than half of the wait for permissions to expire.
+/// The last sends took less than the wait for permissions to expire.
 fn end_fast(taken: &[Duration]) -> bool {
     const COUNT: usize = 5;
     let last = taken.iter().rev().take(COUNT);
