@@ -22,24 +22,6 @@ pub struct Script {
     pub requests: Vec<Vec<u8>>,
 }
 
-/// What one connection sends at given times after the start, in their order.
-#[derive(Clone, Debug)]
-pub struct Timetable {
-    pub address: SocketAddr,
-    pub requests: Vec<Timed>,
-}
-
-#[derive(Clone, Debug)]
-pub struct Timed {
-    pub at: Duration,
-    pub request: Vec<u8>,
-    /// Whether its latency counts.
-    pub counts: bool,
-}
-
-/// What one connection sends next, given the body of the response before. The first call gets nothing.
-pub type Next = Box<dyn FnMut(&[u8]) -> Vec<u8> + Send>;
-
 /// The outcome of a run.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
@@ -105,36 +87,22 @@ pub fn run(scripts: Vec<Script>, duration: Duration) -> Result<Report> {
     run_until(scripts, duration, &stop)
 }
 
-/// Sends each request at its time, or as soon as the connection's request before it is answered: then its latency counts
-/// from its time.
-pub fn run_timed(timetables: Vec<Timetable>) -> Result<Report> {
-    drive_all(timetables.into_iter().map(|table| (table.address, table.requests)).collect(), keep_time)
-}
-
-/// Sends on each connection what its closure says, for `duration`.
-pub fn run_next(connections: Vec<(SocketAddr, Next)>, duration: Duration) -> Result<Report> {
-    drive_all(connections, move |next, stream, started| follow(next, stream, started + duration))
-}
-
-/// Runs one task for each connection, all on one thread.
-fn drive_all<T, F>(
-    connections: Vec<(SocketAddr, T)>,
-    drive: impl Fn(T, TcpStream, Instant) -> F,
-) -> Result<Report>
-where
-    F: Future<Output = (BTreeMap<u16, u64>, Vec<Duration>)> + Send + 'static,
-{
+/// As `run`, but ends early when `stop` is set.
+pub fn run_until(scripts: Vec<Script>, duration: Duration, stop: &Arc<AtomicBool>) -> Result<Report> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let mut opened = Vec::with_capacity(connections.len());
-        for (address, plan) in connections {
-            let stream = TcpStream::connect(address).await.context("connect to the service")?;
+        let mut connections = Vec::with_capacity(scripts.len());
+        for script in scripts {
+            let stream = TcpStream::connect(script.address).await.context("connect to the service")?;
             stream.set_nodelay(true)?;
-            opened.push((plan, stream));
+            connections.push((script, stream));
         }
         let started = Instant::now();
-        let tasks: Vec<_> =
-            opened.into_iter().map(|(plan, stream)| tokio::spawn(drive(plan, stream, started))).collect();
+        let deadline = started + duration;
+        let tasks: Vec<_> = connections
+            .into_iter()
+            .map(|(script, stream)| tokio::spawn(drive(script, stream, deadline, Arc::clone(stop))))
+            .collect();
         let mut report = Report::default();
         for task in tasks {
             let (statuses, latencies) = task.await?;
@@ -149,63 +117,6 @@ where
     })
 }
 
-async fn keep_time(
-    requests: Vec<Timed>,
-    mut stream: TcpStream,
-    started: Instant,
-) -> (BTreeMap<u16, u64>, Vec<Duration>) {
-    let (mut statuses, mut latencies) = (BTreeMap::new(), Vec::with_capacity(requests.len()));
-    let mut buffer = Vec::with_capacity(64 * 1024);
-    for Timed { at, request, counts } in requests {
-        let due = started + at;
-        let early = due.saturating_duration_since(Instant::now());
-        if !early.is_zero() {
-            tokio::time::sleep(early).await;
-        }
-        // The timer's own delay is not the service's.
-        let began = if early.is_zero() { due } else { Instant::now() };
-        let answer = timeout(ANSWER_TIMEOUT, exchange(&mut stream, &request, &mut buffer)).await;
-        let Ok(Ok(status)) = answer else {
-            *statuses.entry(0).or_default() += 1;
-            break;
-        };
-        *statuses.entry(status).or_default() += 1;
-        if counts {
-            latencies.push(began.elapsed());
-        }
-    }
-    (statuses, latencies)
-}
-
-async fn follow(
-    mut next: Next,
-    mut stream: TcpStream,
-    deadline: Instant,
-) -> (BTreeMap<u16, u64>, Vec<Duration>) {
-    let (mut statuses, mut latencies) = (BTreeMap::new(), Vec::new());
-    let mut buffer = Vec::with_capacity(64 * 1024);
-    while Instant::now() < deadline {
-        let body = find(&buffer, b"\r\n\r\n").map_or(&[][..], |head| &buffer[head + 4..]);
-        let request = next(body);
-        let began = Instant::now();
-        let answer = timeout(ANSWER_TIMEOUT, exchange(&mut stream, &request, &mut buffer)).await;
-        let Ok(Ok(status)) = answer else {
-            *statuses.entry(0).or_default() += 1;
-            break;
-        };
-        *statuses.entry(status).or_default() += 1;
-        latencies.push(began.elapsed());
-    }
-    (statuses, latencies)
-}
-
-/// As `run`, but ends early when `stop` is set.
-pub fn run_until(scripts: Vec<Script>, duration: Duration, stop: &Arc<AtomicBool>) -> Result<Report> {
-    let connections = scripts.into_iter().map(|script| (script.address, script)).collect();
-    drive_all(connections, |script, stream, started| {
-        drive(script, stream, started + duration, Arc::clone(stop))
-    })
-}
 async fn drive(
     script: Script,
     mut stream: TcpStream,

@@ -43,19 +43,17 @@ impl Cpu {
         )
     }
 
-    /// Processor seconds of service, Postgres and Redis from `self` to `now`.
-    pub(crate) fn seconds(&self, now: &Self) -> [f64; 3] {
-        [Part::Service, Part::Postgres, Part::Redis].map(|part| self.part(now, part))
-    }
-
-    fn part(&self, now: &Self, wanted: Part) -> f64 {
-        let of_part = now.0.iter().filter(|(_, (part, _))| *part == wanted);
-        of_part.filter_map(|(pid, (_, after))| Some(after - self.0.get(pid)?.1)).sum()
-    }
-
     /// Microseconds an answer since `self`, as text. Processes that came or went meanwhile do not count.
     pub(crate) fn per_answer(&self, now: &Self, answers: usize) -> String {
-        let us = |part| self.part(now, part) * 1e6 / answers.max(1) as f64;
+        let us = |wanted| {
+            let seconds: f64 = now
+                .0
+                .iter()
+                .filter(|(_, (part, _))| *part == wanted)
+                .filter_map(|(pid, (_, after))| Some(after - self.0.get(pid)?.1))
+                .sum();
+            seconds * 1e6 / answers.max(1) as f64
+        };
         format!(
             "CPU us each: service {:.1}, Postgres {:.1}, Redis {:.1}, client {:.1}",
             us(Part::Service),
@@ -64,14 +62,6 @@ impl Cpu {
             us(Part::Client),
         )
     }
-}
-
-/// Processor seconds of this process, and of the programs that it has started and waited for.
-pub(crate) fn own() -> f64 {
-    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
-    // utime, stime, cutime, cstime
-    fields.skip(11).take(4).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / TICKS_PER_SECOND
 }
 
 /// Pid, parent and processor seconds of every process.
