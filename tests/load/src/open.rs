@@ -1,17 +1,17 @@
 //! An open loop: requests at given times, whether or not earlier ones were answered. A latency counts from the time at
 //! which its request was due, so a service that falls behind does not hide it.
 //!
-//! A thread per connection: a sleeping thread wakes within a tenth of a millisecond, Tokio's timers within one.
+//! One thread that polls its sockets: Tokio's timers are a millisecond coarse, and a thread per connection costs the
+//! cores that it shares with the service three times as much.
 
-use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 
 use crate::{ANSWER_TIMEOUT, Report, response};
 
@@ -28,70 +28,87 @@ pub struct Call {
 /// Makes the calls, which are in the order of their times, over this many connections: any that is free takes the next
 /// one. Reports the calls, and what followed them.
 pub fn at_times(address: SocketAddr, connections: usize, calls: Vec<Call>) -> Result<(Report, Report)> {
-    let calls: Arc<[Call]> = calls.into();
-    let next = Arc::new(AtomicUsize::new(0));
-    let streams: Vec<_> = (0..connections).map(|_| connect(address)).collect::<Result<_>>()?;
-    let started = Instant::now();
-    let threads: Vec<_> = streams
-        .into_iter()
-        .map(|stream| {
-            let (calls, next) = (Arc::clone(&calls), Arc::clone(&next));
-            thread::spawn(move || make_calls(stream, &calls, &next, started))
-        })
-        .collect();
-    let (mut first, mut second) = (Report::default(), Report::default());
-    for thread in threads {
-        let (calls, followers) = thread.join().ok().context("a connection's thread panicked")?;
-        first.add(calls.statuses, calls.latencies);
-        second.add(followers.statuses, followers.latencies);
+    let mut free: Vec<_> = (0..connections).map(|_| connect(address)).collect::<Result<_>>()?;
+    let mut busy: Vec<Exchange> = Vec::with_capacity(connections);
+    let mut calls = calls.into_iter().peekable();
+    let (mut reports, started) = ([Report::default(), Report::default()], Instant::now());
+    loop {
+        while !free.is_empty()
+            && let Some(Call { at, request, then }) = calls.next_if(|call| call.at <= started.elapsed())
+        {
+            let stream = free.pop().context("a free connection")?;
+            busy.push(Exchange::start(stream, &request, 0, started + at, then)?);
+        }
+        // Without a free connection only an answer lets the next call be made.
+        let next = calls.peek().filter(|_| !free.is_empty()).map(|call| started + call.at);
+        if next.is_none() && busy.is_empty() {
+            break;
+        }
+        let is_ready = wait(&busy, next)?;
+        for index in (0..busy.len()).rev().filter(|index| is_ready[*index]) {
+            let Some(status) = busy[index].read()? else { continue };
+            let Exchange { stream, due, report, then, .. } = busy.swap_remove(index);
+            *reports[report].statuses.entry(status).or_default() += 1;
+            reports[report].latencies.push(due.elapsed());
+            match then {
+                Some(request) => busy.push(Exchange::start(stream, &request, 1, Instant::now(), None)?),
+                None => free.push(stream),
+            }
+        }
     }
-    for report in [&mut first, &mut second] {
+    for report in &mut reports {
         report.elapsed = started.elapsed();
         report.latencies.sort_unstable();
     }
-    Ok((first, second))
+    let [calls, followers] = reports;
+    Ok((calls, followers))
 }
 
-#[derive(Default)]
-struct Seen {
-    statuses: BTreeMap<u16, u64>,
-    latencies: Vec<Duration>,
+/// A request that was sent.
+struct Exchange {
+    stream: TcpStream,
+    due: Instant,
+    /// Which report it belongs to.
+    report: usize,
+    answer: Vec<u8>,
+    then: Option<Arc<[u8]>>,
 }
 
-fn make_calls(mut stream: TcpStream, calls: &[Call], next: &AtomicUsize, started: Instant) -> (Seen, Seen) {
-    let (mut first, mut second) = (Seen::default(), Seen::default());
-    let mut buffer = Vec::with_capacity(64 * 1024);
-    while let Some(call) = calls.get(next.fetch_add(1, Ordering::Relaxed)) {
-        let due = started + call.at;
-        thread::sleep(due.saturating_duration_since(Instant::now()));
-        if !first.exchange(&mut stream, &call.request, due, &mut buffer) {
-            break;
-        }
-        if let Some(then) = &call.then
-            && !second.exchange(&mut stream, then, Instant::now(), &mut buffer)
-        {
-            break;
-        }
-    }
-    (first, second)
-}
-
-impl Seen {
-    /// False if the connection broke, which counts as status 0.
-    fn exchange(
-        &mut self,
-        stream: &mut TcpStream,
+impl Exchange {
+    fn start(
+        mut stream: TcpStream,
         request: &[u8],
+        report: usize,
         due: Instant,
-        buffer: &mut Vec<u8>,
-    ) -> bool {
-        let status = exchange(stream, request, buffer).unwrap_or(0);
-        *self.statuses.entry(status).or_default() += 1;
-        if status != 0 {
-            self.latencies.push(due.elapsed());
-        }
-        status != 0
+        then: Option<Arc<[u8]>>,
+    ) -> Result<Self> {
+        stream.write_all(request)?;
+        Ok(Self { stream, due, report, answer: Vec::new(), then })
     }
+
+    /// Reads what has arrived; returns the status once that is all.
+    fn read(&mut self) -> Result<Option<u16>> {
+        let mut chunk = [0; 16 * 1024];
+        let count = self.stream.read(&mut chunk)?;
+        if count == 0 {
+            bail!("the connection was closed");
+        }
+        self.answer.extend_from_slice(&chunk[..count]);
+        response::status_if_complete(&self.answer)
+    }
+}
+
+/// Waits until an answer arrives, or until then. Returns which can be read.
+fn wait(busy: &[Exchange], until: Option<Instant>) -> Result<Vec<bool>> {
+    let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+    let limit = left.unwrap_or(ANSWER_TIMEOUT).try_into()?;
+    let mut sockets: Vec<_> = busy.iter().map(|call| PollFd::new(&call.stream, PollFlags::IN)).collect();
+    match poll(&mut sockets, Some(&limit)) {
+        Ok(0) if until.is_none() => bail!("no answer within {} s", ANSWER_TIMEOUT.as_secs()),
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(sockets.iter().map(|socket| !socket.revents().is_empty()).collect())
 }
 
 fn connect(address: SocketAddr) -> Result<TcpStream> {
@@ -100,20 +117,4 @@ fn connect(address: SocketAddr) -> Result<TcpStream> {
     stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
     stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
     Ok(stream)
-}
-
-fn exchange(stream: &mut TcpStream, request: &[u8], buffer: &mut Vec<u8>) -> Result<u16> {
-    stream.write_all(request)?;
-    buffer.clear();
-    let mut chunk = [0; 16 * 1024];
-    loop {
-        let count = stream.read(&mut chunk)?;
-        if count == 0 {
-            bail!("the connection was closed");
-        }
-        buffer.extend_from_slice(&chunk[..count]);
-        if let Some(status) = response::status_if_complete(buffer)? {
-            return Ok(status);
-        }
-    }
 }

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
-  cargo xtask bench                        all of it, about ten minutes on a quiet machine
+  cargo xtask bench                        all of it, about fifteen minutes on a quiet machine
   cargo xtask bench --only send,messages   two of the measurements
   cargo xtask bench --only send --rounds 3 --seconds 2 --json")]
 pub struct Bench {

@@ -40,8 +40,8 @@ const PAGE: usize = 5;
 /// with 64 its latencies are those of a queue.
 const UNHURRIED: usize = 16;
 
-/// Before a closed loop is counted: windows are filled, tokens verified.
-const WARM_UP: Duration = Duration::from_millis(500);
+/// Before a load is counted, windows are filled and tokens verified.
+const WARM_UP: Duration = Duration::from_secs(1);
 
 const METRICS_LIMIT: Duration = Duration::from_secs(5);
 
@@ -159,16 +159,21 @@ impl Load<'_> {
         let address = self.setup.address(0);
         let gets: Vec<Arc<[u8]>> =
             hot_reads().map(|(n, query)| self.data.get(address, n, &query).into()).collect();
-        let count = (rate * self.bench.duration.as_secs_f64()) as usize;
-        let mut calls: Vec<Call> = (0..count)
-            .map(|_| Call {
-                at: self.bench.duration.mul_f64(fastrand::f64()),
-                request: Arc::clone(&gets[fastrand::usize(..gets.len())]),
-                then: None,
-            })
-            .collect();
-        calls.sort_unstable_by_key(|call| call.at);
-        self.measure(|| load::at_times(address, CONNECTIONS, calls)?.0.all(200))
+        let calls = |duration: Duration| {
+            let mut calls: Vec<Call> = (0..(rate * duration.as_secs_f64()) as usize)
+                .map(|_| Call {
+                    at: duration.mul_f64(fastrand::f64()),
+                    request: Arc::clone(&gets[fastrand::usize(..gets.len())]),
+                    then: None,
+                })
+                .collect();
+            calls.sort_unstable_by_key(|call| call.at);
+            calls
+        };
+        // Made before the warm-up, which must not be followed by a pause: leases would end.
+        let counted = calls(self.bench.duration);
+        load::at_times(address, CONNECTIONS, calls(WARM_UP))?.0.all(200)?;
+        self.measure(|| load::at_times(address, CONNECTIONS, counted)?.0.all(200))
     }
 
     fn hot_requests(&self) -> Requests {
@@ -283,20 +288,20 @@ fn values(rounds: &[Measured], figure: Figure) -> Vec<f64> {
 /// The medians of all figures, as text.
 fn text(rounds: &[Measured]) -> String {
     let middle = |figure| median(&values(rounds, figure));
-    let tail = middle(|m| m.p999);
-    let tail = if tail.is_nan() { String::new() } else { format!(", p99.9 {tail:.2} ms") };
+    let [rate, p50, p99, p999] =
+        [middle(|m| m.rate), middle(|m| m.p50), middle(|m| m.p99), middle(|m| m.p999)];
+    let latencies = match (p99.is_nan(), p999.is_nan()) {
+        (true, _) => format!("mean {p50:.2} ms"),
+        (_, true) => format!("p50 {p50:.2} ms, p99 {p99:.2} ms"),
+        _ => format!("p50 {p50:.2} ms, p99 {p99:.2} ms, p99.9 {p999:.2} ms"),
+    };
     let cpu = Cpu {
         service: middle(|m| m.cpu.service),
         postgres: middle(|m| m.cpu.postgres),
         redis: middle(|m| m.cpu.redis),
         client: middle(|m| m.cpu.client),
     };
-    format!(
-        "{:.0}/s, p50 {:.2} ms, p99 {:.2} ms{tail}; {cpu}",
-        middle(|m| m.rate),
-        middle(|m| m.p50),
-        middle(|m| m.p99)
-    )
+    format!("{rate:.0}/s, {latencies}; {cpu}")
 }
 
 fn window(rounds: &[Measured]) -> String {
@@ -316,8 +321,7 @@ impl Rounds {
         let offered = POLLERS as f64 / POLL_EVERY.as_secs_f64();
         let pairs = half.iter().zip(unhurried);
         let to_redis = pairs.map(|(half, redis)| half.p99 / redis.p99).collect();
-        let deep_detail =
-            format!("{}; pgbench's select of the range: mean for p50, {}", text(deep), text(select));
+        let deep_detail = format!("{}; pgbench's select of the range: {}", text(deep), text(select));
         let row = |name, what: &str, values, unit, goal, detail| Row {
             name,
             what: what.to_owned(),
@@ -334,7 +338,7 @@ impl Rounds {
                 values(poll, |m| m.lookups.hit_ratio()),
                 "",
                 Some(Goal::AtLeast { floor: 0.95, aim: 0.99 }),
-                format!("{offered:.0}/s offered; {}; {}; CPU with the sends", text(poll), window(poll)),
+                format!("offered {offered:.0}/s, reached {}, sends included; {}", text(poll), window(poll)),
             ),
             row(
                 "reads/open",
