@@ -22,6 +22,9 @@ const READY_LIMIT: Duration = Duration::from_secs(60);
 /// More than the service gives itself to end.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
+/// What every replica signs tokens with.
+pub const SECRET_KEY: &str = "a key for tests only, 32 bytes and more";
+
 #[derive(Debug)]
 pub struct Replica {
     pub public: SocketAddr,
@@ -42,7 +45,7 @@ impl Replica {
         let [public, operations] =
             [ports::free()?, ports::free()?].map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
         let own = [
-            ("SECRET_KEY", "a key for tests only, 32 bytes and more".to_owned()),
+            ("SECRET_KEY", SECRET_KEY.to_owned()),
             ("HOST", public.ip().to_string()),
             ("PORT", public.port().to_string()),
             ("OPS_PORT", operations.port().to_string()),

@@ -1,5 +1,10 @@
-//! A cheap load generator: prepared requests over kept-alive HTTP/1.1 connections, on one thread. Of a response it parses
-//! only the status and the length.
+//! A cheap load generator: prepared requests over kept-alive HTTP/1.1 connections. Of a response it parses only the status
+//! and the length, and where it scrolls the last `seq`. A closed loop sends the next request after the answer; an open one
+//! at given times, as users do.
+
+mod open;
+mod requests;
+mod response;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,6 +17,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+pub use open::{Call, at_times};
+pub use requests::{Requests, get, post};
+
 /// No response of a live service takes longer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -19,7 +27,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug)]
 pub struct Script {
     pub address: SocketAddr,
-    pub requests: Vec<Vec<u8>>,
+    pub requests: Requests,
 }
 
 /// The outcome of a run.
@@ -35,29 +43,27 @@ pub struct Report {
 impl Script {
     /// `GET path` with a token.
     pub fn get(address: SocketAddr, path: &str, token: &str) -> Self {
-        let head = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nauthorization: Bearer {token}\r\n\r\n");
-        Self { address, requests: vec![head.into_bytes()] }
+        Self { address, requests: Requests::InTurn(vec![get(address, path, token)]) }
     }
 
     /// `POST path` with JSON bodies in turn.
     pub fn post(address: SocketAddr, path: &str, token: Option<&str>, bodies: &[String]) -> Self {
-        let authorization =
-            token.map(|token| format!("authorization: Bearer {token}\r\n")).unwrap_or_default();
-        let request = |body: &String| {
-            format!(
-                "POST {path} HTTP/1.1\r\nhost: {address}\r\n{authorization}content-type: application/json\r\n\
-                 content-length: {}\r\n\r\n{body}",
-                body.len()
-            )
-            .into_bytes()
-        };
-        Self { address, requests: bodies.iter().map(request).collect() }
+        let request = |body: &String| post(address, path, token, body);
+        Self { address, requests: Requests::InTurn(bodies.iter().map(request).collect()) }
     }
 }
 
 impl Report {
     pub fn rate(&self) -> f64 {
         self.latencies.len() as f64 / self.elapsed.as_secs_f64()
+    }
+
+    /// Adds what one connection has seen.
+    fn add(&mut self, statuses: BTreeMap<u16, u64>, latencies: Vec<Duration>) {
+        for (status, count) in statuses {
+            *self.statuses.entry(status).or_default() += count;
+        }
+        self.latencies.extend(latencies);
     }
 
     pub fn count(&self, status: u16) -> u64 {
@@ -106,10 +112,7 @@ pub fn run_until(scripts: Vec<Script>, duration: Duration, stop: &Arc<AtomicBool
         let mut report = Report::default();
         for task in tasks {
             let (statuses, latencies) = task.await?;
-            for (status, count) in statuses {
-                *report.statuses.entry(status).or_default() += count;
-            }
-            report.latencies.extend(latencies);
+            report.add(statuses, latencies);
         }
         report.elapsed = started.elapsed();
         report.latencies.sort_unstable();
@@ -126,7 +129,9 @@ async fn drive(
     let mut statuses = BTreeMap::new();
     let mut latencies = Vec::new();
     let mut buffer = Vec::with_capacity(64 * 1024);
-    for request in script.requests.iter().cycle() {
+    let mut requests = script.requests.start();
+    loop {
+        let request = requests.next(response::body(&buffer));
         let started = Instant::now();
         if started >= deadline || stop.load(Ordering::Relaxed) {
             break;
@@ -150,25 +155,8 @@ async fn exchange(stream: &mut TcpStream, request: &[u8], buffer: &mut Vec<u8>) 
         if stream.read_buf(buffer).await? == 0 {
             bail!("the connection was closed");
         }
-        let Some(head) = find(buffer, b"\r\n\r\n") else { continue };
-        let status = std::str::from_utf8(buffer.get(9..12).unwrap_or_default())?.parse()?;
-        let length = content_length(&buffer[..head]).context("a response without content-length")?;
-        while buffer.len() < head + 4 + length {
-            if stream.read_buf(buffer).await? == 0 {
-                bail!("the connection was closed");
-            }
+        if let Some(status) = response::status_if_complete(buffer)? {
+            return Ok(status);
         }
-        return Ok(status);
     }
-}
-
-fn content_length(head: &[u8]) -> Option<usize> {
-    const NAME: &[u8] = b"\r\ncontent-length: ";
-    let start = find(head, NAME)? + NAME.len();
-    let digits = head[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
-    std::str::from_utf8(&head[start..start + digits]).ok()?.parse().ok()
-}
-
-fn find(text: &[u8], pattern: &[u8]) -> Option<usize> {
-    text.windows(pattern.len()).position(|window| window == pattern)
 }

@@ -7,11 +7,11 @@ use clap::ValueEnum;
 
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
-  cargo xtask bench                        all of it, about ten minutes on a quiet machine
+  cargo xtask bench                        all of it, about fifteen minutes on a quiet machine
   cargo xtask bench --only send,messages   two of the measurements
   cargo xtask bench --only send --rounds 3 --seconds 2 --json")]
 pub struct Bench {
-    /// Only these: send, messages, tracing, login, storm, startup, memory, connections, replicas, conversations, depth
+    /// Only these: send, messages, tracing, login, storm, startup, memory, connections, replicas, conversations, reads, depth
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub only: Vec<String>,
     /// Measure this build instead of a fresh one, to compare two

@@ -7,6 +7,7 @@
 
 mod cpu;
 mod measures;
+mod reads;
 mod reference;
 mod scaling;
 mod setup;
@@ -60,7 +61,7 @@ pub(crate) struct Bench {
 type Measure = fn(&Bench, &mut Setup) -> Result<Vec<Row>>;
 
 /// In the order of the table. Those that fill the database come last.
-const MEASURES: [(&str, Measure); 11] = [
+const MEASURES: [(&str, Measure); 12] = [
     ("startup", measures::startup),
     ("memory", measures::memory),
     ("send", measures::send),
@@ -71,6 +72,7 @@ const MEASURES: [(&str, Measure); 11] = [
     ("connections", scaling::connections),
     ("conversations", scaling::conversations),
     ("replicas", scaling::replicas),
+    ("reads", reads::reads),
     ("depth", scaling::depth),
 ];
 

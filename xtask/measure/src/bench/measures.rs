@@ -22,7 +22,7 @@ const HISTORY: u64 = 10;
 
 pub(crate) fn send(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
     let (mut ours, mut theirs, mut ratios, mut client) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut cpu = String::new();
+    let mut cpu = Cpu::default();
     for _ in 0..bench.rounds {
         let pgbench = reference::pgbench_insert(bench, setup)?;
         let before = Cpu::now(setup);
@@ -46,9 +46,9 @@ pub(crate) fn send(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
 pub(crate) fn messages(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
     fill_conversations(setup)?;
     let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-    let mut cpu = String::new();
+    let mut cpu = Cpu::default();
     for _ in 0..bench.rounds {
-        let redis = reference::redis_get(bench, setup)?;
+        let redis = reference::redis_get(bench, setup, CONNECTIONS)?.rate;
         let before = Cpu::now(setup);
         let report = load::run(setup.read_scripts(CONNECTIONS, ""), bench.duration)?.all(200)?;
         cpu = before.per_answer(&Cpu::now(setup), report.latencies.len());

@@ -1,5 +1,6 @@
 //! What the service is compared with: pgbench, redis-benchmark, and argon2id itself.
 
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -32,29 +33,51 @@ pub(crate) fn pgbench_insert(bench: &Bench, setup: &Setup) -> Result<f64> {
              md5(:client_id::text)::uuid, '{CONTENT}', clock_timestamp());\n"
         ),
     )?;
-    let mut pgbench = Command::new(setup.postgres.bin_dir().join("pgbench"));
-    pgbench.args(["--no-vacuum", "--protocol=prepared", "--client=64", "--jobs=1"]);
-    pgbench.arg(format!("--time={}", bench.duration.as_secs())).arg("--file").arg(&script);
-    pgbench.arg(setup.postgres.url(DATABASE));
-    let text = daemon::run_ok(pgbench, LIMIT)?;
-    let line = text.lines().find(|line| line.starts_with("tps = ")).context("pgbench printed no tps")?;
-    Ok(line.split_whitespace().nth(2).context("pgbench printed no rate")?.parse()?)
+    Ok(pgbench(bench, setup, &script)?.rate)
 }
 
-/// GETs a second by 64 connections without pipelining.
-pub(crate) fn redis_get(bench: &Bench, setup: &Setup) -> Result<f64> {
+/// What another program's run printed.
+pub(crate) struct Figures {
+    pub(crate) answers: usize,
+    pub(crate) rate: f64,
+    /// In ms, as `p99`. Of pgbench the mean: it prints no more.
+    pub(crate) p50: f64,
+    pub(crate) p99: f64,
+}
+
+/// Runs this script by 64 clients, prepared.
+pub(crate) fn pgbench(bench: &Bench, setup: &Setup, script: &Path) -> Result<Figures> {
+    let mut pgbench = Command::new(setup.postgres.bin_dir().join("pgbench"));
+    pgbench.args(["--no-vacuum", "--protocol=prepared", "--client=64", "--jobs=1"]);
+    pgbench.arg(format!("--time={}", bench.duration.as_secs())).arg("--file").arg(script);
+    pgbench.arg(setup.postgres.url(DATABASE));
+    let text = daemon::run_ok(pgbench, LIMIT)?;
+    let number = |label: &str| -> Result<f64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(label));
+        let number = line.and_then(|line| line.split_whitespace().next());
+        Ok(number.with_context(|| format!("pgbench printed no {label}"))?.parse::<f64>()?)
+    };
+    let answers = number("number of transactions actually processed: ")? as usize;
+    Ok(Figures { answers, rate: number("tps = ")?, p50: number("latency average = ")?, p99: f64::NAN })
+}
+
+/// GETs by so many connections without pipelining.
+pub(crate) fn redis_get(bench: &Bench, setup: &Setup, connections: usize) -> Result<Figures> {
     let benchmark =
         programs::in_path("redis-benchmark").context("redis-benchmark comes with redis-tools: install it")?;
     // As many requests as take about the wanted time at a rate that most machines reach.
     let requests = 50_000 * bench.duration.as_secs();
     let mut get = Command::new(benchmark);
     get.args(["-h", "127.0.0.1", "-p", &setup.redis.port().to_string()]);
-    get.args(["-t", "get", "-c", "64", "-n", &requests.to_string(), "--csv"]);
+    get.args(["-t", "get", "-c", &connections.to_string(), "-n", &requests.to_string(), "--csv"]);
     let text = daemon::run_ok(get, LIMIT)?;
     let line =
         text.lines().find(|line| line.starts_with("\"GET\"")).context("redis-benchmark printed no GET")?;
-    let rate = line.split(',').nth(1).context("redis-benchmark printed no rate")?;
-    Ok(rate.trim_matches('"').parse()?)
+    let fields: Vec<_> = line.split(',').map(|field| field.trim_matches('"')).collect();
+    let rate = fields.get(1).context("redis-benchmark printed no rate")?.parse()?;
+    // Before 6.2 it prints no latencies.
+    let latency = |at: usize| fields.get(at).and_then(|field| field.parse().ok()).unwrap_or(f64::NAN);
+    Ok(Figures { answers: requests as usize, rate, p50: latency(4), p99: latency(6) })
 }
 
 /// argon2id hashes a second, by one thread per core, with the parameters of the service.
