@@ -7,7 +7,9 @@ use std::env;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use tests::history_checker::{self, Action, History, Message, Operation, Options, Outcome, Page, check};
+use tests::history_checker::{
+    self, Action, History, Message, Operation, Options, Outcome, Page, RedisMode, check,
+};
 
 const SECONDS: u64 = 60;
 
@@ -18,9 +20,9 @@ fn no_fault_makes_the_service_lose_double_hide_or_reorder_a_message() -> Result<
     let duration = Duration::from_secs(number("HISTORY_SECONDS").unwrap_or(SECONDS));
     println!("seed {seed}");
     let binary = tests::service_binary()?;
-    let report =
-        history_checker::run(&Options { seed, duration, binary, environment: Vec::new() }, |_| true)?;
-    ensure!(report.violations.is_empty(), "{}", history_checker::describe_violations(seed, &report));
+    let options = Options { redis: RedisMode::Single, seed, duration, binary, environment: Vec::new() };
+    let report = history_checker::run(&options, |_| true)?;
+    ensure!(report.violations.is_empty(), "{}", history_checker::describe_violations(&options, &report));
     // A run in which nothing happened would prove nothing.
     let enough = report.acknowledged > 50 && report.reads > 200 && report.window_hits > 50;
     ensure!(enough && report.faults.len() > 3, "seed {seed}: too little happened: {report:?}");

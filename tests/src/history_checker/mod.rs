@@ -8,6 +8,7 @@ pub mod check;
 mod clients;
 mod faults;
 mod overload;
+mod redis;
 mod run;
 mod schedule;
 mod system;
@@ -17,6 +18,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 pub use overload::{Overload, overload};
+pub use redis::RedisMode;
 pub use run::{Options, Progress, Report, run};
 
 /// A message as it was shown. Equal when all of it is equal.
@@ -117,8 +119,9 @@ pub fn random_seed() -> u64 {
 }
 
 /// A text on the first violations and the seed, to find the cause with; empty when there are none.
-pub fn describe_violations(seed: u64, report: &Report) -> String {
+pub fn describe_violations(options: &Options, report: &Report) -> String {
     const SHOWN_MAX: usize = 5;
+    let (redis, seed) = (options.redis.name(), options.seed);
     let violations = &report.violations;
     if violations.is_empty() {
         return String::new();
@@ -128,6 +131,6 @@ pub fn describe_violations(seed: u64, report: &Report) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "{violation}");
     }
-    let _ = writeln!(text, "the same choices again: cargo xtask soak --seed {seed}");
+    let _ = writeln!(text, "the same choices again: cargo xtask soak --redis {redis} --seed {seed}");
     text
 }

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, anyhow};
 
 use super::check::{self, Violation};
 use super::clients::UserClient;
+use super::redis::RedisMode;
 use super::schedule::{self, CONVERSATIONS, Fault, READERS, REPLICAS, WRITERS};
 use super::system::{System, lock, window_hits};
 use super::{History, Message, Outcome, Page};
@@ -24,6 +25,7 @@ const TICK: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Debug)]
 pub struct Options {
+    pub redis: RedisMode,
     pub seed: u64,
     pub duration: Duration,
     pub binary: PathBuf,
@@ -70,7 +72,7 @@ pub(super) struct Run<'a> {
 
 /// Runs to the end, or to the first violation, or until `go_on` returns false.
 pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Result<Report> {
-    let system = System::start(&options.binary, &options.environment)?;
+    let system = System::start(options.redis, &options.binary, &options.environment)?;
     let run = Run {
         options,
         system: &system,
@@ -84,7 +86,7 @@ pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Resul
     let mut report = Report::default();
     thread::scope(|scope| -> Result<()> {
         let faults = [
-            scope.spawn(|| run.inject_faults(schedule::link_fault)),
+            scope.spawn(|| run.inject_faults(|seed, index| schedule::link_fault(options.redis, seed, index))),
             scope.spawn(|| run.inject_faults(schedule::process_fault)),
         ];
         for client in 0..WRITERS {
