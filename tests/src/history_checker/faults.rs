@@ -9,7 +9,7 @@ use rustix::process::Signal;
 
 use super::run::Run;
 use super::schedule::{Fault, REPLICAS, Server};
-use super::system::lock;
+use super::system::{has_clocks, lock};
 use crate::proxy::Link;
 
 impl Run<'_> {
@@ -21,6 +21,9 @@ impl Run<'_> {
             self.wait(pause);
             if self.faults_end.load(Ordering::Relaxed) || self.now() >= self.options.duration {
                 break;
+            }
+            if fault.sets_a_clock() && !has_clocks() {
+                continue;
             }
             lock(&self.faults).push(fault);
             outcome = self.apply(fault).with_context(|| fault.name());
@@ -72,6 +75,13 @@ impl Run<'_> {
                     postgres.pause();
                     self.wait(time);
                     postgres.resume();
+                }
+            }
+            Fault::PostgresClock { seconds, time } => {
+                if let Some(postgres) = &*lock(&system.postgres) {
+                    postgres.set_clock(seconds)?;
+                    self.wait(time);
+                    postgres.set_clock(0)?;
                 }
             }
             Fault::PostgresRestart => lock(&system.postgres).as_mut().map_or(Ok(()), |it| it.restart())?,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::schedule::RedisFault;
+use super::system::has_clocks;
 use crate::servers::ports;
 use crate::{Redis, RedisOptions};
 
@@ -69,7 +70,8 @@ impl Deployment {
             Self { mode, nodes: Vec::new(), shards: Vec::new(), sentinels: Vec::new(), other: None };
         match mode {
             RedisMode::Single => {
-                deployment.add_node(dir, RedisOptions::default())?;
+                let own_clock = has_clocks();
+                deployment.add_node(dir, RedisOptions { own_clock, ..RedisOptions::default() })?;
                 deployment.shards = vec![vec![0]];
                 deployment.other = Some(Redis::start(&dir.join("other"), RedisOptions::default())?);
             }
@@ -169,6 +171,11 @@ impl Deployment {
                 wait(age);
                 self.nodes[master].kill()?;
                 self.nodes[master].restart()?;
+            }
+            RedisFault::Clock { seconds, time } => {
+                self.nodes[master].set_clock(seconds)?;
+                wait(time);
+                self.nodes[master].set_clock(0)?;
             }
             RedisFault::HandOver { lag } => {
                 self.hold_back(shard, master, lag, &wait)?;

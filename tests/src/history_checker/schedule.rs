@@ -151,6 +151,11 @@ pub(super) enum Fault {
         time: Duration,
     },
     PostgresPause(Duration),
+    /// Its clock is set ahead by this much, or back, and later set right.
+    PostgresClock {
+        seconds: i64,
+        time: Duration,
+    },
     PostgresRestart,
     PostgresKill {
         down: Duration,
@@ -183,6 +188,11 @@ pub(super) enum RedisFault {
     Rollback {
         age: Duration,
     },
+    /// Its clock is set ahead by this much, or back, and later set right.
+    Clock {
+        seconds: i64,
+        time: Duration,
+    },
     /// A failover is asked for although the master is alive; its replicas miss what it wrote during the last `lag`.
     HandOver {
         lag: Duration,
@@ -194,6 +204,10 @@ pub(super) enum RedisFault {
 }
 
 impl Fault {
+    pub(super) fn sets_a_clock(self) -> bool {
+        matches!(self, Self::PostgresClock { .. } | Self::Redis { fault: RedisFault::Clock { .. }, .. })
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Redis { fault: RedisFault::Flush, .. } => "Redis flushed",
@@ -201,6 +215,7 @@ impl Fault {
             Self::Redis { fault: RedisFault::DropClients, .. } => "Redis drops its clients",
             Self::Redis { fault: RedisFault::Kill { .. }, .. } => "Redis killed",
             Self::Redis { fault: RedisFault::Rollback { .. }, .. } => "Redis rolled back",
+            Self::Redis { fault: RedisFault::Clock { .. }, .. } => "clock of Redis set",
             Self::Redis { fault: RedisFault::HandOver { .. }, .. } => "Redis failed over",
             Self::Redis { fault: RedisFault::ThereAndBack { .. }, .. } => "Redis failed over and back",
             Self::Link { server: Server::Redis, link, .. } => match link {
@@ -219,6 +234,7 @@ impl Fault {
             Self::Apart { .. } => "one replica without Postgres, one without Redis",
             Self::Frozen { .. } => "replica without Redis frozen",
             Self::PostgresPause(_) => "Postgres paused",
+            Self::PostgresClock { .. } => "clock of Postgres set",
             Self::PostgresRestart => "Postgres restarted",
             Self::PostgresKill { .. } => "Postgres killed",
             Self::ReplicaKill { .. } => "replica killed",
@@ -264,7 +280,11 @@ fn redis_fault(fault: RedisFault, rng: &mut Rng) -> Fault {
 
 fn soft_fault(rng: &mut Rng) -> Fault {
     let replica = rng.usize(..REPLICAS);
-    let (server, link, time) = match rng.u8(..17) {
+    let (server, link, time) = match rng.u8(..18) {
+        17 => {
+            let (seconds, time) = (clock(rng), ms(rng, 500..3000));
+            return redis_fault(RedisFault::Clock { seconds, time }, rng);
+        }
         0..=2 => return redis_fault(RedisFault::Flush, rng),
         3 => return redis_fault(RedisFault::Pause(ms(rng, 50..400)), rng),
         4..=10 => (Server::Redis, Link::Slow(ms(rng, 5..200)), ms(rng, 500..2000)),
@@ -330,6 +350,16 @@ fn hard_fault_of_many(redis: RedisMode, rng: &mut Rng) -> Fault {
     redis_fault(fault, rng)
 }
 
+/// How far a clock is set ahead or back, in seconds.
+fn clock(rng: &mut Rng) -> i64 {
+    let seconds = match rng.u8(..3) {
+        0 => rng.i64(1..5),
+        1 => rng.i64(5..120),
+        _ => 3600,
+    };
+    if rng.bool() { seconds } else { -seconds }
+}
+
 fn lag(rng: &mut Rng) -> Duration {
     if rng.u8(..4) == 0 { Duration::ZERO } else { ms(rng, 100..1000) }
 }
@@ -339,7 +369,11 @@ pub(super) fn process_fault(seed: u64, index: u64) -> (Duration, Fault) {
     let mut rng = choices(seed, PROCESSES, index);
     let pause = ms(&mut rng, 1000..6000);
     let replica = rng.usize(..REPLICAS);
-    let fault = match rng.u8(..13) {
+    let fault = match rng.u8(..15) {
+        13..=14 => {
+            let (seconds, time) = (clock(&mut rng), ms(&mut rng, 500..6000));
+            Fault::PostgresClock { seconds, time }
+        }
         0..=3 => Fault::ReplicaKill { replica, down: ms(&mut rng, 0..1500) },
         4..=6 => Fault::ReplicaPause { replica, time: ms(&mut rng, 200..3000) },
         // Longer than a suspension of the windows.

@@ -13,7 +13,7 @@ use super::schedule::{REPLICAS, Server, USERS};
 use crate::User;
 use crate::http::Client;
 use crate::proxy::{Link, Proxy};
-use crate::servers;
+use crate::servers::{self, programs};
 use crate::{Postgres, PostgresOptions, Redis, Replica, Scratch};
 
 const DATABASE: &str = "history";
@@ -39,6 +39,11 @@ struct Proxies {
     to_redis: Option<Proxy>,
 }
 
+/// Whether the clocks of servers can be set.
+pub(super) fn has_clocks() -> bool {
+    programs::libfaketime().is_some()
+}
+
 /// Locks the mutex, even when a thread panicked while it held it.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -47,7 +52,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl System {
     pub(super) fn start(mode: RedisMode, binary: &Path, environment: &[(String, String)]) -> Result<Self> {
         let scratch = Scratch::new("history")?;
-        let options = PostgresOptions::durable().max_connections(60);
+        let options = PostgresOptions::durable().max_connections(60).own_clock(has_clocks());
         let postgres = Postgres::start(&scratch.path().join("postgres"), options)?;
         postgres.create_database(DATABASE)?;
         let redis = Deployment::start(mode, &scratch.path().join("redis"))?;

@@ -38,6 +38,7 @@ const GROWTH_MAX: f64 = 0.1;
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     install::ensure_programs(|line| println!("{line}"))?;
+    install::offer_libfaketime(|line| println!("{line}"))?;
     let seed = args.seed.unwrap_or_else(history_checker::random_seed);
     if args.self_check {
         let mut tally = Tally::default();
