@@ -118,6 +118,13 @@ pub fn random_seed() -> u64 {
     fastrand::u64(..1_000_000_000)
 }
 
+/// The names of the first `count` faults of each of the two series, in order.
+pub fn planned_faults(redis: RedisMode, seed: u64, count: u64) -> [Vec<&'static str>; 2] {
+    let links = (0..count).map(|index| schedule::link_fault(redis, seed, index).1.name());
+    let processes = (0..count).map(|index| schedule::process_fault(seed, index).1.name());
+    [links.collect(), processes.collect()]
+}
+
 /// A text on the first violations and the seed, to find the cause with; empty when there are none.
 pub fn describe_violations(options: &Options, report: &Report) -> String {
     const SHOWN_MAX: usize = 5;
