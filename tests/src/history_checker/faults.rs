@@ -25,7 +25,7 @@ impl Run<'_> {
             if fault.sets_a_clock() && !has_clocks() {
                 continue;
             }
-            lock(&self.faults).push(fault);
+            lock(&self.faults).push((self.now(), fault));
             outcome = self.apply(fault).with_context(|| fault.name());
             if outcome.is_err() {
                 break;

@@ -138,6 +138,7 @@ pub fn describe_violations(options: &Options, report: &Report) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "{violation}");
     }
+    let _ = writeln!(text, "the last faults:\n{}", report.last_faults.join("\n"));
     let _ = writeln!(text, "the same choices again: cargo xtask soak --redis {redis} --seed {seed}");
     text
 }
