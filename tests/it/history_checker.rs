@@ -7,7 +7,9 @@ use std::env;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use tests::history_checker::{self, Action, History, Message, Operation, Options, Outcome, Page, check};
+use tests::history_checker::{
+    self, Action, History, Message, Operation, Options, Outcome, Page, RedisMode, check,
+};
 
 const SECONDS: u64 = 60;
 
@@ -18,13 +20,56 @@ fn no_fault_makes_the_service_lose_double_hide_or_reorder_a_message() -> Result<
     let duration = Duration::from_secs(number("HISTORY_SECONDS").unwrap_or(SECONDS));
     println!("seed {seed}");
     let binary = tests::service_binary()?;
-    let report =
-        history_checker::run(&Options { seed, duration, binary, environment: Vec::new() }, |_| true)?;
-    ensure!(report.violations.is_empty(), "{}", history_checker::describe_violations(seed, &report));
+    let options = Options { redis: RedisMode::Single, seed, duration, binary, environment: Vec::new() };
+    let report = history_checker::run(&options, |_| true)?;
+    ensure!(report.violations.is_empty(), "{}", history_checker::describe_violations(&options, &report));
     // A run in which nothing happened would prove nothing.
     let enough = report.acknowledged > 50 && report.reads > 200 && report.window_hits > 50;
     ensure!(enough && report.faults.len() > 3, "seed {seed}: too little happened: {report:?}");
     Ok(())
+}
+
+#[test]
+fn the_seed_chooses_the_faults_and_each_deployment_gets_its_own() {
+    const ONE_SERVER: [&str; 8] = [
+        "Redis rolled back",
+        "clock of Redis set",
+        "link to Redis cut",
+        "link to Redis slow",
+        "one replica without Postgres, one without Redis",
+        "replica without Redis frozen",
+        "replicas use different Redis",
+        "responses of Redis withheld",
+    ];
+    const SEVERAL: [&str; 4] =
+        ["Redis failed over", "Redis failed over and back", "Redis killed", "Redis rolled back"];
+    const ALL: [&str; 8] = [
+        "Postgres killed",
+        "Postgres paused",
+        "Redis flushed",
+        "Redis paused",
+        "clock of Postgres set",
+        "link to Postgres stalled",
+        "replica killed",
+        "replica paused",
+    ];
+    for redis in [RedisMode::Single, RedisMode::Sentinel, RedisMode::Cluster] {
+        let plan = history_checker::planned_faults(redis, 1, 3000);
+        assert_eq!(plan, history_checker::planned_faults(redis, 1, 3000));
+        assert_ne!(plan, history_checker::planned_faults(redis, 2, 3000));
+        let names = plan.concat();
+        let (own, others) = if redis == RedisMode::Single {
+            (&ONE_SERVER[..], &SEVERAL[..2])
+        } else {
+            (&SEVERAL[..], &ONE_SERVER[1..])
+        };
+        for name in ALL.iter().chain(own) {
+            assert!(names.contains(name), "{redis:?} never has {name}");
+        }
+        for name in others {
+            assert!(!names.contains(name), "{redis:?} has {name}");
+        }
+    }
 }
 
 fn message(seq: i64, content: &str) -> Message {

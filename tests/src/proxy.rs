@@ -31,6 +31,7 @@ pub enum Link {
 #[derive(Debug)]
 pub struct Proxy {
     port: u16,
+    server: watch::Sender<u16>,
     link: watch::Sender<Link>,
 }
 
@@ -45,12 +46,13 @@ impl Proxy {
         let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, port)));
         let listener = listener.with_context(|| format!("listen on port {port}"))?;
         let (link, state) = watch::channel(Link::Open);
+        let (server, target) = watch::channel(server);
         runtime.spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(carry(client, SocketAddr::from((Ipv4Addr::LOCALHOST, server)), state.clone()));
+                tokio::spawn(carry(client, target.clone(), state.clone()));
             }
         });
-        Ok(Self { port, link })
+        Ok(Self { port, server, link })
     }
 
     pub fn port(&self) -> u16 {
@@ -60,12 +62,19 @@ impl Proxy {
     pub fn set(&self, link: Link) {
         self.link.send_replace(link);
     }
+
+    /// Closes open connections, and forwards new ones to this port.
+    pub fn lead_to(&self, server: u16) {
+        self.server.send_replace(server);
+    }
 }
 
-async fn carry(client: TcpStream, server: SocketAddr, mut state: watch::Receiver<Link>) {
+async fn carry(client: TcpStream, mut target: watch::Receiver<u16>, mut state: watch::Receiver<Link>) {
     if *state.borrow() == Link::Cut {
         return;
     }
+    let port = *target.borrow_and_update();
+    let server = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let Ok(server) = TcpStream::connect(server).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (from_client, to_client) = client.into_split();
@@ -76,6 +85,7 @@ async fn carry(client: TcpStream, server: SocketAddr, mut state: watch::Receiver
         _ = async { tokio::join!(requests, responses) } => {}
         // An error means that the proxy is gone.
         _ = state.wait_for(|link| *link == Link::Cut) => {}
+        _ = target.changed() => {}
     }
 }
 

@@ -85,6 +85,15 @@ pub fn ensure_programs(say: impl FnOnce(&str)) -> Result<()> {
     install(&missing)
 }
 
+/// Installs the library that sets the clock of a server, where that is possible. Calls `say` before it installs it.
+pub fn offer_libfaketime(say: impl FnOnce(&str)) -> Result<()> {
+    if programs::libfaketime().is_none() && can_install() {
+        say("installing libfaketime with apt-get");
+        install(&["libfaketime"])?;
+    }
+    Ok(())
+}
+
 /// Whether [`ensure_prometheus`] can work here.
 pub fn has_prometheus() -> bool {
     programs::prometheus().is_some() && programs::promtool().is_some() || can_install()

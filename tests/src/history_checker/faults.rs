@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 
 use super::run::Run;
-use super::schedule::Fault;
-use super::system::lock;
+use super::schedule::{Fault, REPLICAS, Server};
+use super::system::{has_clocks, lock};
 use crate::proxy::Link;
 
 impl Run<'_> {
@@ -22,7 +22,10 @@ impl Run<'_> {
             if self.faults_end.load(Ordering::Relaxed) || self.now() >= self.options.duration {
                 break;
             }
-            lock(&self.faults).push(fault);
+            if fault.sets_a_clock() && !has_clocks() {
+                continue;
+            }
+            lock(&self.faults).push((self.now(), fault));
             outcome = self.apply(fault).with_context(|| fault.name());
             if outcome.is_err() {
                 break;
@@ -35,35 +38,50 @@ impl Run<'_> {
     fn apply(&self, fault: Fault) -> Result<()> {
         let system = self.system;
         match fault {
-            Fault::RedisFlush => system.redis_command("FLUSHALL")?,
-            Fault::RedisDropsClients => system.redis_command("CLIENT KILL TYPE normal")?,
-            Fault::RedisPause(time) => {
-                lock(&system.redis).pause();
-                self.wait(time);
-                lock(&system.redis).resume();
-            }
-            Fault::RedisKill { down } => {
-                lock(&system.redis).kill()?;
-                self.wait(down);
-                lock(&system.redis).restart()?;
-            }
-            Fault::RedisRollback { age } => {
-                system.redis_command("SAVE")?;
-                self.wait(age);
-                let mut redis = lock(&system.redis);
-                redis.kill()?;
-                redis.restart()?;
+            Fault::Redis { fault, shard } => {
+                lock(&system.redis).apply(fault, shard, |time| self.wait(time))?;
             }
             Fault::Link { server, replica, link, time } => {
-                system.proxy(server, replica).set(link);
+                system.set_link(server, replica, link);
                 self.wait(time);
-                system.proxy(server, replica).set(Link::Open);
+                system.set_link(server, replica, Link::Open);
+            }
+            Fault::Split { replica, time } => {
+                system.split(replica, true);
+                self.wait(time);
+                system.split(replica, false);
+            }
+            Fault::Apart { uninformed, link, lead, time } => {
+                let other = (uninformed + 1) % REPLICAS;
+                system.set_link(Server::Postgres, uninformed, link);
+                self.wait(lead);
+                system.set_link(Server::Redis, other, Link::Cut);
+                self.wait(time);
+                system.set_link(Server::Redis, other, Link::Open);
+                self.wait(lead);
+                system.set_link(Server::Postgres, uninformed, Link::Open);
+            }
+            Fault::Frozen { replica, lead, time } => {
+                system.set_link(Server::Redis, replica, Link::Cut);
+                self.wait(lead);
+                system.replicas[replica].signal(Signal::STOP);
+                self.wait(time);
+                system.replicas[replica].signal(Signal::CONT);
+                self.wait(lead);
+                system.set_link(Server::Redis, replica, Link::Open);
             }
             Fault::PostgresPause(time) => {
                 if let Some(postgres) = &mut *lock(&system.postgres) {
                     postgres.pause();
                     self.wait(time);
                     postgres.resume();
+                }
+            }
+            Fault::PostgresClock { seconds, time } => {
+                if let Some(postgres) = &*lock(&system.postgres) {
+                    postgres.set_clock(seconds)?;
+                    self.wait(time);
+                    postgres.set_clock(0)?;
                 }
             }
             Fault::PostgresRestart => lock(&system.postgres).as_mut().map_or(Ok(()), |it| it.restart())?,

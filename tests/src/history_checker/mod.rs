@@ -8,6 +8,7 @@ pub mod check;
 mod clients;
 mod faults;
 mod overload;
+mod redis;
 mod run;
 mod schedule;
 mod system;
@@ -17,6 +18,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 pub use overload::{Overload, overload};
+pub use redis::RedisMode;
 pub use run::{Options, Progress, Report, run};
 
 /// A message as it was shown. Equal when all of it is equal.
@@ -116,9 +118,17 @@ pub fn random_seed() -> u64 {
     fastrand::u64(..1_000_000_000)
 }
 
+/// The names of the first `count` faults of each of the two series, in order.
+pub fn planned_faults(redis: RedisMode, seed: u64, count: u64) -> [Vec<&'static str>; 2] {
+    let links = (0..count).map(|index| schedule::link_fault(redis, seed, index).1.name());
+    let processes = (0..count).map(|index| schedule::process_fault(seed, index).1.name());
+    [links.collect(), processes.collect()]
+}
+
 /// A text on the first violations and the seed, to find the cause with; empty when there are none.
-pub fn describe_violations(seed: u64, report: &Report) -> String {
+pub fn describe_violations(options: &Options, report: &Report) -> String {
     const SHOWN_MAX: usize = 5;
+    let (redis, seed) = (options.redis.name(), options.seed);
     let violations = &report.violations;
     if violations.is_empty() {
         return String::new();
@@ -128,6 +138,7 @@ pub fn describe_violations(seed: u64, report: &Report) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "{violation}");
     }
-    let _ = writeln!(text, "the same choices again: cargo xtask soak --seed {seed}");
+    let _ = writeln!(text, "the last faults:\n{}", report.last_faults.join("\n"));
+    let _ = writeln!(text, "the same choices again: cargo xtask soak --redis {redis} --seed {seed}");
     text
 }

@@ -11,6 +11,7 @@ use anyhow::{Result, anyhow};
 use load::Script;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use super::redis::RedisMode;
 use super::schedule::{CONVERSATIONS, REPLICAS, Server};
 use super::system::System;
 use crate::proxy::Link;
@@ -56,7 +57,7 @@ pub fn overload(
     mut go_on: impl FnMut(Duration, u64) -> bool,
 ) -> Result<Overload> {
     allow_connections()?;
-    let system = System::start(binary, &[])?;
+    let system = System::start(RedisMode::Single, binary, &[])?;
     let scripts = (0..CONNECTIONS).map(|connection| {
         let [sender, recipient] =
             CONVERSATIONS[connection % CONVERSATIONS.len()].map(|user| &system.users[user]);
@@ -79,7 +80,7 @@ pub fn overload(
                 _ => Link::Stalled,
             };
             for replica in 0..REPLICAS {
-                system.proxy(Server::Postgres, replica).set(link);
+                system.set_link(Server::Postgres, replica, link);
             }
             thread::sleep(SAMPLE);
             let resident = system.replicas.iter().filter_map(|replica| replica.resident_kib()).max();

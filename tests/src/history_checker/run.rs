@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, anyhow};
 
 use super::check::{self, Violation};
 use super::clients::UserClient;
+use super::redis::RedisMode;
 use super::schedule::{self, CONVERSATIONS, Fault, READERS, REPLICAS, WRITERS};
 use super::system::{System, lock, window_hits};
 use super::{History, Message, Outcome, Page};
@@ -24,6 +25,7 @@ const TICK: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Debug)]
 pub struct Options {
+    pub redis: RedisMode,
     pub seed: u64,
     pub duration: Duration,
     pub binary: PathBuf,
@@ -51,6 +53,8 @@ pub struct Report {
     /// Reads that were answered from a window, as the replicas count them.
     pub window_hits: u64,
     pub faults: BTreeMap<&'static str, u64>,
+    /// The last ones, each as a line with the time at which it began.
+    pub last_faults: Vec<String>,
     /// The greatest value of either replica, for every ten seconds.
     pub resident_kib: Vec<u64>,
     pub violations: Vec<Violation>,
@@ -61,7 +65,8 @@ pub(super) struct Run<'a> {
     pub(super) system: &'a System,
     began: Instant,
     pub(super) history: Mutex<History>,
-    pub(super) faults: Mutex<Vec<Fault>>,
+    /// With the time at which each began.
+    pub(super) faults: Mutex<Vec<(Duration, Fault)>>,
     /// The newest seq of each conversation that any client has seen, for pages relative to it.
     pub(super) newest: [AtomicI64; CONVERSATIONS.len()],
     pub(super) faults_end: AtomicBool,
@@ -70,7 +75,7 @@ pub(super) struct Run<'a> {
 
 /// Runs to the end, or to the first violation, or until `go_on` returns false.
 pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Result<Report> {
-    let system = System::start(&options.binary, &options.environment)?;
+    let system = System::start(options.redis, &options.binary, &options.environment)?;
     let run = Run {
         options,
         system: &system,
@@ -84,7 +89,7 @@ pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Resul
     let mut report = Report::default();
     thread::scope(|scope| -> Result<()> {
         let faults = [
-            scope.spawn(|| run.inject_faults(schedule::link_fault)),
+            scope.spawn(|| run.inject_faults(|seed, index| schedule::link_fault(options.redis, seed, index))),
             scope.spawn(|| run.inject_faults(schedule::process_fault)),
         ];
         for client in 0..WRITERS {
@@ -139,7 +144,7 @@ impl Run<'_> {
                 }
                 check_at = self.now() + CHECK_INTERVAL.max(10 * started.elapsed());
             }
-            let last_fault = lock(&self.faults).last().map_or("", |fault| fault.name()).to_owned();
+            let last_fault = lock(&self.faults).last().map_or("", |(_, fault)| fault.name()).to_owned();
             let operations = lock(&self.history).operations.len();
             if !go_on(&Progress { elapsed: self.now(), operations, last_fault }) {
                 break;
@@ -180,9 +185,14 @@ impl Run<'_> {
                 Outcome::Wrong(_) => {}
             }
         }
-        for fault in &*lock(&self.faults) {
+        const LAST: usize = 8;
+        let faults = lock(&self.faults);
+        for (_, fault) in &*faults {
             *report.faults.entry(fault.name()).or_default() += 1;
         }
+        let last = &faults[faults.len().saturating_sub(LAST)..];
+        report.last_faults =
+            last.iter().map(|(began, fault)| format!("  {:.4} s  {fault:?}", began.as_secs_f64())).collect();
     }
 
     pub(super) fn users(&self, conversation: usize, side: usize) -> [&User; 2] {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
+use super::redis::RedisMode;
 use crate::proxy::Link;
 
 /// Each conversation's two users.
@@ -120,15 +121,10 @@ pub(super) enum Server {
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Fault {
-    RedisFlush,
-    RedisPause(Duration),
-    RedisDropsClients,
-    RedisKill {
-        down: Duration,
-    },
-    /// Restarts with the data that it had this long before.
-    RedisRollback {
-        age: Duration,
+    /// The shard counts modulo the number of shards.
+    Redis {
+        fault: RedisFault,
+        shard: usize,
     },
     Link {
         server: Server,
@@ -136,7 +132,30 @@ pub(super) enum Fault {
         link: Link,
         time: Duration,
     },
+    /// This replica uses another Redis than the other replica.
+    Split {
+        replica: usize,
+        time: Duration,
+    },
+    /// This replica does not learn from Postgres what the other one does, which loses Redis after `lead`.
+    Apart {
+        uninformed: usize,
+        link: Link,
+        lead: Duration,
+        time: Duration,
+    },
+    /// This replica loses Redis, and is frozen once it has acted on that.
+    Frozen {
+        replica: usize,
+        lead: Duration,
+        time: Duration,
+    },
     PostgresPause(Duration),
+    /// Its clock is set ahead by this much, or back, and later set right.
+    PostgresClock {
+        seconds: i64,
+        time: Duration,
+    },
     PostgresRestart,
     PostgresKill {
         down: Duration,
@@ -154,14 +173,51 @@ pub(super) enum Fault {
     },
 }
 
+/// What happens to one master of Redis.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum RedisFault {
+    Flush,
+    Pause(Duration),
+    DropClients,
+    /// Its replicas miss what it wrote during the last `lag`. One of them takes over unless the master is back before.
+    Kill {
+        lag: Duration,
+        down: Duration,
+    },
+    /// Restarts at once with the data that it had this long before.
+    Rollback {
+        age: Duration,
+    },
+    /// Its clock is set ahead by this much, or back, and later set right.
+    Clock {
+        seconds: i64,
+        time: Duration,
+    },
+    /// A failover is asked for although the master is alive; its replicas miss what it wrote during the last `lag`.
+    HandOver {
+        lag: Duration,
+    },
+    /// Two failovers, the second one back to the first master.
+    ThereAndBack {
+        stay: Duration,
+    },
+}
+
 impl Fault {
+    pub(super) fn sets_a_clock(self) -> bool {
+        matches!(self, Self::PostgresClock { .. } | Self::Redis { fault: RedisFault::Clock { .. }, .. })
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
-            Self::RedisFlush => "Redis flushed",
-            Self::RedisPause(_) => "Redis paused",
-            Self::RedisDropsClients => "Redis drops its clients",
-            Self::RedisKill { .. } => "Redis killed",
-            Self::RedisRollback { .. } => "Redis rolled back",
+            Self::Redis { fault: RedisFault::Flush, .. } => "Redis flushed",
+            Self::Redis { fault: RedisFault::Pause(_), .. } => "Redis paused",
+            Self::Redis { fault: RedisFault::DropClients, .. } => "Redis drops its clients",
+            Self::Redis { fault: RedisFault::Kill { .. }, .. } => "Redis killed",
+            Self::Redis { fault: RedisFault::Rollback { .. }, .. } => "Redis rolled back",
+            Self::Redis { fault: RedisFault::Clock { .. }, .. } => "clock of Redis set",
+            Self::Redis { fault: RedisFault::HandOver { .. }, .. } => "Redis failed over",
+            Self::Redis { fault: RedisFault::ThereAndBack { .. }, .. } => "Redis failed over and back",
             Self::Link { server: Server::Redis, link, .. } => match link {
                 Link::Cut | Link::Lost => "link to Redis cut",
                 Link::Stalled => "link to Redis stalled",
@@ -174,7 +230,11 @@ impl Fault {
                 Link::Muted => "responses of Postgres withheld",
                 Link::Slow(_) | Link::Open => "link to Postgres slow",
             },
+            Self::Split { .. } => "replicas use different Redis",
+            Self::Apart { .. } => "one replica without Postgres, one without Redis",
+            Self::Frozen { .. } => "replica without Redis frozen",
             Self::PostgresPause(_) => "Postgres paused",
+            Self::PostgresClock { .. } => "clock of Postgres set",
             Self::PostgresRestart => "Postgres restarted",
             Self::PostgresKill { .. } => "Postgres killed",
             Self::ReplicaKill { .. } => "replica killed",
@@ -186,26 +246,47 @@ impl Fault {
 
 /// Faults of the links and of Redis, and the pause before each.
 ///
-/// A replica that loses Redis suspends the windows for ten seconds, and errors of a window show only while windows are
-/// used. So most faults are soft: shorter than the time after which Redis counts as unavailable. A hard one follows once
-/// the windows are used again, and sometimes two in a row.
-pub(super) fn link_fault(seed: u64, index: u64) -> (Duration, Fault) {
-    const CYCLE: u64 = 16;
-    let offset = choices(seed, LINKS, u64::MAX).u64(..CYCLE);
+/// A replica that loses Redis suspends the windows for seconds, and errors of a window show only while windows are used.
+/// So most faults are soft: shorter than the time after which Redis counts as unavailable. A hard one follows once the
+/// windows are used again, and sometimes two in a row.
+pub(super) fn link_fault(redis: RedisMode, seed: u64, index: u64) -> (Duration, Fault) {
+    let cycle = match redis {
+        RedisMode::Single => 16,
+        // A hard fault takes the seconds until the nodes have their roles again, most of them without effect on clients.
+        RedisMode::Sentinel => 8,
+        RedisMode::Cluster => 12,
+    };
+    let offset = choices(seed, LINKS, u64::MAX).u64(..cycle);
     let mut rng = choices(seed, LINKS, index);
-    let hard = match (index + offset) % CYCLE {
+    let hard = match (index + offset) % cycle {
         0 => true,
         1 => rng.u8(..3) == 0,
         _ => false,
     };
-    (ms(&mut rng, 50..500), if hard { hard_fault(&mut rng) } else { soft_fault(&mut rng) })
+    let pause = ms(&mut rng, 50..500);
+    let fault = match (redis, hard) {
+        (RedisMode::Single, false) => soft_fault(&mut rng),
+        (RedisMode::Single, true) => hard_fault(&mut rng),
+        (_, false) => soft_fault_of_many(&mut rng),
+        (_, true) => hard_fault_of_many(redis, &mut rng),
+    };
+    (pause, fault)
+}
+
+/// A fault of Redis, in any shard.
+fn redis_fault(fault: RedisFault, rng: &mut Rng) -> Fault {
+    Fault::Redis { fault, shard: rng.usize(..60) }
 }
 
 fn soft_fault(rng: &mut Rng) -> Fault {
     let replica = rng.usize(..REPLICAS);
-    let (server, link, time) = match rng.u8(..17) {
-        0..=2 => return Fault::RedisFlush,
-        3 => return Fault::RedisPause(ms(rng, 50..400)),
+    let (server, link, time) = match rng.u8(..18) {
+        17 => {
+            let (seconds, time) = (clock(rng), ms(rng, 500..3000));
+            return redis_fault(RedisFault::Clock { seconds, time }, rng);
+        }
+        0..=2 => return redis_fault(RedisFault::Flush, rng),
+        3 => return redis_fault(RedisFault::Pause(ms(rng, 50..400)), rng),
         4..=10 => (Server::Redis, Link::Slow(ms(rng, 5..200)), ms(rng, 500..2000)),
         11 => (Server::Redis, Link::Stalled, ms(rng, 50..400)),
         12 => (Server::Redis, Link::Muted, ms(rng, 50..400)),
@@ -218,18 +299,69 @@ fn soft_fault(rng: &mut Rng) -> Fault {
 
 fn hard_fault(rng: &mut Rng) -> Fault {
     let replica = rng.usize(..REPLICAS);
-    let (server, link, time) = match rng.u8(..16) {
-        0 => return Fault::RedisPause(ms(rng, 400..3000)),
-        1 => return Fault::RedisKill { down: ms(rng, 0..1500) },
-        2..=3 => return Fault::RedisRollback { age: ms(rng, 0..1200) },
-        4 => return Fault::RedisDropsClients,
-        5..=9 => (Server::Redis, Link::Cut, ms(rng, 50..2000)),
-        10..=11 => (Server::Redis, Link::Stalled, ms(rng, 400..2500)),
-        12..=13 => (Server::Redis, Link::Muted, ms(rng, 400..2500)),
-        14 => (Server::Postgres, Link::Cut, ms(rng, 50..2000)),
+    let (server, link, time) = match rng.u8(..24) {
+        0 => return redis_fault(RedisFault::Pause(ms(rng, 400..3000)), rng),
+        1 => return redis_fault(RedisFault::Kill { lag: Duration::ZERO, down: ms(rng, 0..1500) }, rng),
+        2..=4 => return redis_fault(RedisFault::Rollback { age: ms(rng, 0..1200) }, rng),
+        5 => return redis_fault(RedisFault::DropClients, rng),
+        6..=8 => return Fault::Split { replica, time: ms(rng, 500..5000) },
+        9..=11 => {
+            let link = if rng.bool() { Link::Stalled } else { Link::Muted };
+            let (lead, time) = (ms(rng, 0..500), ms(rng, 500..4000));
+            return Fault::Apart { uninformed: replica, link, lead, time };
+        }
+        12..=13 => return Fault::Frozen { replica, lead: ms(rng, 0..1500), time: ms(rng, 2000..6000) },
+        14..=17 => (Server::Redis, Link::Cut, ms(rng, 50..2000)),
+        18..=19 => (Server::Redis, Link::Stalled, ms(rng, 400..2500)),
+        20..=21 => (Server::Redis, Link::Muted, ms(rng, 400..2500)),
+        22 => (Server::Postgres, Link::Cut, ms(rng, 50..2000)),
         _ => (Server::Postgres, Link::Muted, ms(rng, 500..2000)),
     };
     Fault::Link { server, replica, link, time }
+}
+
+/// Several nodes tell their addresses to the clients, so there are no proxies in front of them.
+fn soft_fault_of_many(rng: &mut Rng) -> Fault {
+    let replica = rng.usize(..REPLICAS);
+    let (link, time) = match rng.u8(..12) {
+        0..=2 => return redis_fault(RedisFault::Flush, rng),
+        3..=5 => return redis_fault(RedisFault::Pause(ms(rng, 50..400)), rng),
+        6..=9 => (Link::Slow(ms(rng, 5..150)), ms(rng, 300..1500)),
+        10 => (Link::Stalled, ms(rng, 100..1000)),
+        _ => (Link::Muted, ms(rng, 100..1000)),
+    };
+    Fault::Link { server: Server::Postgres, replica, link, time }
+}
+
+fn hard_fault_of_many(redis: RedisMode, rng: &mut Rng) -> Fault {
+    let fault = match rng.u8(..16) {
+        // Shorter than the time after which a replica takes over, and longer.
+        0 => RedisFault::Pause(ms(rng, 400..900)),
+        1..=2 => RedisFault::Pause(ms(rng, 1500..5000)),
+        3 => RedisFault::Kill { lag: lag(rng), down: ms(rng, 0..800) },
+        4..=8 => RedisFault::Kill { lag: lag(rng), down: ms(rng, 2500..5000) },
+        9..=10 => RedisFault::Rollback { age: ms(rng, 0..1200) },
+        11 => RedisFault::DropClients,
+        12..=13 => RedisFault::ThereAndBack { stay: ms(rng, 100..3000) },
+        // A cluster's node hands over only what it has handed on.
+        _ if redis == RedisMode::Cluster => RedisFault::HandOver { lag: Duration::ZERO },
+        _ => RedisFault::HandOver { lag: lag(rng) },
+    };
+    redis_fault(fault, rng)
+}
+
+/// How far a clock is set ahead or back, in seconds.
+fn clock(rng: &mut Rng) -> i64 {
+    let seconds = match rng.u8(..3) {
+        0 => rng.i64(1..5),
+        1 => rng.i64(5..120),
+        _ => 3600,
+    };
+    if rng.bool() { seconds } else { -seconds }
+}
+
+fn lag(rng: &mut Rng) -> Duration {
+    if rng.u8(..4) == 0 { Duration::ZERO } else { ms(rng, 100..1000) }
 }
 
 /// Faults of Postgres and of the replicas, and the pause before each.
@@ -237,12 +369,18 @@ pub(super) fn process_fault(seed: u64, index: u64) -> (Duration, Fault) {
     let mut rng = choices(seed, PROCESSES, index);
     let pause = ms(&mut rng, 1000..6000);
     let replica = rng.usize(..REPLICAS);
-    let fault = match rng.u8(..12) {
+    let fault = match rng.u8(..15) {
+        13..=14 => {
+            let (seconds, time) = (clock(&mut rng), ms(&mut rng, 500..6000));
+            Fault::PostgresClock { seconds, time }
+        }
         0..=3 => Fault::ReplicaKill { replica, down: ms(&mut rng, 0..1500) },
         4..=6 => Fault::ReplicaPause { replica, time: ms(&mut rng, 200..3000) },
-        7 => Fault::ReplicaStop { replica },
-        8 => Fault::PostgresRestart,
-        9 => Fault::PostgresKill { down: ms(&mut rng, 0..1000) },
+        // Longer than a suspension of the windows.
+        7 => Fault::ReplicaPause { replica, time: ms(&mut rng, 3000..6000) },
+        8 => Fault::ReplicaStop { replica },
+        9 => Fault::PostgresRestart,
+        10 => Fault::PostgresKill { down: ms(&mut rng, 0..1000) },
         _ => Fault::PostgresPause(ms(&mut rng, 100..2000)),
     };
     (pause, fault)

@@ -1,21 +1,20 @@
 //! The system under test: a durable Postgres, a Redis, two replicas of the service, and a proxy between each replica and
-//! each server.
+//! each server. Only a Redis of several nodes has no proxies, because its nodes tell clients their addresses.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use tokio::runtime::Runtime;
 
+use super::redis::{Deployment, RedisMode};
 use super::schedule::{REPLICAS, Server, USERS};
 use crate::User;
 use crate::http::Client;
 use crate::proxy::{Link, Proxy};
-use crate::servers;
-use crate::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, Scratch};
+use crate::servers::{self, programs};
+use crate::{Postgres, PostgresOptions, Redis, Replica, Scratch};
 
 const DATABASE: &str = "history";
 
@@ -25,7 +24,7 @@ pub(super) struct System {
     pub(super) replicas: Vec<Replica>,
     /// One pair per replica.
     proxies: Vec<Proxies>,
-    pub(super) redis: Mutex<Redis>,
+    pub(super) redis: Mutex<Deployment>,
     /// `None` once it is dropped, which comes before its directory is removed.
     pub(super) postgres: Mutex<Option<Postgres>>,
     scratch: Scratch,
@@ -37,7 +36,12 @@ pub(super) struct System {
 #[derive(Debug)]
 struct Proxies {
     to_postgres: Proxy,
-    to_redis: Proxy,
+    to_redis: Option<Proxy>,
+}
+
+/// Whether the clocks of servers can be set.
+pub(super) fn has_clocks() -> bool {
+    programs::libfaketime().is_some()
 }
 
 /// Locks the mutex, even when a thread panicked while it held it.
@@ -46,24 +50,31 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl System {
-    pub(super) fn start(binary: &Path, environment: &[(String, String)]) -> Result<Self> {
+    pub(super) fn start(mode: RedisMode, binary: &Path, environment: &[(String, String)]) -> Result<Self> {
         let scratch = Scratch::new("history")?;
-        let options = PostgresOptions::durable().max_connections(60);
+        let options = PostgresOptions::durable().max_connections(60).own_clock(has_clocks());
         let postgres = Postgres::start(&scratch.path().join("postgres"), options)?;
         postgres.create_database(DATABASE)?;
-        let redis = Redis::start(&scratch.path().join("redis"), RedisOptions::default())?;
+        let redis = Deployment::start(mode, &scratch.path().join("redis"))?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let (mut replicas, mut proxies) = (Vec::new(), Vec::new());
         for number in 0..REPLICAS {
             let to_postgres = Proxy::start(runtime.handle(), postgres.port())?;
-            let to_redis = Proxy::start(runtime.handle(), redis.port())?;
+            let to_redis = (mode == RedisMode::Single)
+                .then(|| Proxy::start(runtime.handle(), redis.port()))
+                .transpose()?;
+            let redis_url = match &to_redis {
+                Some(proxy) => format!("redis://127.0.0.1:{}/0", proxy.port()),
+                None => redis.urls(),
+            };
             let log = scratch.path().join(format!("replica-{number}.log"));
             let database = postgres
                 .url(DATABASE)
                 .replace(&format!(":{}/", postgres.port()), &format!(":{}/", to_postgres.port()));
             let own = [
                 ("DATABASE_URL", database),
-                ("REDIS_URL", format!("redis://127.0.0.1:{}/0", to_redis.port())),
+                ("REDIS_MODE", mode.name().to_owned()),
+                ("REDIS_URL", redis_url),
                 ("DB_POOL_MAX", "10".to_owned()),
                 ("RUST_LOG", "warn".to_owned()),
             ]
@@ -93,19 +104,26 @@ impl System {
         self.replicas.iter().try_for_each(Replica::await_ready)
     }
 
-    pub(super) fn proxy(&self, server: Server, replica: usize) -> &Proxy {
+    pub(super) fn set_link(&self, server: Server, replica: usize, link: Link) {
         let proxies = &self.proxies[replica];
         match server {
-            Server::Postgres => &proxies.to_postgres,
-            Server::Redis => &proxies.to_redis,
+            Server::Postgres => proxies.to_postgres.set(link),
+            Server::Redis => proxies.to_redis.iter().for_each(|proxy| proxy.set(link)),
         }
+    }
+
+    /// Connects this replica to the other Redis, or back.
+    pub(super) fn split(&self, replica: usize, apart: bool) {
+        let redis = lock(&self.redis);
+        let port = redis.other.as_ref().filter(|_| apart).map_or(redis.port(), Redis::port);
+        self.proxies[replica].to_redis.iter().for_each(|proxy| proxy.lead_to(port));
     }
 
     /// Lets every proxy pass everything again.
     pub(super) fn open_links(&self) {
-        for proxies in &self.proxies {
-            proxies.to_postgres.set(Link::Open);
-            proxies.to_redis.set(Link::Open);
+        for replica in 0..self.proxies.len() {
+            self.set_link(Server::Postgres, replica, Link::Open);
+            self.set_link(Server::Redis, replica, Link::Open);
         }
     }
 
@@ -124,18 +142,6 @@ impl System {
                 low.id, high.id
             ),
         )
-    }
-
-    /// Sends Redis a command, not through a proxy. The command must answer with a status.
-    pub(super) fn redis_command(&self, command: &str) -> Result<()> {
-        let port = lock(&self.redis).port();
-        let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        stream.write_all(format!("{command}\r\n").as_bytes())?;
-        let mut answer = [0; 1];
-        stream.read_exact(&mut answer)?;
-        ensure!(answer != *b"-", "Redis refused {command}");
-        Ok(())
     }
 }
 

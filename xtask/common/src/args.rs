@@ -38,11 +38,16 @@ impl Bench {
 #[command(after_help = "Examples:
   cargo xtask soak                     ten minutes of faults, each answer checked
   cargo xtask soak --minutes 60        an hour
-  cargo xtask soak --seed 42           the choices of an earlier run")]
+  cargo xtask soak --redis cluster     the same with a Redis cluster, whose nodes fail over
+  cargo xtask soak --seed 42           the choices of an earlier run
+  cargo xtask soak --self-check --only skip-wait    one broken build")]
 pub struct Soak {
     /// For how long faults are injected
     #[arg(long, default_value_t = 10.0, value_name = "N", value_parser = minutes)]
     pub minutes: f64,
+    /// Which deployment of Redis
+    #[arg(long, default_value = "single")]
+    pub redis: RedisMode,
     /// The same choices as in an earlier run; how they interleave differs
     #[arg(long, value_name = "S")]
     pub seed: Option<u64>,
@@ -50,11 +55,21 @@ pub struct Soak {
     #[arg(long, value_name = "PATH")]
     pub binary: Option<PathBuf>,
     /// Check the history checker: it has to find the fault of each broken build
-    #[arg(long, conflicts_with_all = ["minutes", "binary", "memory"])]
+    #[arg(long, conflicts_with_all = ["minutes", "binary", "memory", "redis"])]
     pub self_check: bool,
+    /// With --self-check: only the builds that are broken in this way
+    #[arg(long, value_name = "NAME", requires = "self_check")]
+    pub only: Option<String>,
     /// Instead: check that more load than the queues hold, on a slow Postgres, ends in 503s
-    #[arg(long)]
+    #[arg(long, conflicts_with = "redis")]
     pub memory: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RedisMode {
+    Single,
+    Sentinel,
+    Cluster,
 }
 
 fn minutes(text: &str) -> Result<f64, String> {

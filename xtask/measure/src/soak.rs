@@ -7,27 +7,30 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use common::args::Soak as Args;
+use common::args::{self, Soak as Args};
 use common::steps::{Progress, Tally, step};
 use common::{signals, workspace};
 use harness::{install, places};
-use tests::history_checker::{self, Options, Report, check};
+use tests::history_checker::{self, Options, RedisMode, Report, check};
 
-/// Every way to break the service that `service/src/failpoints.rs` knows. The first ones are found within seconds;
-/// the others only where a fault meets a window in use.
-const FAILPOINTS: [&str; 8] = [
-    "skip-invalidation",
-    "ack-before-commit",
-    "ignore-key",
-    "skip-settle",
-    "skip-replay",
-    "skip-wait",
-    "ignore-suspension",
-    "trust-expired-lease",
+/// Every way to break the service that `service/src/failpoints.rs` knows, and the deployments of Redis in which it has to
+/// be found. The first ones are found within seconds; the others only where a fault meets a window in use.
+const FAILPOINTS: [(&str, &[RedisMode]); 12] = [
+    ("skip-invalidation", &[RedisMode::Single]),
+    ("ack-before-commit", &[RedisMode::Single]),
+    ("ignore-key", &[RedisMode::Single]),
+    ("skip-settle", &[RedisMode::Single]),
+    ("skip-replay", &[RedisMode::Single]),
+    ("skip-wait", &[RedisMode::Single]),
+    ("ignore-suspension", &[RedisMode::Single]),
+    ("ignore-token", &[RedisMode::Single]),
+    ("trust-expired-permission", &[RedisMode::Single]),
+    ("ignore-epoch", &[RedisMode::Single]),
+    ("ignore-redis-identity", &[RedisMode::Single, RedisMode::Sentinel, RedisMode::Cluster]),
+    ("keep-permission-over-reconnect", &[RedisMode::Single]),
 ];
 
-/// How long a broken build may look sound. All eight together are found in a third of it, as a rule; the least
-/// likely one alone has once taken a fifth.
+/// How long a broken build may look sound.
 const SELF_CHECK_LIMIT: Duration = Duration::from_secs(300);
 
 /// By how much the memory of a replica may still grow in the last third of a run.
@@ -35,10 +38,11 @@ const GROWTH_MAX: f64 = 0.1;
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     install::ensure_programs(|line| println!("{line}"))?;
+    install::offer_libfaketime(|line| println!("{line}"))?;
     let seed = args.seed.unwrap_or_else(history_checker::random_seed);
     if args.self_check {
         let mut tally = Tally::default();
-        self_check(&mut tally, seed);
+        self_check(&mut tally, seed, args.only.as_deref())?;
         return Ok(tally.close());
     }
     let binary = match &args.binary {
@@ -52,23 +56,41 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if args.memory {
         return memory(&binary, duration);
     }
-    println!("  seed {seed}");
-    let options = Options { seed, duration, binary, environment: Vec::new() };
+    let redis = match args.redis {
+        args::RedisMode::Single => RedisMode::Single,
+        args::RedisMode::Sentinel => RedisMode::Sentinel,
+        args::RedisMode::Cluster => RedisMode::Cluster,
+    };
+    println!("  seed {seed}, redis {}", redis.name());
+    let options = Options { redis, seed, duration, binary, environment: Vec::new() };
     let report = step("history", |progress| history_checker::run(&options, follow(progress, duration)))?;
-    print_report(seed, &report);
+    print_report(&options, &report);
+    // Errors of a window show only while windows are used.
+    let used = report.window_hits * 50 > report.reads;
+    ensure!(used || !report.violations.is_empty(), "too few pages came from a window: this run shows little");
     Ok(ExitCode::from(u8::from(!report.violations.is_empty())))
 }
 
 /// Each build that is broken on purpose has to be found out.
-pub(crate) fn self_check(tally: &mut Tally, seed: u64) {
+fn self_check(tally: &mut Tally, seed: u64, only: Option<&str>) -> Result<()> {
+    let wanted = FAILPOINTS.iter().filter(|(name, _)| only.is_none_or(|only| only == *name));
+    let wanted: Vec<(&str, RedisMode)> =
+        wanted.flat_map(|(name, modes)| modes.iter().map(move |mode| (*name, *mode))).collect();
+    ensure!(
+        !wanted.is_empty(),
+        "no such failpoint; there are {}",
+        FAILPOINTS.map(|(name, _)| name).join(", ")
+    );
     println!("  seed {seed}");
     if tally.check("broken build", "", broken_build).is_none() {
-        return;
+        return Ok(());
     }
-    for failpoint in FAILPOINTS {
-        let fix = format!("cargo xtask soak --self-check --seed {seed}");
-        tally.check(failpoint, &fix, |progress| find(progress, failpoint, seed));
+    for (failpoint, redis) in wanted {
+        let fix = format!("cargo xtask soak --self-check --only {failpoint} --seed {seed}");
+        let name = format!("{failpoint}, redis {}", redis.name());
+        tally.check(&name, &fix, |progress| find(progress, failpoint, redis, seed));
     }
+    Ok(())
 }
 
 /// Builds the service with the ways to break it, as a file of its own.
@@ -90,9 +112,10 @@ fn broken_binary() -> Result<PathBuf> {
 }
 
 /// Fails unless the checker finds what is wrong with a build that was broken in this way.
-fn find(progress: &Progress, failpoint: &str, seed: u64) -> Result<()> {
+fn find(progress: &Progress, failpoint: &str, redis: RedisMode, seed: u64) -> Result<()> {
     let environment = vec![("CHAT_FAILPOINT".to_owned(), failpoint.to_owned())];
-    let options = Options { seed, duration: SELF_CHECK_LIMIT, binary: broken_binary()?, environment };
+    let (duration, binary) = (SELF_CHECK_LIMIT, broken_binary()?);
+    let options = Options { redis, seed, duration, binary, environment };
     let report = history_checker::run(&options, follow(progress, SELF_CHECK_LIMIT))?;
     signals::check()?;
     // A broken build may also answer 500, which needs no checker to be noticed.
@@ -143,8 +166,9 @@ fn by_ten_seconds(kib: &[u64], group: usize) -> String {
     most.map(|kib| (kib / 1024).to_string()).collect::<Vec<_>>().join(" ")
 }
 
-fn print_report(seed: u64, report: &Report) {
-    println!("\n  seed {seed}, {:.0} s", report.elapsed.as_secs_f64());
+fn print_report(options: &Options, report: &Report) {
+    let (redis, seed, seconds) = (options.redis.name(), options.seed, report.elapsed.as_secs_f64());
+    println!("\n  seed {seed}, redis {redis}, {seconds:.0} s");
     row("messages acknowledged", &report.acknowledged);
     row("  of these replayed", &report.replayed);
     row("pages read", &report.reads);
@@ -160,5 +184,5 @@ fn print_report(seed: u64, report: &Report) {
     table("faults", &report.faults);
     println!("  resident MiB by 10 s: {}", by_ten_seconds(&report.resident_kib, 1));
     row("violations", &report.violations.len());
-    print!("{}", history_checker::describe_violations(seed, report));
+    print!("{}", history_checker::describe_violations(options, report));
 }

@@ -10,6 +10,7 @@ pub mod programs;
 pub mod redis;
 pub mod sql;
 
+mod clock;
 mod home;
 
 use std::path::Path;

@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use super::daemon::{self, Daemon, dies_with_us};
 use super::home::{self, Home};
 use super::sql::{self, Login, Row};
-use super::{ports, programs};
+use super::{clock, ports, programs};
 
 /// A crash recovery of a busy data directory takes seconds; a wait of this length means that something is wrong.
 const READY_LIMIT: Duration = Duration::from_secs(60);
@@ -37,11 +37,19 @@ pub struct PostgresOptions {
     pub max_connections: u16,
     /// Additional settings, as for `postgres -c name=value`.
     pub settings: Vec<(String, String)>,
+    /// Its clock can be set; needs `libfaketime`.
+    pub own_clock: bool,
 }
 
 impl PostgresOptions {
     pub fn fast() -> Self {
-        Self { port: None, durability: Durability::Fast, max_connections: 300, settings: Vec::new() }
+        Self {
+            port: None,
+            durability: Durability::Fast,
+            max_connections: 300,
+            settings: Vec::new(),
+            own_clock: false,
+        }
     }
 
     pub fn durable() -> Self {
@@ -56,6 +64,11 @@ impl PostgresOptions {
     #[must_use]
     pub fn max_connections(self, max_connections: u16) -> Self {
         Self { max_connections, ..self }
+    }
+
+    #[must_use]
+    pub fn own_clock(self, own_clock: bool) -> Self {
+        Self { own_clock, ..self }
     }
 
     #[must_use]
@@ -201,6 +214,11 @@ impl Postgres {
         }
     }
 
+    /// Sets its clock ahead of the machine's by this many seconds, or behind it, if it has an own one.
+    pub fn set_clock(&self, seconds: i64) -> Result<()> {
+        clock::set(&self.home, seconds)
+    }
+
     fn data(&self) -> PathBuf {
         self.home.path().join("data")
     }
@@ -230,6 +248,9 @@ impl Postgres {
             command.arg("-c").arg(format!("{name}={value}"));
         }
         self.home.inhabit(&mut command);
+        if self.options.own_clock {
+            clock::equip(&mut command, &self.home)?;
+        }
         let log = self.log();
         // The log of one start: an error must not quote an earlier one.
         let _ = fs::remove_file(&log);

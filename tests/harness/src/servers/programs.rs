@@ -90,6 +90,14 @@ pub fn pgbouncer_version(program: &Path) -> Option<(u32, u32)> {
     Some((leading_number(numbers.next()?)?, leading_number(numbers.next()?)?))
 }
 
+/// The library that sets the clock of a single process.
+pub fn libfaketime() -> Option<PathBuf> {
+    // Debian names a directory after the architecture.
+    let below = std::fs::read_dir("/usr/lib").into_iter().flatten().flatten().map(|entry| entry.path());
+    let dirs = ["/usr/lib64", "/usr/lib", "/usr/local/lib"].into_iter().map(PathBuf::from).chain(below);
+    dirs.map(|dir| dir.join("faketime/libfaketime.so.1")).find(|file| file.is_file())
+}
+
 fn find_any(names: &[&str]) -> Option<PathBuf> {
     // sbin and Homebrew are often missing from PATH.
     let places =

@@ -12,7 +12,7 @@ use rustix::process::Signal;
 
 use super::daemon::{self, Daemon, dies_with_us};
 use super::home::{self, Home};
-use super::{ports, programs};
+use super::{clock, ports, programs};
 
 const READY_LIMIT: Duration = Duration::from_secs(30);
 const CLI_LIMIT: Duration = Duration::from_secs(30);
@@ -26,6 +26,8 @@ pub struct RedisOptions {
     pub config: Vec<String>,
     /// Run as a sentinel: the lines above name the master that it watches.
     pub sentinel: bool,
+    /// Its clock can be set; needs `libfaketime`.
+    pub own_clock: bool,
 }
 
 impl RedisOptions {
@@ -126,6 +128,11 @@ impl Redis {
         }
     }
 
+    /// Sets its clock ahead of the machine's by this many seconds, or behind it, if it has an own one.
+    pub fn set_clock(&self, seconds: i64) -> Result<()> {
+        clock::set(&self.home, seconds)
+    }
+
     /// A file instead of arguments: a sentinel rewrites its own, and a restart must find what it wrote.
     fn configuration(&self) -> String {
         let home = self.home.path().display();
@@ -144,6 +151,9 @@ impl Redis {
             command.arg("--sentinel");
         }
         self.home.inhabit(&mut command);
+        if self.options.own_clock {
+            clock::equip(&mut command, &self.home)?;
+        }
         let log = self.log();
         let _ = fs::remove_file(&log);
         let mut daemon = Daemon::start(command, &log)?;
