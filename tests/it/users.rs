@@ -265,3 +265,21 @@ async fn a_body_may_be_any_json_with_a_charset_and_spaces() {
         request.header("content-type", "Application/JSON; charset=utf-8").response().await.json(201);
     assert_eq!(user["username"], "ana");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_request_leaves_its_answer_to_no_other() {
+    let app = TestApp::with(&[("DB_POOL_MAX", "4")]).await;
+    let (ana, ben) = app.pair().await;
+    for _ in 0..3 {
+        let lock = app.database.lock("users IN ACCESS EXCLUSIVE MODE").await;
+        let cancelled = (0..6).map(|_| {
+            tokio::time::timeout(std::time::Duration::from_millis(200), app.get("/me").by(&ana).response())
+        });
+        assert!(together(cancelled).await.iter().all(Result::is_err), "a request passed the lock");
+        lock.release().await;
+        let answers = (0..20).map(|_| app.get("/me").by(&ben).response());
+        for answer in together(answers).await {
+            assert_eq!(answer.json(200)["id"], ben.id);
+        }
+    }
+}
