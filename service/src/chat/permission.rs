@@ -1,19 +1,18 @@
 //! The permission to use the recent windows: which of them a replica may use just now, learnt from Postgres.
 //!
-//! One row in Postgres says which Redis has the windows, under which *epoch*, and until when they are *suspended*. Every
-//! replica asks its Redis who it is and then reads that row, again and again. Windows of the epoch are *usable* for a
-//! replica whose Redis is that one while its last answer is younger than [`PERMISSION`], counted from the question. Whoever
-//! must put the windows out of use raises the epoch: a replica that has lost Redis, or that is connected to another one. It
-//! suspends them at the same time, so that it need not raise the epoch for each message.
+//! One row in Postgres says which Redis has the windows, under which *epoch*, and whether that has *settled*. Every replica
+//! asks its Redis who it is and then reads that row, again and again. Windows of a settled epoch are *usable* for a replica
+//! whose Redis is that one while its last answer is younger than [`PERMISSION`], counted from the question.
 //!
-//! [`SETTLING`] is longer than any permission. So once a replica has known of an epoch, or of a suspension, for that long,
-//! no replica uses windows of an epoch before. Until then it is *unsettled*, and what depends on the windows waits. The
-//! first replica for which an epoch has settled says so in the row, and spares the others the wait.
+//! Whoever must put the windows out of use raises the epoch: a replica that has lost Redis, or that is connected to another
+//! one. The new epoch is *suspended* for a while, which is renewed, so that the epoch need not be raised for each message. A
+//! replica may rely on the suspension, and acknowledge what is in no window, once it has known of it for [`SETTLING`], which
+//! is longer than any permission: no replica uses windows of the epoch before. When the suspension is over, no replica
+//! relies on it [`PERMISSION`] later. So a replica that has seen that it is over for [`SETTLING`] settles the epoch, and
+//! from then on its windows are filled and used. A settled epoch is not suspended again; only the next one can be.
 //!
-//! All of this is measured with monotonic clocks. Postgres's wall clock only ends a suspension; if it is set, a suspension
-//! ends early, or lasts for [`SUSPENSION_MAX`] at most. That is harmless: every replica sees the end of a suspension
-//! no earlier than it happens, and uses windows only [`SETTLING`] later. By then each replica that relied on the suspension
-//! has noticed its end, or has asked no more for longer than [`PERMISSION`], and so relies on it no more.
+//! All of this is measured with monotonic clocks. Postgres's wall clock only says when a suspension is over. If it is set, that
+//! comes early, or [`SUSPENSION_MAX`] later at most, and the rest holds as before.
 //!
 //! The same question brings the users who were deleted. [`Permission::is_deleted`] knows of them before a permission
 //! that does not has expired.
@@ -43,7 +42,7 @@ const PERMISSION: Duration = Duration::from_millis(450);
 /// Between two questions: two in a row may fail or be late.
 const INTERVAL: Duration = Duration::from_millis(150);
 
-/// How long an epoch must be known before all permissions for earlier ones have expired. The margin of 5 % is for clocks
+/// How long a change must be known before all that relies on the state before it has expired. The margin of 5 % is for clocks
 /// that differ in speed: a hundred times the largest slew.
 const SETTLING: Duration = Duration::from_millis(475);
 
@@ -96,14 +95,14 @@ struct View {
     state: State,
     /// From when on the state has certainly held without a break.
     since: Instant,
-    /// True if another replica has found that the epoch has settled.
-    settled: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum State {
     Usable(Epoch),
     Suspended,
+    /// The epoch is no longer suspended, and not settled yet.
+    Settling(Epoch),
     /// Another Redis has the windows, or Postgres only reads.
     Neither,
 }
@@ -175,13 +174,12 @@ impl Permission {
         let Some(view) = &*view else { return Windows::Unsettled(None) };
         let is_current = view.asked.elapsed() < PERMISSION
             || (failpoints::is_on(Failpoint::TrustExpiredPermission) && view.state != State::Suspended);
-        let has_settled = view.settled || view.since.elapsed() >= SETTLING;
         match (&view.state, live) {
-            (State::Suspended, _) if is_current && has_settled => Windows::Suspended,
+            (State::Suspended, _) if is_current && view.since.elapsed() >= SETTLING => Windows::Suspended,
             (State::Usable(epoch), Some(live)) => {
                 let same = live.generation == view.generation
                     || failpoints::is_on(Failpoint::KeepPermissionOverReconnect);
-                match is_current && has_settled && same {
+                match is_current && same {
                     true => Windows::Usable(live, Arc::clone(epoch)),
                     false => Windows::Unsettled(Some((live, Arc::clone(epoch)))),
                 }
@@ -201,7 +199,7 @@ impl Permission {
                 Windows::Unsettled(_) => {}
                 windows => return Ok(windows),
             }
-            // An answer may have settled already but for the time.
+            // A suspension may be known for too short a time.
             let settles = changes.borrow_and_update().as_ref().map(|view| view.since + SETTLING);
             let settles = settles.filter(|at| *at > Instant::now()).unwrap_or(deadline);
             tokio::select! {
@@ -341,7 +339,7 @@ impl Permission {
                 self.database.run(Operation::ChangePermission, query.execute(connection)).await
             }
             Some(_) if answer.ours => {
-                if answer.settled || answer.suspended || !self.has_settled(&answer.epoch) {
+                if answer.settled || answer.suspended || !self.is_over(&answer.epoch) {
                     return Ok(false);
                 }
                 let query = sqlx::query!(
@@ -373,10 +371,10 @@ impl Permission {
         changed.map(|_| true)
     }
 
-    /// True if this replica has known of the epoch for long enough.
-    fn has_settled(&self, epoch: &str) -> bool {
+    /// True if this replica has seen for long enough that the epoch is no longer suspended.
+    fn is_over(&self, epoch: &str) -> bool {
         self.view.borrow().as_ref().is_some_and(|view| {
-            matches!(&view.state, State::Usable(known) if **known == *epoch)
+            matches!(&view.state, State::Settling(known) if **known == *epoch)
                 && view.since.elapsed() >= SETTLING
                 && view.asked.elapsed() < PERMISSION
         })
@@ -385,15 +383,16 @@ impl Permission {
     /// Makes the answer the view that all requests see.
     fn publish(&self, asked: Instant, generation: u64, has_redis: bool, answer: Answer) {
         let ours = answer.ours || (has_redis && failpoints::is_on(Failpoint::IgnoreRedisIdentity));
-        let suspended = answer.suspended && !failpoints::is_on(Failpoint::IgnoreSuspension);
+        let settled = answer.settled || failpoints::is_on(Failpoint::IgnoreSuspension);
         let state = match () {
             () if answer.read_only => State::Neither,
-            () if suspended => State::Suspended,
-            () if ours => State::Usable(match failpoints::is_on(Failpoint::IgnoreEpoch) {
+            () if settled && ours => State::Usable(match failpoints::is_on(Failpoint::IgnoreEpoch) {
                 true => "any".into(),
                 false => answer.epoch.into(),
             }),
-            () => State::Neither,
+            () if settled => State::Neither,
+            () if answer.suspended => State::Suspended,
+            () => State::Settling(answer.epoch.into()),
         };
         // What an answer says was true no later than when it came.
         let answered = Instant::now();
@@ -403,8 +402,7 @@ impl Permission {
                 Some(before) if before.state == state && asked - before.asked < PERMISSION => before.since,
                 _ => answered,
             };
-            let settled = answer.settled && state != State::Suspended;
-            *view = Some(View { asked, generation, state, since, settled });
+            *view = Some(View { asked, generation, state, since });
         });
     }
 

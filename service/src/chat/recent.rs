@@ -20,9 +20,9 @@
 //! fills the list if the reader holds the token, and else drops a list that ends before what was read, with any token.
 //!
 //! *An epoch has all of those before.* Say the epoch is raised at R. A permission for the old one was asked for before R, so
-//! it ends within `PERMISSION` of R. Whatever came into an old list was committed while such a permission held. A list of the
-//! new epoch is filled by a reader that holds one for the new epoch, at least `SETTLING` after R, which is later; and it asks
-//! Postgres after that. So it sees all that an old list can show, and all that was acknowledged because of an old list.
+//! it ends within `PERMISSION` of R. Whatever came into an old list was committed while such a permission held, and what was
+//! acknowledged because no list was in use was committed before the new epoch settled. A list of the new epoch is filled by a
+//! reader that asks Postgres after that, at least `SETTLING` after R. So it sees all of both.
 //!
 //! It suffices that a permission held at any moment after the read began, or after the commit. A replica that is frozen
 //! thereafter and goes on much later shows an old list: with all that was acknowledged before it was asked, and nothing that
