@@ -289,7 +289,7 @@ fn background_work_has_a_trace_with_its_calls() -> Result<()> {
     service.becomes("degraded")?;
     collector.receives(&[b"suspend windows"])?;
     // A call has a span only as a child of another span.
-    collector.receives(&[b"suspend_windows", b"postgresql"])?;
+    collector.receives(&[b"change_permission", b"postgresql"])?;
     Ok(())
 }
 
