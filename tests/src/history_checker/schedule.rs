@@ -251,7 +251,7 @@ impl Fault {
 /// windows are used again, and sometimes two in a row.
 pub(super) fn link_fault(redis: RedisMode, seed: u64, index: u64) -> (Duration, Fault) {
     let cycle = match redis {
-        RedisMode::Single => 16,
+        RedisMode::Single => 10,
         // A hard fault takes the seconds until the nodes have their roles again, most of them without effect on clients.
         RedisMode::Sentinel => 8,
         RedisMode::Cluster => 12,
@@ -304,7 +304,8 @@ fn hard_fault(rng: &mut Rng) -> Fault {
         1 => return redis_fault(RedisFault::Kill { lag: Duration::ZERO, down: ms(rng, 0..1500) }, rng),
         2..=4 => return redis_fault(RedisFault::Rollback { age: ms(rng, 0..1200) }, rng),
         5 => return redis_fault(RedisFault::DropClients, rng),
-        6..=8 => return Fault::Split { replica, time: ms(rng, 500..5000) },
+        // Windows are suspended for more than three seconds first.
+        6..=8 => return Fault::Split { replica, time: ms(rng, 1000..9000) },
         9..=11 => {
             let link = if rng.bool() { Link::Stalled } else { Link::Muted };
             let (lead, time) = (ms(rng, 0..500), ms(rng, 500..4000));
