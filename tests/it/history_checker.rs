@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use tests::history_checker::{
-    self, Action, History, Message, Operation, Options, Outcome, Page, RedisMode, check,
+    self, Action, History, Message, Operation, Options, Outcome, Page, Plan, RedisMode, check,
 };
 
 const SECONDS: u64 = 60;
@@ -20,7 +20,14 @@ fn no_fault_makes_the_service_lose_double_hide_or_reorder_a_message() -> Result<
     let duration = Duration::from_secs(number("HISTORY_SECONDS").unwrap_or(SECONDS));
     println!("seed {seed}");
     let binary = tests::service_binary()?;
-    let options = Options { redis: RedisMode::Single, seed, duration, binary, environment: Vec::new() };
+    let options = Options {
+        redis: RedisMode::Single,
+        plan: Plan::Mixed,
+        seed,
+        duration,
+        binary,
+        environment: Vec::new(),
+    };
     let report = history_checker::run(&options, |_| true)?;
     ensure!(report.violations.is_empty(), "{}", history_checker::describe_violations(&options, &report));
     // A run in which nothing happened would prove nothing.

@@ -284,7 +284,7 @@ impl Permission {
         }
         self.learn_of_deleted(&answer.deleted);
         asking.horizon.clone_from(&answer.horizon);
-        self.publish(asked, live.map_or(0, |live| live.generation), identity.is_some(), answer);
+        self.publish(asked, live.map_or(0, |live| live.generation), answer);
         Ok(())
     }
 
@@ -311,7 +311,9 @@ impl Permission {
             SUSPENSION_MAX.as_secs_f64(),
             horizon,
         );
-        self.database.run(Operation::ReadPermission, query.fetch_one(connection)).await
+        let mut answer = self.database.run(Operation::ReadPermission, query.fetch_one(connection)).await?;
+        answer.ours |= identity.is_some() && failpoints::is_on(Failpoint::IgnoreRedisIdentity);
+        Ok(answer)
     }
 
     /// Changes the row if this replica must; true if it did.
@@ -381,12 +383,11 @@ impl Permission {
     }
 
     /// Makes the answer the view that all requests see.
-    fn publish(&self, asked: Instant, generation: u64, has_redis: bool, answer: Answer) {
-        let ours = answer.ours || (has_redis && failpoints::is_on(Failpoint::IgnoreRedisIdentity));
+    fn publish(&self, asked: Instant, generation: u64, answer: Answer) {
         let settled = answer.settled || failpoints::is_on(Failpoint::IgnoreSuspension);
         let state = match () {
             () if answer.read_only => State::Neither,
-            () if settled && ours => State::Usable(match failpoints::is_on(Failpoint::IgnoreEpoch) {
+            () if settled && answer.ours => State::Usable(match failpoints::is_on(Failpoint::IgnoreEpoch) {
                 true => "any".into(),
                 false => answer.epoch.into(),
             }),

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 
 use super::run::Run;
-use super::schedule::{Fault, REPLICAS, Server};
+use super::schedule::{Fault, REPLICAS, RedisFault, Server};
 use super::system::{has_clocks, lock};
 use crate::proxy::Link;
 
@@ -69,6 +69,13 @@ impl Run<'_> {
                 system.replicas[replica].signal(Signal::CONT);
                 self.wait(lead);
                 system.set_link(Server::Redis, replica, Link::Open);
+            }
+            Fault::UnseenRollback { replica, delay, age } => {
+                system.set_link(Server::Postgres, replica, Link::Slow(delay));
+                let rollback = RedisFault::Rollback { age };
+                lock(&system.redis).apply(rollback, 0, |time| self.wait(time))?;
+                self.wait(Duration::from_millis(500));
+                system.set_link(Server::Postgres, replica, Link::Open);
             }
             Fault::PostgresPause(time) => {
                 if let Some(postgres) = &mut *lock(&system.postgres) {

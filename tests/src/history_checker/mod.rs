@@ -20,6 +20,7 @@ use std::time::Duration;
 pub use overload::{Overload, overload};
 pub use redis::RedisMode;
 pub use run::{Options, Progress, Report, run};
+pub use schedule::Plan;
 
 /// A message as it was shown. Equal when all of it is equal.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, anyhow};
 use super::check::{self, Violation};
 use super::clients::UserClient;
 use super::redis::RedisMode;
-use super::schedule::{self, CONVERSATIONS, Fault, READERS, REPLICAS, WRITERS};
+use super::schedule::{self, CONVERSATIONS, Fault, Plan, READERS, REPLICAS, WRITERS};
 use super::system::{System, lock, window_hits};
 use super::{History, Message, Outcome, Page};
 use crate::User;
@@ -26,6 +26,7 @@ const TICK: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug)]
 pub struct Options {
     pub redis: RedisMode,
+    pub plan: Plan,
     pub seed: u64,
     pub duration: Duration,
     pub binary: PathBuf,
@@ -88,10 +89,18 @@ pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Resul
     };
     let mut report = Report::default();
     thread::scope(|scope| -> Result<()> {
-        let faults = [
-            scope.spawn(|| run.inject_faults(|seed, index| schedule::link_fault(options.redis, seed, index))),
-            scope.spawn(|| run.inject_faults(schedule::process_fault)),
-        ];
+        let faults = match options.plan {
+            Plan::Mixed => vec![
+                scope.spawn(|| {
+                    run.inject_faults(|seed, index| schedule::link_fault(options.redis, seed, index))
+                }),
+                scope.spawn(|| run.inject_faults(schedule::process_fault)),
+            ],
+            plan => vec![scope.spawn({
+                let run = &run;
+                move || run.inject_faults(|seed, index| schedule::aimed_fault(plan, seed, index))
+            })],
+        };
         for client in 0..WRITERS {
             let run = &run;
             scope.spawn(move || run.write(client));

@@ -112,6 +112,24 @@ pub(super) fn read_step(seed: u64, client: u32, index: u64) -> ReadStep {
     }
 }
 
+/// Which faults a run injects.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Plan {
+    /// All kinds, as the seed chooses.
+    #[default]
+    Mixed,
+    /// A slow link to Redis, again and again.
+    SlowRedis,
+    /// A cut link to Redis, once the windows are used again after the cut before. So it is with those below.
+    Cuts,
+    /// One replica without Postgres while the other one is without Redis.
+    Apart,
+    /// Replicas that use different Redis for longer than the windows are suspended.
+    Splits,
+    /// A Redis that is back with older data before a replica has heard of it from Postgres.
+    UnseenRollbacks,
+}
+
 /// The server behind a proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Server {
@@ -149,6 +167,12 @@ pub(super) enum Fault {
         replica: usize,
         lead: Duration,
         time: Duration,
+    },
+    /// Redis restarts with the data that it had `age` before, while this replica is that far from Postgres.
+    UnseenRollback {
+        replica: usize,
+        delay: Duration,
+        age: Duration,
     },
     PostgresPause(Duration),
     /// Its clock is set ahead by this much, or back, and later set right.
@@ -233,6 +257,7 @@ impl Fault {
             Self::Split { .. } => "replicas use different Redis",
             Self::Apart { .. } => "one replica without Postgres, one without Redis",
             Self::Frozen { .. } => "replica without Redis frozen",
+            Self::UnseenRollback { .. } => "Redis rolled back, Postgres slow",
             Self::PostgresPause(_) => "Postgres paused",
             Self::PostgresClock { .. } => "clock of Postgres set",
             Self::PostgresRestart => "Postgres restarted",
@@ -273,6 +298,34 @@ pub(super) fn link_fault(redis: RedisMode, seed: u64, index: u64) -> (Duration, 
     (pause, fault)
 }
 
+/// The only faults of a plan that is not mixed, and the pause before each.
+pub(super) fn aimed_fault(plan: Plan, seed: u64, index: u64) -> (Duration, Fault) {
+    let mut rng = choices(seed, LINKS, index);
+    let replica = rng.usize(..REPLICAS);
+    let to_redis = |link, time| Fault::Link { server: Server::Redis, replica, link, time };
+    let fault = match plan {
+        Plan::Mixed | Plan::SlowRedis => {
+            let slow = Link::Slow(ms(&mut rng, 50..200));
+            return (ms(&mut rng, 50..500), to_redis(slow, ms(&mut rng, 500..2000)));
+        }
+        Plan::Cuts => to_redis(Link::Cut, ms(&mut rng, 500..1500)),
+        Plan::Apart => {
+            let (lead, time) = (ms(&mut rng, 0..200), ms(&mut rng, 2000..4000));
+            Fault::Apart { uninformed: replica, link: Link::Stalled, lead, time }
+        }
+        Plan::Splits => Fault::Split { replica, time: ms(&mut rng, 6000..9000) },
+        Plan::UnseenRollbacks => unseen_rollback(&mut rng),
+    };
+    // Windows are suspended for three seconds, and then have to settle.
+    let pause = ms(&mut rng, 4500..6000);
+    (pause, fault)
+}
+
+fn unseen_rollback(rng: &mut Rng) -> Fault {
+    let replica = rng.usize(..REPLICAS);
+    Fault::UnseenRollback { replica, delay: ms(rng, 50..120), age: ms(rng, 200..800) }
+}
+
 /// A fault of Redis, in any shard.
 fn redis_fault(fault: RedisFault, rng: &mut Rng) -> Fault {
     Fault::Redis { fault, shard: rng.usize(..60) }
@@ -299,7 +352,8 @@ fn soft_fault(rng: &mut Rng) -> Fault {
 
 fn hard_fault(rng: &mut Rng) -> Fault {
     let replica = rng.usize(..REPLICAS);
-    let (server, link, time) = match rng.u8(..24) {
+    let (server, link, time) = match rng.u8(..26) {
+        24..=25 => return unseen_rollback(rng),
         0 => return redis_fault(RedisFault::Pause(ms(rng, 400..3000)), rng),
         1 => return redis_fault(RedisFault::Kill { lag: Duration::ZERO, down: ms(rng, 0..1500) }, rng),
         2..=4 => return redis_fault(RedisFault::Rollback { age: ms(rng, 0..1200) }, rng),

@@ -11,23 +11,23 @@ use common::args::{self, Soak as Args};
 use common::steps::{Progress, Tally, step};
 use common::{signals, workspace};
 use harness::{install, places};
-use tests::history_checker::{self, Options, RedisMode, Report, check};
+use tests::history_checker::{self, Options, Plan, RedisMode, Report, check};
 
-/// Ways to break the service that `service/src/failpoints.rs` knows, and the deployments of Redis in which each has to be
-/// found. The first ones are found within seconds; the others only where a fault meets a window in use. Not listed are
-/// `ignore-redis-identity` and `keep-permission-over-reconnect`: the suspension that follows a lost connection hides them,
-/// unless Redis is back before the replica asks again.
-const FAILPOINTS: [(&str, &[RedisMode]); 10] = [
-    ("skip-invalidation", &[RedisMode::Single]),
-    ("ack-before-commit", &[RedisMode::Single]),
-    ("ignore-key", &[RedisMode::Single]),
-    ("skip-settle", &[RedisMode::Single]),
-    ("skip-replay", &[RedisMode::Single]),
-    ("skip-wait", &[RedisMode::Single]),
-    ("ignore-token", &[RedisMode::Single]),
-    ("ignore-suspension", &[RedisMode::Single]),
-    ("trust-expired-permission", &[RedisMode::Single]),
-    ("ignore-epoch", &[RedisMode::Single]),
+/// Ways to break the service that `service/src/failpoints.rs` knows, each with the faults that show it. All kinds of faults
+/// together show it, too, but some of them only after many minutes.
+const FAILPOINTS: [(&str, Plan); 12] = [
+    ("skip-invalidation", Plan::Mixed),
+    ("ack-before-commit", Plan::Mixed),
+    ("ignore-key", Plan::Mixed),
+    ("skip-settle", Plan::Mixed),
+    ("ignore-token", Plan::Mixed),
+    ("skip-replay", Plan::SlowRedis),
+    ("skip-wait", Plan::Cuts),
+    ("ignore-suspension", Plan::Cuts),
+    ("ignore-epoch", Plan::Cuts),
+    ("trust-expired-permission", Plan::Apart),
+    ("ignore-redis-identity", Plan::Splits),
+    ("keep-permission-over-reconnect", Plan::UnseenRollbacks),
 ];
 
 /// How long a broken build may look sound.
@@ -62,7 +62,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         args::RedisMode::Cluster => RedisMode::Cluster,
     };
     println!("  seed {seed}, redis {}", redis.name());
-    let options = Options { redis, seed, duration, binary, environment: Vec::new() };
+    let options = Options { redis, plan: Plan::Mixed, seed, duration, binary, environment: Vec::new() };
     let report = step("history", |progress| history_checker::run(&options, follow(progress, duration)))?;
     print_report(&options, &report);
     // Errors of a window show only while windows are used.
@@ -73,9 +73,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 
 /// Each build that is broken on purpose has to be found out.
 fn self_check(tally: &mut Tally, seed: u64, only: Option<&str>) -> Result<()> {
-    let wanted = FAILPOINTS.iter().filter(|(name, _)| only.is_none_or(|only| only == *name));
-    let wanted: Vec<(&str, RedisMode)> =
-        wanted.flat_map(|(name, modes)| modes.iter().map(move |mode| (*name, *mode))).collect();
+    let wanted: Vec<_> =
+        FAILPOINTS.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)).collect();
     ensure!(
         !wanted.is_empty(),
         "no such failpoint; there are {}",
@@ -85,10 +84,9 @@ fn self_check(tally: &mut Tally, seed: u64, only: Option<&str>) -> Result<()> {
     if tally.check("broken build", "", broken_build).is_none() {
         return Ok(());
     }
-    for (failpoint, redis) in wanted {
+    for (failpoint, plan) in wanted {
         let fix = format!("cargo xtask soak --self-check --only {failpoint} --seed {seed}");
-        let name = format!("{failpoint}, redis {}", redis.name());
-        tally.check(&name, &fix, |progress| find(progress, failpoint, redis, seed));
+        tally.check(failpoint, &fix, |progress| find(progress, failpoint, *plan, seed));
     }
     Ok(())
 }
@@ -112,10 +110,10 @@ fn broken_binary() -> Result<PathBuf> {
 }
 
 /// Fails unless the checker finds what is wrong with a build that was broken in this way.
-fn find(progress: &Progress, failpoint: &str, redis: RedisMode, seed: u64) -> Result<()> {
+fn find(progress: &Progress, failpoint: &str, plan: Plan, seed: u64) -> Result<()> {
     let environment = vec![("CHAT_FAILPOINT".to_owned(), failpoint.to_owned())];
     let (duration, binary) = (SELF_CHECK_LIMIT, broken_binary()?);
-    let options = Options { redis, seed, duration, binary, environment };
+    let options = Options { redis: RedisMode::Single, plan, seed, duration, binary, environment };
     let report = history_checker::run(&options, follow(progress, SELF_CHECK_LIMIT))?;
     signals::check()?;
     // A broken build may also answer 500, which needs no checker to be noticed.
