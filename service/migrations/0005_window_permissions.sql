@@ -1,6 +1,6 @@
 -- What every replica asks several times a second before it may use the recent windows: see
 -- service/src/chat/permission.rs. `redis` says which Redis has the windows, `epoch` changes whenever windows of before
--- may no longer be used, and `settled` is the last epoch whose windows may be used, with the start of Postgres.
+-- may no longer be used, and `settled` is the epoch that all replicas may rely on at once.
 ALTER TABLE window_suspension
     ADD COLUMN epoch   bigint NOT NULL DEFAULT 0,
     ADD COLUMN redis   text,

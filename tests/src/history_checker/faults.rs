@@ -10,6 +10,7 @@ use rustix::process::Signal;
 use super::run::Run;
 use super::schedule::{Fault, REPLICAS, RedisFault, Server};
 use super::system::{has_clocks, lock};
+use crate::Postgres;
 use crate::proxy::Link;
 
 impl Run<'_> {
@@ -77,26 +78,12 @@ impl Run<'_> {
                 self.wait(Duration::from_millis(500));
                 system.set_link(Server::Postgres, replica, Link::Open);
             }
-            Fault::PostgresPause(time) => {
+            Fault::PostgresPause(_)
+            | Fault::PostgresClock { .. }
+            | Fault::PostgresRestart
+            | Fault::PostgresKill { .. } => {
                 if let Some(postgres) = &mut *lock(&system.postgres) {
-                    postgres.pause();
-                    self.wait(time);
-                    postgres.resume();
-                }
-            }
-            Fault::PostgresClock { seconds, time } => {
-                if let Some(postgres) = &*lock(&system.postgres) {
-                    postgres.set_clock(seconds)?;
-                    self.wait(time);
-                    postgres.set_clock(0)?;
-                }
-            }
-            Fault::PostgresRestart => lock(&system.postgres).as_mut().map_or(Ok(()), |it| it.restart())?,
-            Fault::PostgresKill { down } => {
-                if let Some(postgres) = &mut *lock(&system.postgres) {
-                    postgres.kill()?;
-                    self.wait(down);
-                    postgres.restart()?;
+                    self.apply_to_postgres(postgres, fault)?;
                 }
             }
             Fault::ReplicaKill { replica, down } => {
@@ -116,6 +103,29 @@ impl Run<'_> {
         }
         for (number, replica) in system.replicas.iter().enumerate() {
             ensure!(!replica.has_died(), "replica {number} has ended:\n{}", replica.last_words());
+        }
+        Ok(())
+    }
+
+    fn apply_to_postgres(&self, postgres: &mut Postgres, fault: Fault) -> Result<()> {
+        match fault {
+            Fault::PostgresPause(time) => {
+                postgres.pause();
+                self.wait(time);
+                postgres.resume();
+            }
+            Fault::PostgresClock { seconds, time } => {
+                postgres.set_clock(seconds)?;
+                self.wait(time);
+                postgres.set_clock(0)?;
+            }
+            Fault::PostgresRestart => postgres.restart()?,
+            Fault::PostgresKill { down } => {
+                postgres.kill()?;
+                self.wait(down);
+                postgres.restart()?;
+            }
+            _ => {}
         }
         Ok(())
     }
