@@ -384,14 +384,16 @@ impl Permission {
 
     /// Makes the answer the view that all requests see.
     fn publish(&self, asked: Instant, generation: u64, answer: Answer) {
-        let settled = answer.settled || failpoints::is_on(Failpoint::IgnoreSuspension);
+        let is_usable = answer.settled || failpoints::is_on(Failpoint::IgnoreSuspension);
         let state = match () {
             () if answer.read_only => State::Neither,
-            () if settled && answer.ours => State::Usable(match failpoints::is_on(Failpoint::IgnoreEpoch) {
-                true => "any".into(),
-                false => answer.epoch.into(),
-            }),
-            () if settled => State::Neither,
+            () if is_usable && answer.ours => {
+                State::Usable(match failpoints::is_on(Failpoint::IgnoreEpoch) {
+                    true => "any".into(),
+                    false => answer.epoch.into(),
+                })
+            }
+            () if answer.settled => State::Neither,
             () if answer.suspended => State::Suspended,
             () => State::Settling(answer.epoch.into()),
         };

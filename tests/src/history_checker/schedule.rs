@@ -7,8 +7,10 @@ use fastrand::Rng;
 use super::redis::RedisMode;
 use crate::proxy::Link;
 
-/// Each conversation's two users.
-pub(super) const CONVERSATIONS: [[usize; 2]; 3] = [[0, 1], [0, 2], [3, 4]];
+/// Each conversation's two users. The last one is quiet: in the others somebody always waits until the windows settle, and
+/// drops one that is too old before anybody can read it.
+pub(super) const CONVERSATIONS: [[usize; 2]; 4] = [[0, 1], [0, 2], [3, 4], [1, 4]];
+const QUIET: usize = CONVERSATIONS.len() - 1;
 pub(super) const USERS: usize = 5;
 pub(super) const REPLICAS: usize = 2;
 
@@ -61,8 +63,9 @@ pub(super) fn write_step(seed: u64, client: u32, index: u64) -> WriteStep {
     let hasty = keyed && rng.u8(..10) < 4;
     let elsewhere = if rng.u8(..4) == 0 { replica } else { (replica + 1) % REPLICAS };
     let retries = std::iter::once(elsewhere).chain((0..7).map(|_| rng.usize(..REPLICAS))).collect();
+    let is_quiet = client as usize / 2 == QUIET;
     WriteStep {
-        pause: ms(&mut rng, 2..50),
+        pause: ms(&mut rng, if is_quiet { 1000..4000 } else { 2..50 }),
         replica,
         timeout: match rng.u8(..4) {
             _ if !hasty => REQUEST_TIMEOUT,
@@ -106,7 +109,7 @@ pub(super) fn read_step(seed: u64, client: u32, index: u64) -> ReadStep {
     };
     ReadStep {
         pause: ms(&mut rng, 0..20),
-        conversation: rng.usize(..CONVERSATIONS.len()),
+        conversation: if rng.u8(..100) == 0 { QUIET } else { rng.usize(..QUIET) },
         side: rng.usize(..2),
         reads: (0..rng.usize(1..4)).map(|_| (rng.usize(..REPLICAS), page(&mut rng))).collect(),
     }
