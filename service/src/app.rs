@@ -11,6 +11,7 @@ use crate::chat::history::History;
 use crate::chat::outbox::Outbox;
 use crate::chat::permission::Permission;
 use crate::chat::recent::Recent;
+use crate::chat::streams::{self, Streams};
 use crate::chat::sweep;
 use crate::config::Config;
 use crate::security::limits::{Limit, Limits};
@@ -21,6 +22,7 @@ use crate::store::migrations;
 use crate::store::operation::Operation;
 use crate::store::postgres::Database;
 use crate::store::redis::Redis;
+use crate::store::wake_ups::WakeUps;
 use crate::telemetry::metrics::{EndpointName, Gauges, Known, Metrics};
 use crate::workers::Workers;
 
@@ -38,6 +40,8 @@ pub struct App {
     pub outbox: Outbox,
     /// Reads every page of messages.
     pub history: History,
+    /// Follows new messages live.
+    pub(crate) streams: Arc<Streams>,
     /// Whether the recent windows may be used, and which users were deleted.
     pub(crate) permission: Arc<Permission>,
     /// The rate limits.
@@ -82,10 +86,22 @@ impl App {
         let health = Health::new();
         let permission = Permission::new(&config, Arc::clone(&redis), database.clone(), Arc::clone(&health));
         let recent = Recent::new(&config, Arc::clone(&redis), Arc::clone(&permission));
-        let (outbox, writers) = Outbox::start(&config, &database, &recent, &metrics, stop);
+        let wake_ups = WakeUps::new(Arc::clone(&redis));
+        let streams = Streams::new(
+            &config,
+            database.clone(),
+            Arc::clone(&permission),
+            Arc::clone(&wake_ups),
+            Arc::clone(&metrics),
+        );
+        let (outbox, writers) = Outbox::start(&config, &database, &recent, &streams, &metrics, stop);
 
         let mut supervisors = JoinSet::new();
         supervisors.spawn(Arc::clone(&redis).supervise());
+        supervisors.spawn(Arc::clone(&wake_ups).send());
+        supervisors.spawn(wake_ups.listen());
+        supervisors.spawn(Arc::clone(&streams).listen());
+        supervisors.spawn(Arc::clone(&streams).watch_readers());
         supervisors.spawn(check::windows(Arc::clone(&recent), Arc::clone(&permission), database.clone()));
 
         let app = Arc::new(Self {
@@ -99,6 +115,7 @@ impl App {
                 Arc::clone(&health),
                 Arc::clone(&metrics),
             ),
+            streams,
             permission,
             connect_options,
             database,
@@ -115,6 +132,7 @@ impl App {
     pub fn watch_postgres(&self, tasks: &mut Tasks) {
         tasks.supervisors.spawn(Arc::clone(&self.health).supervise(self.database.clone()));
         tasks.supervisors.spawn(Arc::clone(&self.permission).supervise());
+        tasks.supervisors.spawn(streams::follow(Arc::clone(&self.streams), self.database.clone()));
         tasks.supervisors.spawn(sweep::expired_idempotency_keys(self.database.clone()));
         let kept = Permission::deletions_kept(&self.config);
         tasks.supervisors.spawn(sweep::old_deletions(self.database.clone(), kept));
@@ -127,6 +145,8 @@ impl App {
             outbox_depth: self.outbox.depth(),
             outbox_capacity: self.outbox.capacity(),
             password_capacity: self.passwords.capacity(),
+            streams_open: self.streams.open_count(),
+            streams_max: self.streams.max(),
             pool_idle: pool.idle,
             pool_used: pool.open - pool.idle,
             pool_max: self.config.db_pool_max,

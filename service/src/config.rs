@@ -141,6 +141,18 @@ pub struct Config {
     /// How long a stopping process may take to finish what it has begun
     #[arg(long = "SHUTDOWN_GRACE_SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub shutdown_grace_seconds: u32,
+    /// Streams of one user that a process keeps open
+    #[arg(long = "STREAMS_PER_USER_MAX", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub streams_per_user_max: u32,
+    /// Streams that a process keeps open
+    #[arg(long = "STREAMS_MAX", default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub streams_max: u32,
+    /// How long a stream lives at most, so that replicas that came later get their share
+    #[arg(long = "STREAM_MAX_SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(10..=86_400))]
+    pub stream_max_seconds: u32,
+    /// Over how long a stopping process ends its streams
+    #[arg(long = "STREAM_DRAIN_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
+    pub stream_drain_seconds: u32,
     /// Migrate the schema when the service starts
     #[arg(long = "MIGRATE_ON_START", default_value = "true", action = clap::ArgAction::Set, value_parser = PossibleValuesParser::new(["true", "false"]).map(|s| s == "true"))]
     pub migrate_on_start: bool,
@@ -270,6 +282,10 @@ impl Config {
 
     pub fn shutdown_grace(&self) -> Duration {
         Duration::from_secs(self.shutdown_grace_seconds.into())
+    }
+
+    pub fn stream_drain(&self) -> Duration {
+        Duration::from_secs(self.stream_drain_seconds.into())
     }
 
     /// How to connect to Postgres, from `DATABASE_URL` or else `DB_*`. The error names the fault without the password.

@@ -31,6 +31,16 @@ pub enum Failpoint {
     IgnoreEpoch,
     /// Any Redis counts as the one that has the windows.
     IgnoreRedisIdentity,
+    /// The writer announces nothing to the streams.
+    SkipWakeUp,
+    /// It announces before it commits, and not after.
+    PublishBeforeCommit,
+    /// Streams depend on announcements: nothing looks for what was not announced.
+    IgnoreGapCheck,
+    /// A stream resumes a little behind its position.
+    ResumeTooEarly,
+    /// A stream resumes a little ahead of its position.
+    ResumeTooLate,
 }
 
 #[cfg(not(feature = "failpoints"))]

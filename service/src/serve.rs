@@ -38,6 +38,9 @@ const DRAIN_POLL: Duration = Duration::from_millis(10);
 /// How long the last responses may take to reach the socket, and connections to close.
 const LAST_BYTES: Duration = Duration::from_millis(250);
 
+/// How much longer than its streams a process may take to stop.
+const STREAMS_MARGIN: Duration = Duration::from_secs(1);
+
 /// How long a client may take for a request's head, or to begin with one.
 const HEAD_LIMIT: Duration = Duration::from_secs(30);
 
@@ -154,11 +157,14 @@ impl Running {
         }
     }
 
-    /// Shuts down gracefully within the grace. Requests that are unfinished by then were not acknowledged.
+    /// Shuts down gracefully within the grace, or the time that the streams have. Requests that are unfinished by then were not
+    /// acknowledged.
     pub async fn stop(mut self, lame_duck: bool) {
         let grace = self.app.config.shutdown_grace();
-        let deadline = Instant::now() + grace;
+        let streams = self.app.config.stream_drain();
+        let deadline = Instant::now() + grace.max(streams + STREAMS_MARGIN);
         self.app.health.drain();
+        self.app.streams.drain(streams);
         if lame_duck {
             tokio::time::sleep(LAME_DUCK.min(grace / 10)).await;
         }
@@ -166,11 +172,11 @@ impl Running {
             self.public_port.stop_graceful();
             // Not until all connections are closed: one that never sends a request would hold up the shutdown.
             loop {
-                while self.app.metrics.active_requests() > 0 {
+                while self.is_busy() {
                     tokio::time::sleep(DRAIN_POLL).await;
                 }
                 let closed = tokio::time::timeout(LAST_BYTES, self.public_port.closed()).await.is_ok();
-                if closed || self.app.metrics.active_requests() == 0 {
+                if closed || !self.is_busy() {
                     break;
                 }
             }
@@ -186,6 +192,11 @@ impl Running {
         }
         self.tasks.supervisors.shutdown().await;
         tokio::time::timeout(Duration::from_secs(1), self.app.database.close()).await.ok();
+    }
+
+    /// Whether a request is in flight, or a stream is open.
+    fn is_busy(&self) -> bool {
+        self.app.metrics.active_requests() > 0 || self.app.streams.open_count() > 0
     }
 
     /// Returns when something has failed from which this process cannot recover.

@@ -26,8 +26,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-pub use self::connection::Limits;
 use self::connection::Protocols;
+pub use self::connection::{ConnectionHandle, Limits};
 
 /// A read costs a worker some five times what it costs Redis, which has one thread: more workers would only wait for it.
 /// On a machine with more cores, run more replicas.

@@ -23,6 +23,7 @@ use uuid::Uuid;
 
 use super::message::{Message, Pair, RenderedMessage};
 use super::recent::Recent;
+use super::streams::Streams;
 use crate::config::Config;
 use crate::failpoints::{self, Failpoint};
 use crate::store::operation::Operation;
@@ -123,6 +124,7 @@ struct Writer {
     last_used: Instant,
     statement_timeout: Duration,
     recent: Arc<Recent>,
+    streams: Arc<Streams>,
     metrics: Arc<Metrics>,
 }
 
@@ -153,6 +155,7 @@ impl Outbox {
         config: &Config,
         database: &Database,
         recent: &Arc<Recent>,
+        streams: &Arc<Streams>,
         metrics: &Arc<Metrics>,
         stop: &watch::Receiver<bool>,
     ) -> (Self, JoinSet<()>) {
@@ -170,6 +173,7 @@ impl Outbox {
                     last_used: Instant::now(),
                     statement_timeout: config.statement_timeout() + STATEMENT_MARGIN,
                     recent: Arc::clone(recent),
+                    streams: Arc::clone(streams),
                     metrics: Arc::clone(metrics),
                 };
                 tasks.spawn(writer.run(stop.clone()));
@@ -262,7 +266,15 @@ impl Writer {
 
     /// Stores a batch and adds it to the windows; the answers have the messages' order.
     async fn commit(&mut self, messages: Vec<Outgoing>) -> Vec<Result<Accepted, SendError>> {
+        let users: Vec<Uuid> =
+            messages.iter().flat_map(|message| [message.sender, message.recipient]).collect();
+        if failpoints::is_on(Failpoint::PublishBeforeCommit) {
+            self.streams.announce(users.clone());
+        }
         let outcomes = self.store(&messages).await;
+        if !failpoints::is_on(Failpoint::SkipWakeUp) && !failpoints::is_on(Failpoint::PublishBeforeCommit) {
+            self.streams.announce(users);
+        }
         let mut committed = Vec::with_capacity(messages.len());
         let mut answers = Vec::with_capacity(messages.len());
         for (message, outcome) in messages.into_iter().zip(outcomes) {

@@ -25,7 +25,8 @@ WITH input AS (
     ORDER BY low, high
     ON CONFLICT (low_user, high_user) DO UPDATE
     SET last_seq = held.last_seq + excluded.last_seq,
-        last_at = greatest(held.last_at, clock_timestamp())
+        last_at = greatest(held.last_at, clock_timestamp()),
+        last_xact = pg_current_xact_id()
     RETURNING id, low_user, high_user, last_seq, last_at
 ), sent AS (
     INSERT INTO messages (conversation_id, seq, id, sender_id, content, created_at)

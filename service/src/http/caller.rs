@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::error::{self, Error};
 use super::middleware::app;
+use crate::security::tokens::Verified;
 
 /// The name of the bearer scheme in the OpenAPI document.
 pub(super) const SECURITY_SCHEME: &str = "bearer";
@@ -17,6 +18,8 @@ pub(super) const SECURITY_SCHEME: &str = "bearer";
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Caller {
     pub id: Uuid,
+    /// When the token expires, in seconds since 1970.
+    pub expires: u64,
 }
 
 impl Caller {
@@ -42,14 +45,15 @@ impl<'ex> Extractible<'ex> for Caller {
         let token = header.to_str().ok().and_then(|header| header.split_once(' '));
         let app = app(depot)?;
         app.passwords.note_authenticated_request();
-        let id = match token {
+        let verified = match token {
             Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
                 app.tokens.verify(token.trim_start_matches(' '))
             }
             _ => return Err(Error::Unauthorized("the header must be: Authorization: Bearer <token>")),
         };
-        let caller =
-            Self { id: id.ok_or(Error::Unauthorized("the token is invalid or expired: log in again"))? };
+        let Verified { user: id, expires } =
+            verified.ok_or(Error::Unauthorized("the token is invalid or expired: log in again"))?;
+        let caller = Self { id, expires };
         depot.insert_typed(caller);
         Ok(caller)
     }

@@ -11,8 +11,10 @@ use salvo_oapi::{Components, EndpointOutRegister, Operation, ToSchema};
 use serde::Serialize;
 
 use super::request_id::RequestId;
+use crate::chat::conversations::ConversationsError;
 use crate::chat::history::HistoryError;
 use crate::chat::outbox::SendError;
+use crate::chat::streams::StreamError;
 use crate::security::limits::RateLimited;
 use crate::security::passwords::HashError;
 use crate::security::tokens::TokenError;
@@ -188,6 +190,28 @@ impl From<HistoryError> for Error {
             HistoryError::MayBeMissing => MAY_BE_MISSING,
             HistoryError::Unsettled(_) => Self::Unavailable("the database is unavailable: try again"),
             HistoryError::Database(error) => Self::Database(error),
+        }
+    }
+}
+
+impl From<ConversationsError> for Error {
+    fn from(error: ConversationsError) -> Self {
+        match error {
+            ConversationsError::UserGone => USER_GONE,
+            ConversationsError::MayBeMissing => MAY_BE_MISSING,
+            ConversationsError::OnlyReads => Self::Unavailable("the database only reads: try again"),
+            ConversationsError::Unreadable => Self::internal(error),
+            ConversationsError::Database(error) => Self::Database(error),
+        }
+    }
+}
+
+impl From<StreamError> for Error {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::UserGone => USER_GONE,
+            StreamError::Unavailable => Self::Unavailable("the database is unavailable: try again"),
+            StreamError::Database(error) => Self::Database(error),
         }
     }
 }

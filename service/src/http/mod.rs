@@ -3,6 +3,7 @@
 mod body;
 mod caller;
 mod client_ip;
+mod conversations;
 mod cors;
 mod error;
 mod health;
@@ -15,4 +16,5 @@ mod rate_limit;
 mod request_id;
 mod response;
 pub mod routes;
+mod stream;
 mod users;

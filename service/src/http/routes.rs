@@ -12,7 +12,7 @@ use salvo_oapi::swagger_ui::SwaggerUi;
 use super::error::Error;
 use super::middleware::{Middleware, app};
 use super::paths::{with_head, with_one_spelling};
-use super::{cors, health, messages, openapi, users};
+use super::{conversations, cors, health, messages, openapi, stream, users};
 use crate::app::App;
 use crate::telemetry::metrics::EndpointName;
 
@@ -75,6 +75,8 @@ fn api() -> Router {
         .push(Router::with_path("/users/{username}").get(users::find))
         .push(Router::with_path("/send").post(messages::send))
         .push(Router::with_path("/messages").get(messages::list))
+        .push(Router::with_path("/conversations").get(conversations::list))
+        .push(Router::with_path("/stream").get(stream::follow))
         .push(Router::with_path("/healthz").get(health::readiness))
 }
 

@@ -30,6 +30,14 @@ pub struct Tokens {
     verified: Cache<String, Claims>,
 }
 
+/// What a verified token says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verified {
+    pub user: Uuid,
+    /// Seconds since 1970.
+    pub expires: u64,
+}
+
 #[derive(Serialize, Deserialize, Clone, Copy)]
 struct Claims {
     sub: Uuid,
@@ -64,20 +72,26 @@ impl Tokens {
         Ok((token, self.lifetime_seconds))
     }
 
-    /// The user that a token was issued for.
-    pub fn verify(&self, token: &str) -> Option<Uuid> {
-        if let Some(user) = self.recall(token, now()) {
-            return Some(user);
+    /// The user that a token was issued for, and until when.
+    pub fn verify(&self, token: &str) -> Option<Verified> {
+        if let Some(verified) = self.recall(token, now()) {
+            return Some(verified);
         }
         let decode = |key| jsonwebtoken::decode::<Claims>(token, key, &self.validation).ok();
         let claims = self.verifying.iter().find_map(decode)?.claims;
         self.verified.insert(token.to_owned(), claims);
-        Some(claims.sub)
+        Some(claims.verified())
     }
 
-    /// The user of a token that was verified before and has not expired.
-    fn recall(&self, token: &str, now: u64) -> Option<Uuid> {
-        self.verified.get(token).filter(|claims| now <= claims.exp).map(|claims| claims.sub)
+    /// As of a token that was verified before and has not expired.
+    fn recall(&self, token: &str, now: u64) -> Option<Verified> {
+        self.verified.get(token).filter(|claims| now <= claims.exp).map(|claims| claims.verified())
+    }
+}
+
+impl Claims {
+    fn verified(self) -> Verified {
+        Verified { user: self.sub, expires: self.exp }
     }
 }
 
@@ -119,10 +133,11 @@ mod tests {
         let user = Uuid::now_v7();
         let (token, lifetime) = tokens(&[("SECRET_KEY", "one")]).issue(user).expect("issued");
         assert_eq!(lifetime, 3600);
-        assert_eq!(tokens(&[("SECRET_KEY", "one")]).verify(&token), Some(user));
+        let user_of = |verified: Option<Verified>| verified.map(|verified| verified.user);
+        assert_eq!(user_of(tokens(&[("SECRET_KEY", "one")]).verify(&token)), Some(user));
         assert_eq!(tokens(&[("SECRET_KEY", "two")]).verify(&token), None);
         assert_eq!(
-            tokens(&[("SECRET_KEY", "two"), ("SECRET_KEY_PREVIOUS", "one")]).verify(&token),
+            user_of(tokens(&[("SECRET_KEY", "two"), ("SECRET_KEY_PREVIOUS", "one")]).verify(&token)),
             Some(user)
         );
     }
@@ -133,8 +148,10 @@ mod tests {
         let user = Uuid::now_v7();
         let (token, lifetime) = tokens.issue(user).expect("issued");
         assert_eq!(tokens.recall(&token, now()), None);
-        assert_eq!(tokens.verify(&token), Some(user));
-        assert_eq!(tokens.recall(&token, now()), Some(user));
+        let verified = tokens.verify(&token).expect("verified");
+        assert_eq!(verified.user, user);
+        assert!(verified.expires.abs_diff(now() + lifetime) <= 1);
+        assert_eq!(tokens.recall(&token, now()), Some(verified));
         assert_eq!(tokens.recall(&token, now() + lifetime + 1), None);
         let (other, _) = super::tests::tokens(&[("SECRET_KEY", "two")]).issue(user).expect("issued");
         assert_eq!(tokens.verify(&other), None);

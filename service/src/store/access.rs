@@ -7,7 +7,7 @@ use std::fmt;
 use sqlx::PgConnection;
 
 /// The tables of the service, and what its statements need on each.
-pub const NEEDED: [(&str, &[&str]); 7] = [
+pub const NEEDED: [(&str, &[&str]); 8] = [
     ("_sqlx_migrations", &["SELECT"]),
     // UPDATE, because a start corrects the keys of addresses.
     ("users", &["SELECT", "INSERT", "UPDATE"]),
@@ -17,6 +17,7 @@ pub const NEEDED: [(&str, &[&str]); 7] = [
     ("idempotency_keys", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("window_suspension", &["SELECT", "INSERT", "UPDATE"]),
     ("deleted_users", &["SELECT", "DELETE"]),
+    ("position_server", &["SELECT"]),
 ];
 
 /// The only encoding that holds every text.

@@ -218,28 +218,51 @@ async fn lift_timeouts(connection: &mut PgConnection) -> Result<(), sqlx::Error>
 /// Applies what is pending. Only the wait for a table is limited.
 async fn run(connection: &mut PgConnection) -> Result<(), MigrationError> {
     connection.lock().await.map_err(MigrationError::Failed)?;
-    // One outside a transaction may not be cut off: what it has done until then would stay.
-    if MIGRATIONS.iter().all(|migration| !migration.no_tx) {
-        let limit = format!("SET lock_timeout = {LOCK_TIMEOUT_MS}");
-        sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut *connection).await.map_err(failed)?;
-    }
     let mut reported = false;
-    loop {
-        match MIGRATIONS.run_direct(None, &mut *connection, false).await {
-            Ok(()) => break,
-            Err(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _))
-                if postgres::is_lock_timeout(&error) =>
-            {
-                if !reported {
-                    tracing::warn!("a migration waits for a table that is in use: trying again");
-                    reported = true;
+    for (version, outside_transaction) in
+        MIGRATIONS.iter().map(|migration| (migration.version, migration.no_tx))
+    {
+        // One outside a transaction may not be cut off: what it has done until then would stay.
+        let limit = if outside_transaction { 0 } else { LOCK_TIMEOUT_MS };
+        let limit = format!("SET lock_timeout = {limit}");
+        sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut *connection).await.map_err(failed)?;
+        if outside_transaction {
+            drop_invalid_indexes(connection).await.map_err(failed)?;
+        }
+        loop {
+            match MIGRATIONS.run_direct(Some(version), &mut *connection, false).await {
+                Ok(()) => break,
+                Err(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _))
+                    if postgres::is_lock_timeout(&error) =>
+                {
+                    if !reported {
+                        tracing::warn!("a migration waits for a table that is in use: trying again");
+                        reported = true;
+                    }
+                    tokio::time::sleep(LOCK_RETRY).await;
                 }
-                tokio::time::sleep(LOCK_RETRY).await;
+                Err(error) => return Err(explain(connection, error).await),
             }
-            Err(error) => return Err(explain(connection, error).await),
         }
     }
     sqlx::raw_sql("SET lock_timeout = 0").execute(connection).await.map(drop).map_err(failed)
+}
+
+/// What is left of an index that was built beside the requests, where the migration that built it was cut off: nobody uses
+/// it, and it has the name that the next attempt needs.
+async fn drop_invalid_indexes(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let invalid: Vec<String> = sqlx::query_scalar(
+        "SELECT i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+         WHERE NOT i.indisvalid AND c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('messages'))",
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    for index in invalid {
+        tracing::warn!(index, "an index that was not finished is built again");
+        let drop = format!("DROP INDEX CONCURRENTLY {index}");
+        sqlx::raw_sql(AssertSqlSafe(drop)).execute(&mut *connection).await?;
+    }
+    Ok(())
 }
 
 /// What the role lacks, if the schema is there, or else the error.

@@ -9,3 +9,4 @@ pub(crate) mod pool;
 pub(crate) mod pooler;
 pub mod postgres;
 pub(crate) mod redis;
+pub(crate) mod wake_ups;

@@ -26,6 +26,14 @@ pub enum Operation {
     ChangePermission,
     /// Whether windows lack a message.
     CheckWindows,
+    /// A user's conversations.
+    ListConversations,
+    /// Where a stream begins.
+    ReadPosition,
+    /// What was committed since, for all streams.
+    ReadNewMessages,
+    /// What one stream lacks.
+    ReadMissedMessages,
     DeleteExpiredKeys,
     DeleteOldDeletions,
     /// Counts a request against a rate limit.
@@ -39,6 +47,8 @@ pub enum Operation {
     AppendWindow,
     /// Gives windows that lack nothing another while.
     ExtendWindow,
+    /// Tells other replicas of new messages.
+    Announce,
 }
 
 impl Operation {
@@ -64,6 +74,10 @@ impl Operation {
             | Self::ReadPermission
             | Self::ChangePermission
             | Self::CheckWindows
+            | Self::ListConversations
+            | Self::ReadPosition
+            | Self::ReadNewMessages
+            | Self::ReadMissedMessages
             | Self::DeleteExpiredKeys
             | Self::DeleteOldDeletions => "postgresql",
             Self::CountAttempt
@@ -72,7 +86,8 @@ impl Operation {
             | Self::ClaimWindow
             | Self::SettleWindow
             | Self::AppendWindow
-            | Self::ExtendWindow => "redis",
+            | Self::ExtendWindow
+            | Self::Announce => "redis",
         }
     }
 }

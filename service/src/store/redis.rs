@@ -5,19 +5,23 @@
 //! good and clones it, and the requests' commands are pipelined. When a command fails, all workers' connections are
 //! dropped together: every request falls back at once, and the task reconnects.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use deadpool_redis::redis::aio::{ConnectionLike, MultiplexedConnection};
+use deadpool_redis::redis::aio::{AsyncPushSender, ConnectionLike, MultiplexedConnection, SendError};
+use deadpool_redis::redis::cluster::ClusterClientBuilder;
 use deadpool_redis::redis::cluster_async::ClusterConnection;
+use deadpool_redis::redis::sentinel::{SentinelClient, SentinelNodeConnectionInfo, SentinelServerType};
 use deadpool_redis::redis::{
     AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, FromRedisValue,
-    IntoConnectionInfo as _, Pipeline, RedisError, RedisFuture, Script, Value,
+    IntoConnectionInfo as _, Pipeline, ProtocolVersion, PushInfo, RedisError, RedisFuture, Script, TlsMode,
+    Value,
 };
 use deadpool_redis::{PoolError, Runtime, cluster, sentinel};
 use futures_util::future::{join_all, try_join_all};
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use super::operation::Operation;
 use crate::config::{Config, RedisMode};
@@ -40,6 +44,9 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// Written by each probe, and by those of releases before the windows had epochs.
 const PROBE_KEY: &str = "chat:answers";
 const OLDER_PROBE_KEY: &str = "chat:probe";
+
+/// Where replicas announce messages. In a cluster it is a sharded channel, on one node.
+const CHANNEL: &str = "chat:new";
 
 /// Why Redis cannot be used, and what to do.
 #[derive(Debug)]
@@ -66,6 +73,9 @@ pub struct Redis {
     /// Loaded at each connect, so that `EVALSHA` finds them.
     scripts: Vec<Script>,
     response_timeout: Duration,
+    subscriber: Subscriber,
+    /// So that it is logged once.
+    may_not_publish: AtomicBool,
     server: ServerAttributes,
     metrics: Arc<Metrics>,
 }
@@ -126,6 +136,8 @@ impl Redis {
             unavailable: watch::Sender::new(true),
             scripts,
             response_timeout: RESPONSE_TIMEOUT.min(config.request_timeout() / 4),
+            subscriber: Subscriber::new(config)?,
+            may_not_publish: AtomicBool::new(false),
             server: server_attributes(config),
             metrics,
         }))
@@ -169,6 +181,34 @@ impl Redis {
         let mut answers: Vec<Value> = self.run(live, Operation::IdentifyRedis, &pipeline).await?;
         let older = answers.pop() != Some(Value::Int(0));
         Ok(Some(identity(&answers)).filter(|identity| !older && !identity.is_empty()))
+    }
+
+    /// Publishes an announcement. Where the user may not, Redis is as good as before for everything else.
+    pub async fn publish(&self, live: &Live, payload: &[u8]) {
+        let command = if live.is_cluster() { "SPUBLISH" } else { "PUBLISH" };
+        let command = deadpool_redis::redis::cmd(command).arg(CHANNEL).arg(payload).to_owned();
+        let _timer = self.metrics.operation_started(Operation::Announce.name());
+        let outcome = command.query_async::<()>(&mut live.of_current_worker()).await;
+        match outcome {
+            Ok(()) => {}
+            Err(error) if error.code() == Some("NOPERM") => {
+                if !self.may_not_publish.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(
+                        error = said(&error),
+                        fix = "allow PUBLISH, SUBSCRIBE, SPUBLISH and SSUBSCRIBE, and the channel: ACL SETUSER ... &chat:*",
+                        "Redis refuses announcements: streams show other replicas' messages seconds late"
+                    );
+                }
+            }
+            Err(error) => self.drop_connections(live, &error),
+        }
+    }
+
+    /// A connection of its own that hears announcements, until it is dropped.
+    pub(crate) async fn subscribe(&self, pushed: Pushes) -> Result<Subscription, RedisError> {
+        tokio::time::timeout(CONNECT_TIMEOUT, self.subscriber.subscribe(pushed))
+            .await
+            .unwrap_or_else(|_| Err(timed_out("no connection in time")))
     }
 
     /// Keeps the connections alive until the process ends.
@@ -275,6 +315,92 @@ impl Redis {
             .map(|outcome| outcome.map(drop))
             .unwrap_or_else(|_| Err(timed_out("no answer in time")))
     }
+}
+
+/// How to open a connection that hears announcements. Its protocol is RESP3, in which they come beside answers.
+enum Subscriber {
+    Single(Box<Client>),
+    Cluster(Vec<ConnectionInfo>),
+    Sentinel { sentinels: Vec<ConnectionInfo>, master: String, node: Box<ConnectionInfo> },
+}
+
+/// Where a connection puts what it hears. What does not fit is lost: nothing but a delay depends on it.
+#[derive(Clone, Debug)]
+pub(crate) struct Pushes(pub(crate) mpsc::Sender<PushInfo>);
+
+impl AsyncPushSender for Pushes {
+    fn send(&self, push: PushInfo) -> Result<(), SendError> {
+        match self.0.try_send(push) {
+            Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => Ok(()),
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(SendError),
+        }
+    }
+}
+
+/// Held for as long as announcements are to be heard.
+pub(crate) struct Subscription(#[expect(dead_code, reason = "it is held, not used")] Connection);
+
+impl std::fmt::Debug for Subscription {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Subscription").finish_non_exhaustive()
+    }
+}
+
+impl Subscriber {
+    fn new(config: &Config) -> Result<Self, RedisError> {
+        let urls = config.redis_urls();
+        let all = || urls.iter().map(|url| Ok(resp3(url.as_str().into_connection_info()?)));
+        Ok(match config.redis_mode {
+            RedisMode::Single => {
+                Self::Single(Box::new(Client::open(resp3(urls.concat().into_connection_info()?))?))
+            }
+            RedisMode::Cluster => Self::Cluster(all().collect::<Result<_, RedisError>>()?),
+            RedisMode::Sentinel => Self::Sentinel {
+                sentinels: Sentinels::new(&urls, String::new())?.all,
+                master: config.redis_sentinel_master.clone(),
+                node: Box::new(resp3(config.redis_master_url().into_connection_info()?)),
+            },
+        })
+    }
+
+    async fn subscribe(&self, pushed: Pushes) -> Result<Subscription, RedisError> {
+        let options = AsyncConnectionConfig::new().set_push_sender(pushed.clone());
+        let mut connection = match self {
+            Self::Single(client) => client.get_multiplexed_async_connection_with_config(&options).await?,
+            Self::Sentinel { sentinels, master, node } => {
+                let mut info = SentinelNodeConnectionInfo::default()
+                    .set_redis_connection_info(node.redis_settings().clone());
+                info = match node.addr() {
+                    ConnectionAddr::TcpTls { insecure: true, .. } => info.set_tls_mode(TlsMode::Insecure),
+                    ConnectionAddr::TcpTls { .. } => info.set_tls_mode(TlsMode::Secure),
+                    _ => info,
+                };
+                let mut client = SentinelClient::build(
+                    sentinels.clone(),
+                    master.clone(),
+                    Some(info),
+                    SentinelServerType::Master,
+                )?;
+                client.get_async_connection_with_config(&options).await?
+            }
+            Self::Cluster(nodes) => {
+                let client = ClusterClientBuilder::new(nodes.clone())
+                    .use_protocol(ProtocolVersion::RESP3)
+                    .push_sender(pushed)
+                    .build()?;
+                let mut connection = client.get_async_connection().await?;
+                connection.ssubscribe(CHANNEL).await?;
+                return Ok(Subscription(Connection::Cluster(connection, RESPONSE_TIMEOUT)));
+            }
+        };
+        connection.subscribe(CHANNEL).await?;
+        Ok(Subscription(Connection::One(connection)))
+    }
+}
+
+fn resp3(info: ConnectionInfo) -> ConnectionInfo {
+    let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
+    info.set_redis_settings(settings)
 }
 
 impl Source {

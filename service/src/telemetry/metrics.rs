@@ -48,6 +48,7 @@ pub struct Metrics {
     cache_lookups: IntCounterVec,
     hashing_waiting: IntGauge,
     hashing_capacity: IntGauge,
+    streams: StreamMetrics,
     pool: PoolMetrics,
     /// By [`OperationName::index`].
     operations: Vec<Histogram>,
@@ -92,6 +93,8 @@ pub struct Gauges {
     pub outbox_depth: usize,
     pub outbox_capacity: usize,
     pub password_capacity: usize,
+    pub streams_open: usize,
+    pub streams_max: usize,
     pub pool_idle: usize,
     pub pool_used: usize,
     pub pool_max: u32,
@@ -99,6 +102,19 @@ pub struct Gauges {
     pub redis_up: bool,
     pub ready: bool,
     pub schema_version: i64,
+}
+
+/// Of the streams.
+#[derive(Debug)]
+struct StreamMetrics {
+    clients: IntGauge,
+    clients_max: IntGauge,
+    opened: IntCounterVec,
+    ended: IntCounterVec,
+    messages: IntCounter,
+    delivery: Histogram,
+    gaps: IntCounter,
+    catch_ups: IntCounter,
 }
 
 /// Of the Postgres connection pool.
@@ -151,6 +167,30 @@ pub enum CacheOutcome {
     Miss,
     /// No window could answer: the page lies too deep, or Redis is unavailable.
     Bypass,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum StreamOpened {
+    New,
+    Resumed,
+    /// The position could not be taken up.
+    Reset,
+    /// There were too many, or the process stops.
+    Refused,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum StreamEnd {
+    Expired,
+    Deleted,
+    Draining,
+    Lifetime,
+    /// The client did not read.
+    Slow,
+    /// The client ended it, or its connection broke.
+    Client,
 }
 
 /// Counts as one in flight until it is dropped.
@@ -215,6 +255,7 @@ impl Metrics {
                 "chat_password_queue_capacity",
                 "Passwords that may be hashed or wait at once",
             )?,
+            streams: StreamMetrics::new(&registry)?,
             pool: PoolMetrics::new(&registry)?,
             operations: operation_durations(&registry, &known.operations)?,
             dependency_up: gauges(
@@ -288,6 +329,30 @@ impl Metrics {
         self.cache_lookups.with_label_values(&[<&str>::from(outcome)]).inc();
     }
 
+    pub fn stream_opened(&self, outcome: StreamOpened) {
+        self.streams.opened.with_label_values(&[<&str>::from(outcome)]).inc();
+    }
+
+    pub fn stream_ended(&self, reason: StreamEnd) {
+        self.streams.ended.with_label_values(&[<&str>::from(reason)]).inc();
+    }
+
+    /// A message for a stream, so long after its commit, unless the stream had missed it.
+    pub fn stream_message(&self, delay: Option<Duration>) {
+        self.streams.messages.inc();
+        if let Some(delay) = delay {
+            self.streams.delivery.observe(delay.as_secs_f64());
+        }
+    }
+
+    pub fn stream_gaps(&self, messages: u64) {
+        self.streams.gaps.inc_by(messages);
+    }
+
+    pub fn stream_catches_up(&self) {
+        self.streams.catch_ups.inc();
+    }
+
     pub fn hashing_started(&self) -> InFlight {
         InFlight::new(&self.hashing_waiting)
     }
@@ -297,6 +362,8 @@ impl Metrics {
         self.outbox_depth.set(gauges.outbox_depth as i64);
         self.outbox_capacity.set(gauges.outbox_capacity as i64);
         self.hashing_capacity.set(gauges.password_capacity as i64);
+        self.streams.clients.set(gauges.streams_open as i64);
+        self.streams.clients_max.set(gauges.streams_max as i64);
         self.pool.connections.with_label_values(&[POOL_NAME, "idle"]).set(gauges.pool_idle as i64);
         self.pool.connections.with_label_values(&[POOL_NAME, "used"]).set(gauges.pool_used as i64);
         self.pool.max.with_label_values(&[POOL_NAME]).set(gauges.pool_max.into());
@@ -321,6 +388,12 @@ impl Metrics {
         }
         for outcome in CacheOutcome::VARIANTS {
             self.cache_lookups.with_label_values(&[<&str>::from(outcome)]);
+        }
+        for outcome in StreamOpened::VARIANTS {
+            self.streams.opened.with_label_values(&[<&str>::from(outcome)]);
+        }
+        for reason in StreamEnd::VARIANTS {
+            self.streams.ended.with_label_values(&[<&str>::from(reason)]);
         }
     }
 }
@@ -351,6 +424,47 @@ fn operation_durations(
         &["db_system_name", "db_operation_name"],
     )?;
     Ok(operations.iter().map(|name| histograms.with_label_values(&[name.system, name.operation])).collect())
+}
+
+impl StreamMetrics {
+    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let counter = |name, help| add(registry, IntCounter::new(name, help)?);
+        Ok(Self {
+            clients: gauge(registry, "chat_stream_clients", "Open streams")?,
+            clients_max: gauge(registry, "chat_stream_clients_max", "Streams that may be open at once")?,
+            opened: counters(
+                registry,
+                "chat_stream_opened_total",
+                "Streams that began, by outcome",
+                &["outcome"],
+            )?,
+            ended: counters(
+                registry,
+                "chat_stream_ended_total",
+                "Streams that ended, by reason",
+                &["reason"],
+            )?,
+            messages: counter("chat_stream_messages_total", "Messages written to streams")?,
+            delivery: add(
+                registry,
+                Histogram::with_opts(
+                    HistogramOpts::new(
+                        "chat_stream_delivery_seconds",
+                        "From the commit of a message to a stream's socket, without what a stream had missed",
+                    )
+                    .buckets(DURATION_BUCKETS.to_vec()),
+                )?,
+            )?,
+            gaps: counter(
+                "chat_stream_gaps_total",
+                "Messages for open streams that were not announced, and found by comparison with Postgres",
+            )?,
+            catch_ups: counter(
+                "chat_stream_catch_ups_total",
+                "Times that a stream read from Postgres what it had missed",
+            )?,
+        })
+    }
 }
 
 impl PoolMetrics {

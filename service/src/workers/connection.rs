@@ -49,6 +49,25 @@ struct Activity {
     state: Mutex<State>,
     /// A request has begun.
     begun: Notify,
+    /// The connection is to be closed at once.
+    abort: Notify,
+}
+
+/// A request's connection, for what has to close it. Requests carry it as an extension.
+#[derive(Clone)]
+pub struct ConnectionHandle(Arc<Activity>);
+
+impl ConnectionHandle {
+    /// Closes the connection without its last bytes: its client does not read.
+    pub fn close(&self) {
+        self.0.abort.notify_one();
+    }
+}
+
+impl std::fmt::Debug for ConnectionHandle {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("ConnectionHandle").finish_non_exhaustive()
+    }
 }
 
 struct State {
@@ -73,7 +92,7 @@ enum Phase {
 impl Activity {
     fn new() -> Self {
         let state = State { phase: Phase::Head, since: Instant::now(), in_flight: 0, lingers: false };
-        Self { state: Mutex::new(state), begun: Notify::new() }
+        Self { state: Mutex::new(state), begun: Notify::new(), abort: Notify::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -308,12 +327,31 @@ impl Protocols {
             () = activity.expired(self.limits) => return,
         };
         let service = Watched { service, activity: Arc::clone(&activity) };
+        tokio::select! {
+            biased;
+            () = activity.abort.notified() => {}
+            () = self.serve_requests(is_http2, socket, service, &activity, stop) => {}
+        }
+    }
+
+    async fn serve_requests<S>(
+        &self,
+        is_http2: io::Result<bool>,
+        socket: Socket,
+        service: Watched<S>,
+        activity: &Activity,
+        stop: CancellationToken,
+    ) where
+        S: hyper::service::Service<Request<Incoming>, Response = Response<ResBody>>,
+        S::Future: Unpin + Send + 'static,
+        S::Error: std::error::Error + Send + Sync + 'static,
+    {
         match is_http2 {
             Ok(true) => {
                 activity.is_http2();
                 let serving = pin!(self.http2.serve_connection(TokioIo::new(socket), service));
                 let close = http2::Connection::graceful_shutdown;
-                let expired = self.drive(serving, &activity, stop, close).await;
+                let expired = self.drive(serving, activity, stop, close).await;
                 if let Some(mut serving) = expired {
                     serving.as_mut().graceful_shutdown();
                     timeout(GOAWAY, serving).await.ok();
@@ -321,7 +359,7 @@ impl Protocols {
             }
             Ok(false) => {
                 let serving = pin!(self.http1.serve_connection(TokioIo::new(socket), service));
-                self.drive(serving, &activity, stop, http1::Connection::graceful_shutdown).await;
+                self.drive(serving, activity, stop, http1::Connection::graceful_shutdown).await;
             }
             Err(error) => tracing::debug!(%error, "a connection was closed before its first request"),
         }
@@ -391,7 +429,8 @@ where
     type Error = S::Error;
     type Future = Answering<S::Future>;
 
-    fn call(&self, request: Request<Incoming>) -> Self::Future {
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(ConnectionHandle(Arc::clone(&self.activity)));
         self.activity.begun(!request.body().is_end_stream());
         let in_flight = InFlight(Arc::clone(&self.activity));
         Answering { answer: self.service.call(request), in_flight: Some(in_flight) }

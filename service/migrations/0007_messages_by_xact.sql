@@ -1,0 +1,2 @@
+-- no-transaction
+CREATE INDEX CONCURRENTLY messages_by_xact ON messages (xact)

@@ -1,0 +1,143 @@
+//! A user's conversations, most recently active first.
+//!
+//! No index has them in this order: it would change with each message. The statement reads all of the user's conversations,
+//! which are narrow rows, and sorts them; their histories do not matter to it, and a message costs nothing more to send.
+
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::message::{Message, RenderedMessage};
+use super::streams::Streams;
+use crate::store::operation::Operation;
+use crate::store::postgres::Database;
+
+/// Where a page ends: after this conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cursor {
+    pub(crate) last_at: OffsetDateTime,
+    pub(crate) conversation: Uuid,
+}
+
+#[derive(Debug)]
+pub(crate) struct Conversation {
+    pub(crate) peer: Uuid,
+    /// `None` once the peer was deleted.
+    pub(crate) peer_username: Option<String>,
+    pub(crate) last_message: RenderedMessage,
+}
+
+#[derive(Debug)]
+pub(crate) struct Conversations {
+    pub(crate) conversations: Vec<Conversation>,
+    /// Where the next page begins.
+    pub(crate) next: Option<Cursor>,
+    /// Taken together with the list: a stream from here on has everything that the list lacks.
+    pub(crate) position: String,
+}
+
+#[derive(thiserror::Error, Debug)]
+pub(crate) enum ConversationsError {
+    #[error("the user was deleted")]
+    UserGone,
+    #[error("Postgres only reads, and lacks the user")]
+    MayBeMissing,
+    #[error("Postgres only reads")]
+    OnlyReads,
+    #[error("an answer of Postgres cannot be read")]
+    Unreadable,
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// A conversation, or none, and what is the same in all rows.
+struct Row {
+    read_only: bool,
+    user_exists: bool,
+    epoch: String,
+    snapshot: String,
+    conversation: Option<Uuid>,
+    peer: Option<Uuid>,
+    username: Option<String>,
+    last_at: Option<OffsetDateTime>,
+    id: Option<Uuid>,
+    seq: Option<i64>,
+    sender: Option<Uuid>,
+    content: Option<String>,
+    created_at: Option<OffsetDateTime>,
+}
+
+/// At most `limit` conversations after the cursor.
+pub(crate) async fn list(
+    database: &Database,
+    user: Uuid,
+    after: Option<Cursor>,
+    limit: i64,
+) -> Result<Conversations, ConversationsError> {
+    let (last_at, conversation) = after.map(|cursor| (cursor.last_at, cursor.conversation)).unzip();
+    let mut session = database.acquire().await?;
+    let query = sqlx::query_as!(
+        Row,
+        r#"WITH own AS (
+               SELECT id, high_user AS peer, last_seq, last_at FROM conversations WHERE low_user = $1
+               UNION ALL
+               SELECT id, low_user AS peer, last_seq, last_at FROM conversations WHERE high_user = $1
+           ), page AS MATERIALIZED (
+               SELECT * FROM own
+               WHERE $2::timestamptz IS NULL OR (last_at, id) < ($2, $3)
+               ORDER BY last_at DESC, id DESC LIMIT $4
+           )
+           SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
+                  EXISTS (SELECT FROM users WHERE id = $1) AS "user_exists!",
+                  position_epoch() AS "epoch!", pg_current_snapshot()::text AS "snapshot!",
+                  p.id AS "conversation?", p.peer AS "peer?", u.username AS "username?", p.last_at AS "last_at?",
+                  m.id AS "id?", m.seq AS "seq?", m.sender_id AS "sender?", m.content AS "content?",
+                  m.created_at AS "created_at?"
+           FROM (VALUES (1)) AS one
+           LEFT JOIN page p ON true
+           LEFT JOIN messages m ON m.conversation_id = p.id AND m.seq = p.last_seq
+           LEFT JOIN users u ON u.id = p.peer
+           ORDER BY p.last_at DESC, p.id DESC"#,
+        user,
+        last_at,
+        conversation,
+        limit + 1,
+    );
+    let rows = database.run(Operation::ListConversations, query.fetch_all(&mut *session)).await?;
+    session.give_back();
+    let first = rows.first().ok_or(ConversationsError::Unreadable)?;
+    match (first.user_exists, first.read_only) {
+        (false, true) => return Err(ConversationsError::MayBeMissing),
+        (false, false) => return Err(ConversationsError::UserGone),
+        // An old primary may lag behind, and its snapshots are no positions.
+        (true, true) => return Err(ConversationsError::OnlyReads),
+        (true, false) => {}
+    }
+    let position =
+        Streams::position(user, &first.epoch, &first.snapshot).ok_or(ConversationsError::Unreadable)?;
+    let mut listed: Vec<(Cursor, Conversation)> =
+        rows.into_iter().filter_map(|row| row.conversation(user)).collect();
+    let limit = usize::try_from(limit).unwrap_or_default();
+    let has_more = listed.len() > limit;
+    listed.truncate(limit);
+    let next = listed.last().filter(|_| has_more).map(|(cursor, _)| *cursor);
+    let conversations = listed.into_iter().map(|(_, conversation)| conversation).collect();
+    Ok(Conversations { conversations, next, position })
+}
+
+impl Row {
+    fn conversation(self, user: Uuid) -> Option<(Cursor, Conversation)> {
+        let (peer, sender_id) = (self.peer?, self.sender?);
+        let message = Message {
+            id: self.id?,
+            seq: self.seq?,
+            sender_id,
+            recipient_id: if sender_id == user { peer } else { user },
+            content: self.content?,
+            created_at: self.created_at?,
+        };
+        let cursor = Cursor { last_at: self.last_at?, conversation: self.conversation? };
+        let conversation =
+            Conversation { peer, peer_username: self.username, last_message: message.render() };
+        Some((cursor, conversation))
+    }
+}

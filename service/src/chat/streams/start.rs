@@ -1,0 +1,72 @@
+//! Where Postgres stands now.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::tail::{Seen, TailError};
+use crate::store::operation::Operation;
+use crate::store::postgres::Database;
+
+/// What a stream needs to begin.
+pub(super) struct Start {
+    pub(super) user_exists: bool,
+    pub(super) seen: Seen,
+}
+
+struct Row {
+    read_only: bool,
+    user_exists: bool,
+    epoch: String,
+    snapshot: String,
+}
+
+pub(super) async fn current(database: &Database) -> Result<Seen, TailError> {
+    Ok(of_user(database, Uuid::nil()).await?.seen)
+}
+
+pub(super) async fn of_user(database: &Database, user: Uuid) -> Result<Start, TailError> {
+    let mut session = database.acquire().await?;
+    let query = sqlx::query_as!(
+        Row,
+        r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
+                  EXISTS (SELECT FROM users WHERE id = $1) AS "user_exists!",
+                  position_epoch() AS "epoch!",
+                  pg_current_snapshot()::text AS "snapshot!""#,
+        user,
+    );
+    let row = database.run(Operation::ReadPosition, query.fetch_one(&mut *session)).await?;
+    session.give_back();
+    if row.read_only {
+        return Err(TailError::OnlyReads);
+    }
+    let seen = seen(&row.epoch, &row.snapshot).ok_or(TailError::Unreadable)?;
+    Ok(Start { user_exists: row.user_exists, seen })
+}
+
+/// From the texts of `position_epoch()` and `pg_current_snapshot()`.
+pub(in crate::chat) fn seen(epoch: &str, snapshot: &str) -> Option<Seen> {
+    Some(Seen { epoch: number(epoch)?, snapshot: Arc::new(snapshot.parse().ok()?) })
+}
+
+/// A number for the server and its timeline: `SYSTEM_IDENTIFIER.TIMELINE`, the second in hexadecimal digits.
+fn number(epoch: &str) -> Option<u64> {
+    let (server, timeline) = epoch.split_once('.')?;
+    let server = server.parse::<i64>().ok()?.cast_unsigned();
+    let timeline = u64::from(u32::from_str_radix(timeline, 16).ok()?);
+    // Identifiers begin with the time of `initdb`: the timeline goes where they differ least.
+    Some(server ^ timeline.rotate_left(40))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_epoch_is_a_server_and_a_timeline() {
+        let [one, failed_over, other] = ["7445.00000001", "7445.00000002", "7446.00000001"].map(number);
+        assert!(one.is_some() && one != failed_over && one != other && failed_over != other);
+        assert_eq!(number("7445"), None);
+        assert_eq!(number("x.1"), None);
+    }
+}
