@@ -2,6 +2,7 @@
 
 mod architecture;
 mod authentication;
+mod conversations;
 mod cors;
 mod docs;
 mod errors;
@@ -21,6 +22,7 @@ mod process;
 mod properties;
 mod recent_window;
 mod send;
+mod streams;
 mod support;
 mod times;
 mod users;

@@ -1,9 +1,10 @@
 //! The live stream of a user's messages, as Server-Sent Events.
 
+use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use futures_util::StreamExt as _;
+use futures_util::{StreamExt as _, stream};
 use salvo::extract::{Extractible, Metadata};
 use salvo::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
 use salvo::http::{Method, ResBody, StatusCode};
@@ -71,10 +72,8 @@ impl Writer for EventStream {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
         headers.insert(X_ACCEL_BUFFERING, HeaderValue::from_static("no"));
-        if let Self(Some(stream)) = self {
-            let events = stream.map(|event| Ok::<_, std::convert::Infallible>(render(event)));
-            res.replace_body(ResBody::stream(events));
-        }
+        let events = stream::iter(self.0).flatten().map(|event| Ok::<_, Infallible>(render(event)));
+        res.replace_body(ResBody::stream(events));
     }
 }
 

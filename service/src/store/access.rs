@@ -12,12 +12,13 @@ pub const NEEDED: [(&str, &[&str]); 8] = [
     // UPDATE, because a start corrects the keys of addresses.
     ("users", &["SELECT", "INSERT", "UPDATE"]),
     ("conversations", &["SELECT", "INSERT", "UPDATE"]),
-    ("messages", &["SELECT", "INSERT"]),
+    // UPDATE for a database that was restored from another server.
+    ("messages", &["SELECT", "INSERT", "UPDATE"]),
     // UPDATE, because the sweep locks the rows that it deletes.
     ("idempotency_keys", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("window_suspension", &["SELECT", "INSERT", "UPDATE"]),
     ("deleted_users", &["SELECT", "DELETE"]),
-    ("position_server", &["SELECT"]),
+    ("position_server", &["SELECT", "INSERT", "UPDATE"]),
 ];
 
 /// The only encoding that holds every text.

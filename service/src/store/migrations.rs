@@ -13,6 +13,7 @@ use super::access::{self, Lacking, NotUtf8};
 use super::email_keys;
 use super::operation::Operation;
 use super::pooler;
+use super::position_server;
 use super::postgres::{self, Database, ReadOnly, why_read_only};
 
 /// The migrations that this binary was built with.
@@ -170,6 +171,9 @@ pub async fn migrate(options: &PgConnectOptions) -> Result<i64, MigrationError> 
             run(&mut connection).await?;
         }
         if let Err(error) = email_keys::fold(&mut connection).await {
+            return Err(refused(&mut connection, error).await);
+        }
+        if let Err(error) = position_server::adopt(&mut connection).await {
             return Err(refused(&mut connection, error).await);
         }
         connection.close().await.ok();

@@ -7,6 +7,7 @@ pub mod migrations;
 pub(crate) mod operation;
 pub(crate) mod pool;
 pub(crate) mod pooler;
+mod position_server;
 pub mod postgres;
 pub(crate) mod redis;
 pub(crate) mod wake_ups;

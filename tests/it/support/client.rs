@@ -63,7 +63,14 @@ impl Request {
         let response = self.builder.send().await.expect("the service answers");
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let url = Some(response.url().clone());
-        let body = response.bytes().await.expect("a whole body").to_vec();
+        let mut response = response;
+        // A stream has no end: its first event must do.
+        let is_stream =
+            response.headers().get("content-type").is_some_and(|kind| kind == "text/event-stream");
+        let body = match is_stream {
+            true => response.chunk().await.expect("an event").unwrap_or_default().to_vec(),
+            false => response.bytes().await.expect("a whole body").to_vec(),
+        };
         let answer = Response { url, status, headers, body };
         answer.check_request_id();
         if let Some((method, path)) = &self.operation {

@@ -6,6 +6,7 @@ mod document;
 mod operations;
 mod prefix_proxy;
 mod redis;
+mod stream;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
