@@ -198,7 +198,7 @@ the password would have to be escaped. */}}
 {{- if .Values.terminationGracePeriodSeconds }}
 {{- $needed := int (include "chat-service.terminationSeconds" .) }}
 {{- if lt (int .Values.terminationGracePeriodSeconds) $needed }}
-{{- fail (printf "terminationGracePeriodSeconds=%d would kill a pod during its graceful shutdown: set at least %d, the sum of preStopSeconds, config.SHUTDOWN_GRACE_SECONDS and 10 s" (int .Values.terminationGracePeriodSeconds) $needed) }}
+{{- fail (printf "terminationGracePeriodSeconds=%d would kill a pod during its graceful shutdown: set at least %d, the sum of preStopSeconds, the greater of config.SHUTDOWN_GRACE_SECONDS and config.STREAM_DRAIN_SECONDS, and 10 s" (int .Values.terminationGracePeriodSeconds) $needed) }}
 {{- end }}
 {{- end }}
 {{- if .Values.postgres.enabled }}

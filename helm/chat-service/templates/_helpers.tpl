@@ -148,7 +148,8 @@ tolerations:
 {{- end }}
 
 {{- define "chat-service.graceSeconds" -}}
-{{- int (.Values.config.SHUTDOWN_GRACE_SECONDS | default 20) }}
+{{- $streams := .Values.config.STREAM_DRAIN_SECONDS }}
+{{- max (int (.Values.config.SHUTDOWN_GRACE_SECONDS | default 20)) (int (ternary 30 $streams (kindIs "invalid" $streams))) }}
 {{- end }}
 
 {{/* The time that a terminating pod needs: preStop sleep, graceful shutdown, and 10 s until the process has exited. */}}

@@ -57,7 +57,7 @@ pub async fn follow(
         position: position.0,
         connection: req.extensions().get::<ConnectionHandle>().cloned(),
     };
-    Ok(EventStream(Some(app(depot)?.streams.open(request).await?)))
+    Ok(EventStream(Some(Stream::open(&app(depot)?.streams, request).await?)))
 }
 
 /// A stream as a response; none for its head alone.

@@ -29,7 +29,7 @@ const fn plain(name: &'static str, package: &'static str) -> GoTool {
 }
 
 /// Values that the chart must refuse, and a word of the refusal.
-const REFUSED: [(&str, &str); 21] = [
+const REFUSED: [(&str, &str); 22] = [
     ("replicaCuont=1", "replicaCuont"),
     ("image.tga=1", "tga"),
     ("postgres.persistence.sise=1Gi", "sise"),
@@ -40,6 +40,7 @@ const REFUSED: [(&str, &str); 21] = [
     ("config.APP_ENV=staging", "production"),
     ("config.SHUTDOWN_GRACE_SECONDS=0", "minimum"),
     ("config.KEEP_ALIVE_SECONDS=4", "minimum"),
+    ("config.STREAM_MAX_SECONDS=5", "minimum"),
     ("ingress.enabled=yes", "boolean"),
     ("image.digest=latest", "digest"),
     ("image.pullPolicy=Sometimes", "pullPolicy"),
@@ -50,7 +51,7 @@ const REFUSED: [(&str, &str); 21] = [
     ("redis.enabled=false", "externalRedis.host"),
     ("externalRedis.host=cache", "redis.enabled=false"),
     ("replicaCount=20", "max_connections"),
-    ("terminationGracePeriodSeconds=30", "35"),
+    ("terminationGracePeriodSeconds=40", "45"),
 ];
 
 /// Variables that the chart sets from other values.

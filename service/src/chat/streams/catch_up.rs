@@ -4,7 +4,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::position::{Position, Snapshot, Within};
-use super::tail::TailError;
+use super::start::ReadError;
 use crate::chat::message::Message;
 use crate::store::operation::Operation;
 use crate::store::postgres::Database;
@@ -40,7 +40,7 @@ struct Row {
 ///
 /// What a position lacks in a conversation is the newest part of it: a message is visible only together with all before it.
 /// So the statement looks at the conversations that were touched since, and goes back in each until it meets what was seen.
-pub(super) async fn read(database: &Database, from: Position) -> Result<Missed, TailError> {
+pub(super) async fn read(database: &Database, from: Position) -> Result<Missed, ReadError> {
     let (until, conversation, seq) = match &from.within {
         Some(within) => (Some(within.until.to_string()), within.conversation, within.seq),
         None => (None, Uuid::nil(), 0),
@@ -86,7 +86,7 @@ pub(super) async fn read(database: &Database, from: Position) -> Result<Missed, 
     );
     let rows = database.run(Operation::ReadMissedMessages, query.fetch_all(&mut *session)).await?;
     session.give_back();
-    missed(rows, from).ok_or(TailError::Unreadable)
+    missed(rows, from).ok_or(ReadError::Unreadable)
 }
 
 fn missed(mut rows: Vec<Row>, from: Position) -> Option<Missed> {

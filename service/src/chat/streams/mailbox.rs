@@ -8,8 +8,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::EndReason;
 use super::position::Snapshot;
+use crate::telemetry::metrics::StreamEnd;
 use crate::workers::ConnectionHandle;
 
 /// A stream that is further behind reads from Postgres what it lacks, at its own pace. So its memory does not grow.
@@ -17,6 +17,33 @@ const MESSAGES_MAX: usize = 16;
 
 /// How long a client may leave messages unread.
 const WRITE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why a stream ends. Its name is the `reason` of the event `end`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum EndReason {
+    /// The token has expired.
+    Expired,
+    /// The user was deleted.
+    Deleted,
+    /// The process stops.
+    Draining,
+    /// The stream has lived for long enough, or a failover has ended its positions.
+    Lifetime,
+    /// The user, or the process, has too many.
+    TooMany,
+}
+
+impl From<EndReason> for StreamEnd {
+    fn from(reason: EndReason) -> Self {
+        match reason {
+            EndReason::Expired => Self::Expired,
+            EndReason::Deleted => Self::Deleted,
+            EndReason::Draining => Self::Draining,
+            EndReason::Lifetime | EndReason::TooMany => Self::Lifetime,
+        }
+    }
+}
 
 /// A message that the tail has read.
 #[derive(Debug)]

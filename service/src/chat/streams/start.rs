@@ -4,9 +4,27 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::tail::{Seen, TailError};
+use super::position::Snapshot;
 use crate::store::operation::Operation;
-use crate::store::postgres::Database;
+use crate::store::postgres::{Database, reason};
+
+/// What a statement saw, and on which server.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    pub(super) epoch: u64,
+    pub(super) snapshot: Arc<Snapshot>,
+}
+
+/// Why Postgres did not say what a stream needs.
+#[derive(thiserror::Error, Debug)]
+pub(super) enum ReadError {
+    #[error("Postgres only reads")]
+    OnlyReads,
+    #[error("an answer of Postgres cannot be read")]
+    Unreadable,
+    #[error("{}", reason(.0))]
+    Database(#[from] sqlx::Error),
+}
 
 /// What a stream needs to begin.
 pub(super) struct Start {
@@ -21,11 +39,11 @@ struct Row {
     snapshot: String,
 }
 
-pub(super) async fn current(database: &Database) -> Result<Seen, TailError> {
+pub(super) async fn current(database: &Database) -> Result<Seen, ReadError> {
     Ok(of_user(database, Uuid::nil()).await?.seen)
 }
 
-pub(super) async fn of_user(database: &Database, user: Uuid) -> Result<Start, TailError> {
+pub(super) async fn of_user(database: &Database, user: Uuid) -> Result<Start, ReadError> {
     let mut session = database.acquire().await?;
     let query = sqlx::query_as!(
         Row,
@@ -38,14 +56,14 @@ pub(super) async fn of_user(database: &Database, user: Uuid) -> Result<Start, Ta
     let row = database.run(Operation::ReadPosition, query.fetch_one(&mut *session)).await?;
     session.give_back();
     if row.read_only {
-        return Err(TailError::OnlyReads);
+        return Err(ReadError::OnlyReads);
     }
-    let seen = seen(&row.epoch, &row.snapshot).ok_or(TailError::Unreadable)?;
+    let seen = seen(&row.epoch, &row.snapshot).ok_or(ReadError::Unreadable)?;
     Ok(Start { user_exists: row.user_exists, seen })
 }
 
 /// From the texts of `position_epoch()` and `pg_current_snapshot()`.
-pub(in crate::chat) fn seen(epoch: &str, snapshot: &str) -> Option<Seen> {
+pub(super) fn seen(epoch: &str, snapshot: &str) -> Option<Seen> {
     Some(Seen { epoch: number(epoch)?, snapshot: Arc::new(snapshot.parse().ok()?) })
 }
 

@@ -8,14 +8,16 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, Sleep, sleep_until};
+use uuid::Uuid;
 
 use super::catch_up::{self, Missed};
-use super::mailbox::{Delivery, Mail};
+use super::mailbox::{Delivery, EndReason, Mail};
 use super::position::{Position, Refused, Within};
-use super::tail::TailError;
-use super::{EndReason, Registered, fraction};
+use super::registry::{Registered, Streams, fraction};
+use super::start::{self, ReadError, Seen};
 use crate::failpoints::{self, Failpoint};
-use crate::telemetry::metrics::StreamEnd;
+use crate::telemetry::metrics::{StreamEnd, StreamOpened};
+use crate::workers::ConnectionHandle;
 
 /// A comment goes out this often, so that proxies and clients see that the connection lives.
 const HEARTBEAT: Duration = Duration::from_secs(14);
@@ -29,9 +31,41 @@ const RETRY_MAX: Duration = Duration::from_secs(3);
 /// Before Postgres is asked again for what was missed.
 const CATCH_UP_RETRY: Duration = Duration::from_secs(1);
 
+/// Why a stream does not begin.
+#[derive(thiserror::Error, Debug)]
+pub(crate) enum StreamError {
+    #[error("the user was deleted")]
+    UserGone,
+    #[error("Postgres is unavailable, or only reads")]
+    Unavailable,
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+impl From<ReadError> for StreamError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Database(error) => Self::Database(error),
+            ReadError::OnlyReads | ReadError::Unreadable => Self::Unavailable,
+        }
+    }
+}
+
+/// What a client asks for.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) user: Uuid,
+    /// When its token expires.
+    pub(crate) expires: Instant,
+    /// Where it stands.
+    pub(crate) position: Option<String>,
+    /// To close when the client does not read.
+    pub(crate) connection: Option<ConnectionHandle>,
+}
+
 /// What a client is told.
 #[derive(Debug)]
-pub enum Event {
+pub(crate) enum Event {
     Ready {
         position: String,
         resumed: bool,
@@ -53,9 +87,9 @@ pub enum Event {
     },
 }
 
-type CatchUp = BoxFuture<'static, Result<Missed, TailError>>;
+type CatchUp = BoxFuture<'static, Result<Missed, ReadError>>;
 
-pub struct Stream(State);
+pub(crate) struct Stream(State);
 
 enum State {
     Refused(EndReason),
@@ -86,12 +120,34 @@ struct First {
 }
 
 impl Stream {
-    /// It ends with its first event.
-    pub(super) fn refused(reason: EndReason) -> Self {
-        Self(State::Refused(reason))
+    /// Begins a stream. Its first event says where it stands, or why it ends at once.
+    pub(crate) async fn open(streams: &Arc<Streams>, request: Request) -> Result<Self, StreamError> {
+        let user = request.user;
+        let mailbox = match streams.register(user, request.connection) {
+            Ok(mailbox) => mailbox,
+            Err(reason) => {
+                streams.metrics.stream_opened(StreamOpened::Refused);
+                return Ok(Self(State::Refused(reason)));
+            }
+        };
+        let start = start::of_user(&streams.database, user).await?;
+        if !start.user_exists {
+            return Err(StreamError::UserGone);
+        }
+        let Seen { epoch, snapshot } = start.seen;
+        let now = Position { user, epoch, seen: (*snapshot).clone(), within: None };
+        let (opened, position, refused) = match request.position {
+            None => (StreamOpened::New, now, None),
+            Some(text) => match Position::decode(&text, user, epoch) {
+                Ok(position) => (StreamOpened::Resumed, position, None),
+                Err(refused) => (StreamOpened::Reset, now, Some(refused)),
+            },
+        };
+        streams.metrics.stream_opened(opened);
+        Ok(Self::begin(mailbox, position, opened == StreamOpened::Resumed, refused, request.expires))
     }
 
-    pub(super) fn begin(
+    fn begin(
         mailbox: Registered,
         position: Position,
         resumed: bool,

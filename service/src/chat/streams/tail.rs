@@ -7,14 +7,14 @@ use time::OffsetDateTime;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::Streams;
 use super::mailbox::Delivery;
 use super::position::Snapshot;
-use super::start;
+use super::registry::{Found, Read, Streams};
+use super::start::{self, ReadError};
 use crate::chat::message::{Message, Pair};
 use crate::failpoints::{self, Failpoint};
 use crate::store::operation::Operation;
-use crate::store::postgres::{Database, reason};
+use crate::store::postgres::Database;
 
 /// How often Postgres is asked although nothing was announced: announcements of other replicas may get lost with Redis.
 const COMPARE_INTERVAL: Duration = Duration::from_secs(5);
@@ -31,13 +31,6 @@ const STEP_MAX: i64 = 4096;
 /// An older message that was not announced has been missed.
 const ANNOUNCED_WITHIN: Duration = Duration::from_millis(500);
 
-/// What was seen last.
-#[derive(Clone, Debug)]
-pub(super) struct Seen {
-    pub(super) epoch: u64,
-    pub(super) snapshot: Arc<Snapshot>,
-}
-
 /// A message since the last step, and what is the same in all rows. Without a message only that.
 struct Row {
     snapshot: String,
@@ -51,29 +44,6 @@ struct Row {
     sender: Option<Uuid>,
     content: Option<String>,
     created_at: Option<OffsetDateTime>,
-}
-
-/// A message and its two users.
-pub(super) struct Read {
-    pub(super) pair: Pair,
-    pub(super) message: Arc<Delivery>,
-}
-
-/// What a step found.
-pub(super) struct Found {
-    pub(super) until: Arc<Snapshot>,
-    /// By conversation and seq. `None` if there were too many.
-    pub(super) messages: Option<Vec<Read>>,
-}
-
-#[derive(thiserror::Error, Debug)]
-pub(super) enum TailError {
-    #[error("Postgres only reads")]
-    OnlyReads,
-    #[error("an answer of Postgres cannot be read")]
-    Unreadable,
-    #[error("{}", reason(.0))]
-    Database(#[from] sqlx::Error),
 }
 
 /// Runs until the process ends.
@@ -104,7 +74,7 @@ pub(crate) async fn follow(streams: Arc<Streams>, database: Database) {
     }
 }
 
-async fn step(streams: &Streams, database: &Database, is_announced: bool) -> Result<(), TailError> {
+async fn step(streams: &Streams, database: &Database, is_announced: bool) -> Result<(), ReadError> {
     // After a failure, and from time to time, the server may be another one.
     let seen = streams.seen();
     let (Some(seen), true) = (&seen, streams.has_any() && is_announced) else {
@@ -128,7 +98,7 @@ async fn step(streams: &Streams, database: &Database, is_announced: bool) -> Res
 }
 
 /// Everything that was committed since.
-async fn read(database: &Database, seen: &Snapshot) -> Result<Found, TailError> {
+async fn read(database: &Database, seen: &Snapshot) -> Result<Found, ReadError> {
     let running: Vec<String> = seen.running.iter().map(u64::to_string).collect();
     let mut session = database.acquire().await?;
     // The limits keep the plan that reads the index in order, whatever the planner believes of the numbers.
@@ -156,7 +126,7 @@ async fn read(database: &Database, seen: &Snapshot) -> Result<Found, TailError> 
     let rows = database.run(Operation::ReadNewMessages, query.fetch_all(&mut *session)).await?;
     session.give_back();
     let read_at = Instant::now();
-    let until = rows.first().and_then(|row| row.snapshot.parse().ok()).ok_or(TailError::Unreadable)?;
+    let until = rows.first().and_then(|row| row.snapshot.parse().ok()).ok_or(ReadError::Unreadable)?;
     let until = Arc::new(until);
     if rows.len() as i64 > STEP_MAX {
         return Ok(Found { until, messages: None });
