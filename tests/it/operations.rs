@@ -50,6 +50,8 @@ fn requests(apps: &Apps, operation: &Operation, ana: &User, ben: &User) -> Vec<R
         raw(&path, "text/plain", &body),
         raw(without_query, "application/json", "{}"),
         raw(&format!("{path}{separator}limit=abc"), "application/json", "{}"),
+        raw(&format!("{path}{separator}limit=0"), "application/json", "{}"),
+        raw(&format!("{path}{separator}after=1&after=2"), "application/json", "{}"),
         // Three within a minute or two: at least one is over the limit.
         send(&apps.limited, &new_name()),
         send(&apps.limited, &new_name()),

@@ -35,7 +35,8 @@ const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering
     operation_id = "stream",
     tags("messages"),
     responses(
-        (status_code = 200, description = "The events", body = String, content_type = "text/event-stream"),
+        (status_code = 200, description = "The events", body = String, content_type = "text/event-stream",
+            example = json!("id: AQAAAAE\nevent: ready\ndata: {\"position\":\"AQAAAAE\",\"resumed\":false}\n\n")),
     )
 )]
 pub async fn follow(

@@ -33,6 +33,11 @@ const MIGRATE_TIMEOUT: Duration = Duration::from_secs(600);
 const LOCK_TIMEOUT_MS: u32 = 2000;
 const LOCK_RETRY: Duration = Duration::from_secs(1);
 
+/// How sqlx makes the number of its lock from the database's name.
+const LOCK_OF_SQLX: i64 = 0x3d32_ad9e;
+const CRC_32: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISO_HDLC);
+const LOCK_POLL: Duration = Duration::from_millis(100);
+
 /// Between two attempts to reach a Postgres that is not up yet.
 const CONNECT_RETRY: Duration = Duration::from_secs(1);
 
@@ -221,7 +226,7 @@ async fn lift_timeouts(connection: &mut PgConnection) -> Result<(), sqlx::Error>
 
 /// Applies what is pending. Only the wait for a table is limited.
 async fn run(connection: &mut PgConnection) -> Result<(), MigrationError> {
-    connection.lock().await.map_err(MigrationError::Failed)?;
+    lock(connection).await.map_err(failed)?;
     let mut reported = false;
     for (version, outside_transaction) in
         MIGRATIONS.iter().map(|migration| (migration.version, migration.no_tx))
@@ -250,6 +255,21 @@ async fn run(connection: &mut PgConnection) -> Result<(), MigrationError> {
         }
     }
     sqlx::raw_sql("SET lock_timeout = 0").execute(connection).await.map(drop).map_err(failed)
+}
+
+/// Takes the lock that sqlx would take, so that older releases respect it, but does not wait for it in a statement: who builds
+/// an index beside the requests waits for every statement that has begun before.
+async fn lock(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let database: String =
+        sqlx::query_scalar("SELECT current_database()::text").fetch_one(&mut *connection).await?;
+    let key = LOCK_OF_SQLX * i64::from(CRC_32.checksum(database.as_bytes()));
+    loop {
+        let query = sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(key);
+        if query.fetch_one(&mut *connection).await? {
+            return Ok(());
+        }
+        tokio::time::sleep(LOCK_POLL).await;
+    }
 }
 
 /// What is left of an index that was built beside the requests, where the migration that built it was cut off: nobody uses

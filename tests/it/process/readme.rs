@@ -93,10 +93,8 @@ fn the_readme_lists_every_variable_with_its_default_and_no_other() -> Result<()>
 fn the_readme_names_every_call_of_the_openapi_document() -> Result<()> {
     let readme = readme()?;
     let (_, section) = readme.split_once("## API").context("the section")?;
-    let calls: Vec<_> = rows(section.split("\n## ").next().unwrap_or_default())
-        .into_iter()
-        .map(|row| row[0].clone())
-        .collect();
+    let calls: Vec<_> =
+        rows(section.split("\n#").next().unwrap_or_default()).into_iter().map(|row| row[0].clone()).collect();
     let document: serde_json::Value =
         serde_json::from_str(&Start::default().args(&["openapi"]).run()?.stdout)?;
     let paths = document["paths"].as_object().context("paths")?;
