@@ -1,7 +1,7 @@
 //! The blocking HTTP/1.1 client of tests and commands: it keeps its connection alive, and every request has a timeout.
 
 use std::fmt::{self, Display};
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -104,6 +104,24 @@ impl Client {
     }
 
     /// As [`Self::request`], with the caller's token.
+    /// Follows the user's stream, and drops what comes, until it ends or `go_on` is false. That is asked each second.
+    pub fn follow(&self, token: &str, go_on: impl Fn() -> bool) -> std::io::Result<()> {
+        let mut stream = TcpStream::connect_timeout(&self.address, Duration::from_secs(2))?;
+        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        let head = format!("GET /stream HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {token}\r\n\r\n");
+        stream.write_all(head.as_bytes())?;
+        let mut dropped = [0; 4096];
+        while go_on() {
+            match stream.read(&mut dropped) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     pub fn ask(&mut self, method: &str, path: &str, token: Option<&str>, body: &str) -> AnyResult<Response> {
         let bearer = format!("Bearer {}", token.unwrap_or_default());
         let headers: &[(&str, &str)] = if token.is_some() { &[("authorization", &bearer)] } else { &[] };

@@ -6,8 +6,8 @@ pub(super) fn dashboard() -> Dashboard {
     Dashboard {
         name: "product",
         title: "chat-service / Product",
-        description: "Registrations, logins, messages, reads, and refused requests.",
-        rows: vec![totals(), messages(), reading(), accounts(), limits()],
+        description: "Registrations, logins, messages, reads, streams, and refused requests.",
+        rows: vec![totals(), messages(), reading(), streams(), accounts(), limits()],
     }
 }
 
@@ -82,6 +82,43 @@ fn reading() -> Row {
                 .from(0.25, "red"),
         ],
     }
+}
+
+fn streams() -> Row {
+    Row {
+        title: "Streams",
+        answers: "Do open streams get each message, and soon?",
+        panels: vec![
+            lines("Open streams", "short", "Of all replicas, and how many they may have.")
+                .query("open", "sum(chat_stream_clients{OURS})")
+                .query("limit", "sum(chat_stream_clients_max{OURS})")
+                .width(8),
+            stack("Streams that began", "ops", "Per second. `reset` clients had a position that could not be taken up, and reload. `refused` were too many, or the replica stops.")
+                .query("{{outcome}}", "sum by (outcome) (rate(chat_stream_opened_total{OURS}[$__rate_interval]))")
+                .width(8),
+            stack("Streams that ended", "ops", "Per second. `slow` clients did not read, `client` ended it themselves or lost their connection.")
+                .query("{{reason}}", "sum by (reason) (rate(chat_stream_ended_total{OURS}[$__rate_interval]))")
+                .width(8),
+            lines("Delay of a delivery", "s", "From the commit of a message to the stream's socket.")
+                .query("p50", &delay("0.5"))
+                .query("p99", &delay("0.99"))
+                .from(1.0, "red")
+                .width(8),
+            lines("Messages delivered", "ops", "Messages per second that were written to streams, and how many of them streams read from Postgres by themselves, after a reconnect or because they had fallen behind.")
+                .query("messages", "sum(rate(chat_stream_messages_total{OURS}[$__rate_interval]))")
+                .query("catch-ups", "sum(rate(chat_stream_catch_ups_total{OURS}[$__rate_interval]))")
+                .width(8),
+            lines("Messages not announced", "ops", "Messages for open streams that no replica announced, so that they came seconds late. Expected while Redis is unavailable; otherwise see whether Redis refuses PUBLISH or SUBSCRIBE.")
+                .query("gaps", "sum(rate(chat_stream_gaps_total{OURS}[$__rate_interval]))")
+                .width(8),
+        ],
+    }
+}
+
+fn delay(share: &str) -> String {
+    format!(
+        "histogram_quantile({share}, sum by (le) (rate(chat_stream_delivery_seconds_bucket{{OURS}}[$__rate_interval])))"
+    )
 }
 
 fn accounts() -> Row {

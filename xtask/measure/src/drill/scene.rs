@@ -44,6 +44,7 @@ pub(super) struct Scene {
     crowds: Mutex<Vec<Crowd>>,
     pub(super) collector: Collector,
     talkers: Option<Talkers>,
+    followers: Option<Talkers>,
     _runtime: Runtime,
 }
 
@@ -101,9 +102,11 @@ impl Scene {
             crowds: Mutex::default(),
             collector,
             talkers: None,
+            followers: None,
             _runtime: runtime,
         };
         scene.talkers = Some(scene.talk());
+        scene.followers = Some(scene.follow());
         Ok(scene)
     }
 
@@ -167,10 +170,20 @@ impl Scene {
         Ok(())
     }
 
+    /// A stream of the first user on each replica.
+    fn follow(&self) -> Talkers {
+        let token = self.users[0].token.clone();
+        Talkers::start(&self.replicas, 1, move |client, go_on| {
+            // It ends with its replica, and begins again.
+            let _ = client.follow(&token, go_on);
+            thread::sleep(PAUSE);
+        })
+    }
+
     /// A send and a read of the newest page, in turn.
     fn talk(&self) -> Talkers {
         let users = self.users.clone();
-        Talkers::start(&self.replicas, TALKERS, move |client| {
+        Talkers::start(&self.replicas, TALKERS, move |client, _| {
             let number = fastrand::usize(..users.len());
             let (from, to) = (&users[number], &users[(number + 1) % users.len()]);
             let body = json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"});
@@ -187,6 +200,7 @@ impl Drop for Scene {
     fn drop(&mut self) {
         let _ = self.disperse();
         self.talkers = None;
+        self.followers = None;
     }
 }
 
@@ -194,7 +208,7 @@ impl Talkers {
     fn start(
         replicas: &[Replica],
         per_replica: usize,
-        work: impl Fn(&mut Client) + Clone + Send + 'static,
+        work: impl Fn(&mut Client, &dyn Fn() -> bool) + Clone + Send + 'static,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let threads = replicas
@@ -204,8 +218,9 @@ impl Talkers {
                 let (stop, work) = (Arc::clone(&stop), work.clone());
                 thread::spawn(move || {
                     let mut client = Client::new(address);
-                    while !stop.load(Ordering::Relaxed) {
-                        work(&mut client);
+                    let go_on = || !stop.load(Ordering::Relaxed);
+                    while go_on() {
+                        work(&mut client, &go_on);
                         // A replica that refuses connections is not asked in a tight loop.
                         thread::sleep(Duration::from_millis(5));
                     }
