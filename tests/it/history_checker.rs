@@ -23,6 +23,7 @@ fn no_fault_makes_the_service_lose_double_hide_or_reorder_a_message() -> Result<
     let options = Options {
         redis: RedisMode::Single,
         plan: Plan::Mixed,
+        follows_streams: false,
         seed,
         duration,
         binary,

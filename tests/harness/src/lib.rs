@@ -6,6 +6,7 @@ pub mod install;
 pub mod places;
 pub mod replica;
 pub mod servers;
+pub mod sse;
 pub mod users;
 
 pub use places::{Scratch, service_binary};

@@ -6,6 +6,7 @@ use std::collections::hash_map::Entry;
 use std::fmt::{self, Display};
 use std::time::Duration;
 
+use super::stream_rules;
 use super::{Action, History, Message, MessageIndex, Operation, Outcome, Page};
 
 /// A rule that was broken, and by what.
@@ -49,6 +50,7 @@ pub fn violations(history: &History) -> Vec<Violation> {
         checker.exactly_once(&messages, stored);
         checker.sent_in_order(&messages, stored);
     }
+    checker.found.extend(stream_rules::violations(history));
     checker.found
 }
 

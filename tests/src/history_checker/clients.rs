@@ -217,7 +217,7 @@ fn wrong(status: u16, body: &[u8]) -> Outcome {
 }
 
 /// The message in a JSON value, if it has all of a message's fields.
-fn message(value: &Value) -> Option<Message> {
+pub(super) fn message(value: &Value) -> Option<Message> {
     let text = |name: &str| value[name].as_str().map(str::to_owned);
     Some(Message {
         id: text("id")?,

@@ -7,10 +7,12 @@
 pub mod check;
 mod clients;
 mod faults;
+mod followers;
 mod overload;
 mod redis;
 mod run;
 mod schedule;
+pub mod stream_rules;
 mod system;
 
 use std::collections::HashMap;
@@ -93,7 +95,23 @@ pub struct History {
     pub messages: Vec<Message>,
     /// What Postgres holds in the end, by conversation, in the order of `seq`.
     pub stored: Option<Vec<Vec<MessageIndex>>>,
+    pub followed: Vec<Followed>,
+    /// How soon streams show what was acknowledged, where nothing fails.
+    pub prompt: Option<Duration>,
     known: HashMap<Message, MessageIndex>,
+}
+
+/// What one client saw of its user's streams, over all its connections.
+#[derive(Clone, Debug, Default)]
+pub struct Followed {
+    /// The user's id.
+    pub user: String,
+    /// When the first stream began.
+    pub ready: Option<Duration>,
+    /// In the order in which they came.
+    pub shown: Vec<(Duration, MessageIndex)>,
+    /// What no stream should answer.
+    pub wrong: Vec<String>,
 }
 
 impl History {

@@ -12,13 +12,16 @@ use anyhow::{Context as _, Result, anyhow};
 use super::check::{self, Violation};
 use super::clients::UserClient;
 use super::redis::RedisMode;
-use super::schedule::{self, CONVERSATIONS, Fault, Plan, READERS, REPLICAS, WRITERS};
+use super::schedule::{self, CONVERSATIONS, Fault, Plan, READERS, REPLICAS, USERS, WRITERS};
 use super::system::{System, lock, window_hits};
-use super::{History, Message, Outcome, Page};
+use super::{Followed, History, Message, Outcome, Page};
 use crate::User;
 
 /// Before the end, without faults: everything has to work again.
 const CALM: Duration = Duration::from_secs(3);
+
+/// How soon a stream has to show what was acknowledged while nothing fails.
+const PROMPT: Duration = Duration::from_secs(3);
 
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 const TICK: Duration = Duration::from_millis(200);
@@ -27,6 +30,8 @@ const TICK: Duration = Duration::from_millis(200);
 pub struct Options {
     pub redis: RedisMode,
     pub plan: Plan,
+    /// Whether clients follow streams, too. It takes some seconds more at the end.
+    pub follows_streams: bool,
     pub seed: u64,
     pub duration: Duration,
     pub binary: PathBuf,
@@ -48,6 +53,8 @@ pub struct Report {
     pub acknowledged: u64,
     pub replayed: u64,
     pub reads: u64,
+    /// Messages on streams.
+    pub followed: u64,
     pub stale_reads: u64,
     /// By reason.
     pub unanswered: BTreeMap<&'static str, u64>,
@@ -72,6 +79,8 @@ pub(super) struct Run<'a> {
     pub(super) newest: [AtomicI64; CONVERSATIONS.len()],
     pub(super) faults_end: AtomicBool,
     pub(super) end: AtomicBool,
+    /// A rule is broken: nothing more has to be waited for.
+    pub(super) is_broken: AtomicBool,
 }
 
 /// Runs to the end, or to the first violation, or until `go_on` returns false.
@@ -81,11 +90,20 @@ pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Resul
         options,
         system: &system,
         began: Instant::now(),
-        history: Mutex::default(),
+        history: Mutex::new(History {
+            followed: system
+                .users
+                .iter()
+                .map(|user| Followed { user: user.id.clone(), ..Followed::default() })
+                .collect(),
+            prompt: (options.plan == Plan::Calm).then_some(PROMPT),
+            ..History::default()
+        }),
         faults: Mutex::default(),
         newest: Default::default(),
         faults_end: AtomicBool::new(false),
         end: AtomicBool::new(false),
+        is_broken: AtomicBool::new(false),
     };
     let mut report = Report::default();
     thread::scope(|scope| -> Result<()> {
@@ -96,6 +114,7 @@ pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Resul
                 }),
                 scope.spawn(|| run.inject_faults(schedule::process_fault)),
             ],
+            Plan::Calm => Vec::new(),
             plan => vec![scope.spawn({
                 let run = &run;
                 move || run.inject_faults(|seed, index| schedule::aimed_fault(plan, seed, index))
@@ -109,7 +128,13 @@ pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Resul
             let run = &run;
             scope.spawn(move || run.read(client));
         }
+        let followers = if options.follows_streams { USERS } else { 0 };
+        for follower in 0..followers {
+            let run = &run;
+            scope.spawn(move || run.follow(follower));
+        }
         report.violations = run.watch(&mut report, &mut go_on);
+        run.is_broken.store(!report.violations.is_empty(), Ordering::Relaxed);
         run.faults_end.store(true, Ordering::Relaxed);
         let broken: Result<Vec<()>> =
             faults.into_iter().map(|fault| fault.join().map_err(|_| anyhow!("a panic"))?).collect();
@@ -194,6 +219,7 @@ impl Run<'_> {
                 Outcome::Wrong(_) => {}
             }
         }
+        report.followed = lock(&self.history).followed.iter().map(|one| one.shown.len() as u64).sum();
         const LAST: usize = 8;
         let faults = lock(&self.faults);
         for (_, fault) in &*faults {

@@ -25,6 +25,7 @@ pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(12);
 const CLIENTS: u64 = 1 << 32;
 const LINKS: u64 = 2 << 32;
 const PROCESSES: u64 = 3 << 32;
+const FOLLOWERS: u64 = 4 << 32;
 
 fn choices(seed: u64, stream: u64, index: u64) -> Rng {
     // Close seeds must not give similar choices.
@@ -121,6 +122,8 @@ pub enum Plan {
     /// All kinds, as the seed chooses.
     #[default]
     Mixed,
+    /// None at all: then streams have to be prompt.
+    Calm,
     /// A slow link to Redis, again and again.
     SlowRedis,
     /// A cut link to Redis, once the windows are used again after the cut before. So it is with those below.
@@ -131,6 +134,26 @@ pub enum Plan {
     Splits,
     /// A Redis that is back with older data before a replica has heard of it from Postgres.
     UnseenRollbacks,
+}
+
+/// What a follower does with its next connection.
+#[derive(Debug)]
+pub(super) struct FollowStep {
+    pub(super) pause: Duration,
+    pub(super) replica: usize,
+    /// It breaks off after this time, or so many messages.
+    pub(super) time: Duration,
+    pub(super) messages: u32,
+}
+
+pub(super) fn follow_step(seed: u64, follower: u64, index: u64) -> FollowStep {
+    let mut rng = choices(seed, FOLLOWERS + follower, index);
+    FollowStep {
+        pause: ms(&mut rng, 0..200),
+        replica: rng.usize(..REPLICAS),
+        time: if rng.u8(..4) == 0 { ms(&mut rng, 3000..15_000) } else { ms(&mut rng, 50..2000) },
+        messages: if rng.bool() { rng.u32(1..10) } else { 1000 },
+    }
 }
 
 /// The server behind a proxy.
@@ -307,7 +330,7 @@ pub(super) fn aimed_fault(plan: Plan, seed: u64, index: u64) -> (Duration, Fault
     let replica = rng.usize(..REPLICAS);
     let to_redis = |link, time| Fault::Link { server: Server::Redis, replica, link, time };
     let fault = match plan {
-        Plan::Mixed | Plan::SlowRedis => {
+        Plan::Mixed | Plan::Calm | Plan::SlowRedis => {
             let slow = Link::Slow(ms(&mut rng, 50..200));
             return (ms(&mut rng, 50..500), to_redis(slow, ms(&mut rng, 500..2000)));
         }
