@@ -132,7 +132,11 @@ impl App {
     pub fn watch_postgres(&self, tasks: &mut Tasks) {
         tasks.supervisors.spawn(Arc::clone(&self.health).supervise(self.database.clone()));
         tasks.supervisors.spawn(Arc::clone(&self.permission).supervise());
-        tasks.supervisors.spawn(streams::follow(Arc::clone(&self.streams), self.database.clone()));
+        tasks.supervisors.spawn(streams::follow(
+            Arc::clone(&self.streams),
+            self.database.clone(),
+            Arc::clone(&self.health),
+        ));
         tasks.supervisors.spawn(sweep::expired_idempotency_keys(self.database.clone()));
         let kept = Permission::deletions_kept(&self.config);
         tasks.supervisors.spawn(sweep::old_deletions(self.database.clone(), kept));

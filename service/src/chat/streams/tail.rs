@@ -13,6 +13,7 @@ use super::registry::{Found, Read, Streams};
 use super::start::{self, ReadError};
 use crate::chat::message::{Message, Pair};
 use crate::failpoints::{self, Failpoint};
+use crate::store::health::Health;
 use crate::store::operation::Operation;
 use crate::store::postgres::Database;
 
@@ -47,7 +48,7 @@ struct Row {
 }
 
 /// Runs until the process ends.
-pub(crate) async fn follow(streams: Arc<Streams>, database: Database) {
+pub(crate) async fn follow(streams: Arc<Streams>, database: Database, health: Arc<Health>) {
     let mut compared = Instant::now();
     loop {
         let interval = match streams.wake_ups.is_listening() {
@@ -64,6 +65,10 @@ pub(crate) async fn follow(streams: Arc<Streams>, database: Database) {
             if failpoints::is_on(Failpoint::IgnoreGapCheck) && streams.seen().is_some() {
                 continue;
             }
+        }
+        // Before the migrations there is nothing to ask, and the log need not say so.
+        while !health.has_tables() {
+            tokio::time::sleep(RETRY).await;
         }
         if let Err(error) = step(&streams, &database, is_announced).await {
             // The health task logs that Postgres is unavailable.
