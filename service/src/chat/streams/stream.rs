@@ -63,7 +63,7 @@ pub(crate) struct Request {
     pub(crate) connection: Option<ConnectionHandle>,
 }
 
-/// What a client is told.
+/// What a client gets.
 #[derive(Debug)]
 pub(crate) enum Event {
     Ready {
