@@ -78,7 +78,7 @@ impl WakeUps {
         self.listening.load(Ordering::Relaxed)
     }
 
-    /// Returns when they arrive again: some may have been lost.
+    /// Returns when they arrive again, because some may have been lost, or arrive no more.
     pub(crate) async fn reconnected(&self) {
         self.reconnected.notified().await;
     }
@@ -118,6 +118,8 @@ impl WakeUps {
                         _ = unavailable.wait_for(|unavailable| *unavailable) => {}
                     }
                     self.listening.store(false, Ordering::Relaxed);
+                    // Who waits has to ask more often from now on.
+                    self.reconnected.notify_one();
                 }
                 Err(error) => tracing::debug!(%error, "announcements of other replicas are not heard"),
             }
