@@ -22,6 +22,7 @@ mod process;
 mod properties;
 mod recent_window;
 mod send;
+mod sse;
 mod streams;
 mod support;
 mod times;

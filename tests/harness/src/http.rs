@@ -103,7 +103,6 @@ impl Client {
         Ok(response)
     }
 
-    /// As [`Self::request`], with the caller's token.
     /// Follows the user's stream, and drops what comes, until it ends or `go_on` is false. That is asked each second.
     pub fn follow(&self, token: &str, go_on: impl Fn() -> bool) -> std::io::Result<()> {
         let mut stream = TcpStream::connect_timeout(&self.address, Duration::from_secs(2))?;
@@ -122,6 +121,7 @@ impl Client {
         Ok(())
     }
 
+    /// As [`Self::request`], with the caller's token.
     pub fn ask(&mut self, method: &str, path: &str, token: Option<&str>, body: &str) -> AnyResult<Response> {
         let bearer = format!("Bearer {}", token.unwrap_or_default());
         let headers: &[(&str, &str)] = if token.is_some() { &[("authorization", &bearer)] } else { &[] };
@@ -178,11 +178,8 @@ fn exchange(stream: &mut TcpStream, request: &[u8], deadline: Instant) -> Result
 
 /// The response, once it has arrived completely.
 fn parse(buffer: &[u8]) -> Result<Option<Response>, RequestError> {
-    let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") else { return Ok(None) };
-    let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
-    let status = head.get(9..12).and_then(|digits| digits.parse().ok()).ok_or(RequestError::Broken)?;
-    let mut response = Response { status, head, body: Vec::new() };
-    let body = &buffer[end + 4..];
+    let Some((mut response, length)) = parse_head(buffer)? else { return Ok(None) };
+    let body = &buffer[length..];
     if response.header("transfer-encoding").is_some_and(|coding| coding.eq_ignore_ascii_case("chunked")) {
         return Ok(unchunked(body)?.map(|body| Response { body, ..response }));
     }
@@ -192,6 +189,14 @@ fn parse(buffer: &[u8]) -> Result<Option<Response>, RequestError> {
     }
     response.body = body[..length].to_vec();
     Ok(Some(response))
+}
+
+/// The response without its body, and the length of its head, once that has arrived.
+pub(crate) fn parse_head(buffer: &[u8]) -> Result<Option<(Response, usize)>, RequestError> {
+    let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") else { return Ok(None) };
+    let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
+    let status = head.get(9..12).and_then(|digits| digits.parse().ok()).ok_or(RequestError::Broken)?;
+    Ok(Some((Response { status, head, body: Vec::new() }, end + 4)))
 }
 
 /// The body without its chunks' framing, once the last chunk has arrived.

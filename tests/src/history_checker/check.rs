@@ -1,12 +1,13 @@
 //! The rules: which histories the contract allows. They do not know how a history was recorded, so tests can check them on
 //! histories that were made up.
 
+mod streams;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt::{self, Display};
 use std::time::Duration;
 
-use super::stream_rules;
 use super::{Action, History, Message, MessageIndex, Operation, Outcome, Page};
 
 /// A rule that was broken, and by what.
@@ -35,6 +36,15 @@ pub const WENT_BACK: &str = "a read shows no older history than one that ended b
 pub const SEND_ORDER: &str = "a message sent after an acknowledgement has the greater seq";
 pub const TIME_ORDER: &str = "created_at does not decrease along seq";
 pub const TWO_ANSWERS: &str = "an Idempotency-Key always answers with its first message";
+pub const STREAM_EVENTS: &str =
+    "a stream begins with its position, has one with each message, and ends with a reason";
+pub const STREAM_RESET: &str = "a stream takes up the position that it is given, and no other";
+pub const STREAM_FOREIGN: &str = "a stream shows messages of its user alone";
+pub const STREAM_DOUBLED: &str = "a stream shows a message once, over all its resumes";
+pub const STREAM_GAP: &str =
+    "a stream shows a conversation in the order of seq, without gaps, over all its resumes";
+pub const STREAM_MISSED: &str = "a stream shows every message that is sent after it began";
+pub const STREAM_LATE: &str = "an open stream shows an acknowledged message in time";
 
 /// Checks every rule on all operations so far; those about stored messages once `stored` is set.
 pub fn violations(history: &History) -> Vec<Violation> {
@@ -42,6 +52,7 @@ pub fn violations(history: &History) -> Vec<Violation> {
     checker.answers();
     checker.versions();
     checker.freshness();
+    checker.streams();
     if let Some(stored) = &history.stored {
         let messages = checker.sends();
         for (conversation, stored) in stored.iter().enumerate() {
@@ -50,8 +61,14 @@ pub fn violations(history: &History) -> Vec<Violation> {
         checker.exactly_once(&messages, stored);
         checker.sent_in_order(&messages, stored);
     }
-    checker.found.extend(stream_rules::violations(history));
     checker.found
+}
+
+/// Whether a follower still lacks something that is stored.
+pub fn streams_lack_messages(history: &History) -> bool {
+    let mut checker = Checker { history, found: Vec::new() };
+    checker.streams();
+    checker.found.iter().any(|violation| violation.rule == STREAM_MISSED)
 }
 
 struct Checker<'a> {
@@ -137,6 +154,17 @@ impl<'a> Checker<'a> {
                     let first = brief(self.history.message(first));
                     self.broken(DOUBLED, format!("  {first}\n  {}", brief(message)));
                 }
+            }
+        }
+        // A stream shows the same versions.
+        for (follower, event, shown) in self.streamed() {
+            let message = self.history.message(shown);
+            if !std::mem::replace(&mut seen[shown as usize], true)
+                && let Some(first) = by_content.insert(&message.content, shown)
+            {
+                let first = brief(self.history.message(first));
+                let event = self.describe_event(follower, event);
+                self.broken(TWO_VERSIONS, format!("{event}\n  {}\n  elsewhere {first}", brief(message)));
             }
         }
     }
@@ -289,6 +317,11 @@ impl<'a> Checker<'a> {
                     let message = brief(self.history.message(shown));
                     self.broken(UNSTORED, format!("{}\n  shows {message}", self.describe(operation)));
                 }
+            }
+        }
+        for (follower, event, shown) in self.streamed() {
+            if !std::mem::replace(&mut is_stored[shown as usize], true) {
+                self.broken(UNSTORED, self.describe_event(follower, event));
             }
         }
     }

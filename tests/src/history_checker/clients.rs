@@ -1,4 +1,4 @@
-//! What the clients do: writers and readers, and the requests that they record in the history.
+//! What writers and readers do, and the requests that they record in the history.
 
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -14,7 +14,7 @@ use crate::User;
 use crate::http::{Client, RequestError, Response};
 
 /// After a failed request, so that clients of a replica that is down do not spin.
-const BACK_OFF: Duration = Duration::from_millis(20);
+pub(super) const BACK_OFF: Duration = Duration::from_millis(20);
 
 /// The longest that a client goes on repeating a message.
 const RETRY_LIMIT: Duration = Duration::from_secs(20);
@@ -28,8 +28,8 @@ impl Run<'_> {
             if self.end.load(Ordering::Relaxed) {
                 return;
             }
-            let step = schedule::write_step(self.options.seed, client, index);
-            thread::sleep(step.pause);
+            let step = schedule::write_step(self.options.plan, self.options.seed, client, index);
+            self.idle(step.pause);
             let content = format!("{client}.{index} {}", "x".repeat(step.padding)).trim_end().to_owned();
             let keyed = step.retries.is_some();
             let mut acknowledged = user_client.send(step.replica, &content, keyed, step.timeout);
@@ -50,6 +50,19 @@ impl Run<'_> {
             if let Some(replica) = step.repeated_on {
                 user_client.send(replica, &content, keyed, REQUEST_TIMEOUT);
             }
+        }
+    }
+
+    /// Returns early once the end has come.
+    fn idle(&self, time: Duration) {
+        const SLICE: Duration = Duration::from_millis(500);
+        let until = Instant::now() + time;
+        while !self.end.load(Ordering::Relaxed) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            thread::sleep(left.min(SLICE));
         }
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 
+use super::Disturbance;
 use super::run::Run;
 use super::schedule::{Fault, REPLICAS, RedisFault, Server};
 use super::system::{has_clocks, lock};
@@ -27,13 +28,23 @@ impl Run<'_> {
                 continue;
             }
             lock(&self.faults).push((self.now(), fault));
+            let disturbance = self.begin_disturbance(fault);
             outcome = self.apply(fault).with_context(|| fault.name());
+            lock(&self.history).disturbances[disturbance].end = Some(self.now());
             if outcome.is_err() {
                 break;
             }
         }
         self.system.open_links();
         outcome
+    }
+
+    /// The disturbance's index in the history.
+    fn begin_disturbance(&self, fault: Fault) -> usize {
+        let disturbances = &mut lock(&self.history).disturbances;
+        let (start, redis_only) = (self.now(), fault.is_of_redis_only());
+        disturbances.push(Disturbance { start, end: None, redis_only });
+        disturbances.len() - 1
     }
 
     fn apply(&self, fault: Fault) -> Result<()> {

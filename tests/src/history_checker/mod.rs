@@ -1,5 +1,5 @@
-//! The history checker. Writers and readers use two replicas of the real service while servers, links and replicas fail on
-//! a schedule. Then the rules are checked: the history must be one that the contract allows.
+//! The history checker. Writers, readers and followers of streams use two replicas of the real service while servers, links
+//! and replicas fail on a schedule. Then the rules are checked: the history must be one that the contract allows.
 //!
 //! Every choice follows from the seed: what each client does next, and which fault comes when. How the operations interleave
 //! does not, because the processes are real. So a seed that failed is likely, not certain, to fail again.
@@ -12,7 +12,6 @@ mod overload;
 mod redis;
 mod run;
 mod schedule;
-pub mod stream_rules;
 mod system;
 
 use std::collections::HashMap;
@@ -87,31 +86,71 @@ pub struct Operation {
     pub outcome: Outcome,
 }
 
+/// What happened on a follower's stream.
+#[derive(Clone, Debug)]
+pub enum Told {
+    /// The follower asked for a stream, behind a position that an event had before, or from now on.
+    Asked {
+        position: Option<String>,
+    },
+    Ready {
+        position: String,
+        resumed: bool,
+    },
+    Reset {
+        position: String,
+        reason: String,
+    },
+    Message {
+        position: String,
+        message: MessageIndex,
+    },
+    End {
+        reason: String,
+    },
+    /// The stream is over: the follower left, there was none, or the connection ended.
+    Closed(&'static str),
+    /// An answer or an event that no client should get.
+    Wrong(String),
+}
+
+#[derive(Clone, Debug)]
+pub struct StreamEvent {
+    pub at: Duration,
+    pub replica: usize,
+    pub told: Told,
+}
+
+/// A client that keeps a stream of one user, one connection after another.
+#[derive(Clone, Debug, Default)]
+pub struct Follower {
+    /// The user's id.
+    pub user: String,
+    /// In the order in which the follower handled them.
+    pub events: Vec<StreamEvent>,
+}
+
+/// A time in which something failed on purpose.
+#[derive(Clone, Copy, Debug)]
+pub struct Disturbance {
+    pub start: Duration,
+    /// `None` while it lasts.
+    pub end: Option<Duration>,
+    /// True if nothing but Redis, or the way to it, fails.
+    pub redis_only: bool,
+}
+
 /// Everything that the clients saw.
 #[derive(Clone, Debug, Default)]
 pub struct History {
     pub operations: Vec<Operation>,
+    pub followers: Vec<Follower>,
+    pub disturbances: Vec<Disturbance>,
     /// Every message that was shown, each version of it once.
     pub messages: Vec<Message>,
     /// What Postgres holds in the end, by conversation, in the order of `seq`.
     pub stored: Option<Vec<Vec<MessageIndex>>>,
-    pub followed: Vec<Followed>,
-    /// How soon streams show what was acknowledged, where nothing fails.
-    pub prompt: Option<Duration>,
     known: HashMap<Message, MessageIndex>,
-}
-
-/// What one client saw of its user's streams, over all its connections.
-#[derive(Clone, Debug, Default)]
-pub struct Followed {
-    /// The user's id.
-    pub user: String,
-    /// When the first stream began.
-    pub ready: Option<Duration>,
-    /// In the order in which they came.
-    pub shown: Vec<(Duration, MessageIndex)>,
-    /// What no stream should answer.
-    pub wrong: Vec<String>,
 }
 
 impl History {

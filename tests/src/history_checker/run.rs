@@ -12,16 +12,16 @@ use anyhow::{Context as _, Result, anyhow};
 use super::check::{self, Violation};
 use super::clients::UserClient;
 use super::redis::RedisMode;
-use super::schedule::{self, CONVERSATIONS, Fault, Plan, READERS, REPLICAS, USERS, WRITERS};
+use super::schedule::{self, CONVERSATIONS, FOLLOWERS, Fault, Plan, READERS, REPLICAS, USERS, WRITERS};
 use super::system::{System, lock, window_hits};
-use super::{Followed, History, Message, Outcome, Page};
+use super::{Follower, History, Message, Outcome, Page, Told};
 use crate::User;
 
 /// Before the end, without faults: everything has to work again.
-const CALM: Duration = Duration::from_secs(3);
+const CALM: Duration = Duration::from_secs(6);
 
-/// How soon a stream has to show what was acknowledged while nothing fails.
-const PROMPT: Duration = Duration::from_secs(3);
+/// The longest that followers get afterwards, until they have shown everything.
+const FOLLOWERS_LIMIT: Duration = Duration::from_secs(8);
 
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 const TICK: Duration = Duration::from_millis(200);
@@ -30,8 +30,6 @@ const TICK: Duration = Duration::from_millis(200);
 pub struct Options {
     pub redis: RedisMode,
     pub plan: Plan,
-    /// Whether clients follow streams, too. It takes some seconds more at the end.
-    pub follows_streams: bool,
     pub seed: u64,
     pub duration: Duration,
     pub binary: PathBuf,
@@ -53,9 +51,11 @@ pub struct Report {
     pub acknowledged: u64,
     pub replayed: u64,
     pub reads: u64,
-    /// Messages on streams.
-    pub followed: u64,
     pub stale_reads: u64,
+    /// Streams that began, those of them that took up a position, and the messages that all of them showed.
+    pub streams: u64,
+    pub resumed_streams: u64,
+    pub streamed: u64,
     /// By reason.
     pub unanswered: BTreeMap<&'static str, u64>,
     /// Reads that were answered from a window, as the replicas count them.
@@ -79,31 +79,25 @@ pub(super) struct Run<'a> {
     pub(super) newest: [AtomicI64; CONVERSATIONS.len()],
     pub(super) faults_end: AtomicBool,
     pub(super) end: AtomicBool,
-    /// A rule is broken: nothing more has to be waited for.
-    pub(super) is_broken: AtomicBool,
+    pub(super) followers_end: AtomicBool,
 }
 
 /// Runs to the end, or to the first violation, or until `go_on` returns false.
 pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Result<Report> {
     let system = System::start(options.redis, &options.binary, &options.environment)?;
+    let user = |number: u32| system.users[number as usize % USERS].id.clone();
+    let followers =
+        (0..FOLLOWERS).map(|number| Follower { user: user(number), events: Vec::new() }).collect();
     let run = Run {
         options,
         system: &system,
         began: Instant::now(),
-        history: Mutex::new(History {
-            followed: system
-                .users
-                .iter()
-                .map(|user| Followed { user: user.id.clone(), ..Followed::default() })
-                .collect(),
-            prompt: (options.plan == Plan::Calm).then_some(PROMPT),
-            ..History::default()
-        }),
+        history: Mutex::new(History { followers, ..History::default() }),
         faults: Mutex::default(),
         newest: Default::default(),
         faults_end: AtomicBool::new(false),
         end: AtomicBool::new(false),
-        is_broken: AtomicBool::new(false),
+        followers_end: AtomicBool::new(false),
     };
     let mut report = Report::default();
     thread::scope(|scope| -> Result<()> {
@@ -114,39 +108,38 @@ pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Resul
                 }),
                 scope.spawn(|| run.inject_faults(schedule::process_fault)),
             ],
-            Plan::Calm => Vec::new(),
             plan => vec![scope.spawn({
                 let run = &run;
                 move || run.inject_faults(|seed, index| schedule::aimed_fault(plan, seed, index))
             })],
         };
-        for client in 0..WRITERS {
+        let mut clients = Vec::new();
+        for client in 0..WRITERS + READERS {
             let run = &run;
-            scope.spawn(move || run.write(client));
+            clients.push(
+                scope.spawn(move || if client < WRITERS { run.write(client) } else { run.read(client) }),
+            );
         }
-        for client in WRITERS..WRITERS + READERS {
+        for number in 0..FOLLOWERS {
             let run = &run;
-            scope.spawn(move || run.read(client));
-        }
-        let followers = if options.follows_streams { USERS } else { 0 };
-        for follower in 0..followers {
-            let run = &run;
-            scope.spawn(move || run.follow(follower));
+            scope.spawn(move || run.follow(number));
         }
         report.violations = run.watch(&mut report, &mut go_on);
-        run.is_broken.store(!report.violations.is_empty(), Ordering::Relaxed);
         run.faults_end.store(true, Ordering::Relaxed);
         let broken: Result<Vec<()>> =
             faults.into_iter().map(|fault| fault.join().map_err(|_| anyhow!("a panic"))?).collect();
-        if report.violations.is_empty() && broken.is_ok() {
+        let is_sound = report.violations.is_empty() && broken.is_ok();
+        if is_sound {
             thread::sleep(CALM);
         }
         run.end.store(true, Ordering::Relaxed);
-        broken.map(drop)
+        let clients: Result<Vec<()>> =
+            clients.into_iter().map(|client| client.join().map_err(|_| anyhow!("a panic"))).collect();
+        let closed = if is_sound { run.close() } else { Ok(()) };
+        run.followers_end.store(true, Ordering::Relaxed);
+        broken.and(clients).and(closed)
     })?;
     if report.violations.is_empty() {
-        system.await_ready()?;
-        run.audit()?;
         report.violations = check::violations(&lock(&run.history));
     }
     run.count(&mut report);
@@ -156,6 +149,17 @@ pub fn run(options: &Options, mut go_on: impl FnMut(&Progress) -> bool) -> Resul
 impl Run<'_> {
     pub(super) fn now(&self) -> Duration {
         self.began.elapsed()
+    }
+
+    /// Reads everything once more, and waits until the followers have shown it.
+    fn close(&self) -> Result<()> {
+        self.system.await_ready()?;
+        self.audit()?;
+        let until = Instant::now() + FOLLOWERS_LIMIT;
+        while check::streams_lack_messages(&lock(&self.history)) && Instant::now() < until {
+            thread::sleep(TICK);
+        }
+        Ok(())
     }
 
     /// Reports progress, samples memory, and checks the history from time to time, until the time is over or a rule is
@@ -205,7 +209,18 @@ impl Run<'_> {
 
     fn count(&self, report: &mut Report) {
         report.elapsed = self.now();
-        for operation in &lock(&self.history).operations {
+        let history = lock(&self.history);
+        for event in history.followers.iter().flat_map(|follower| &follower.events) {
+            match event.told {
+                Told::Ready { resumed, .. } => {
+                    report.streams += 1;
+                    report.resumed_streams += u64::from(resumed);
+                }
+                Told::Message { .. } => report.streamed += 1,
+                _ => {}
+            }
+        }
+        for operation in &history.operations {
             match &operation.outcome {
                 Outcome::Acknowledged { replayed, .. } => {
                     report.acknowledged += 1;
@@ -219,7 +234,6 @@ impl Run<'_> {
                 Outcome::Wrong(_) => {}
             }
         }
-        report.followed = lock(&self.history).followed.iter().map(|one| one.shown.len() as u64).sum();
         const LAST: usize = 8;
         let faults = lock(&self.faults);
         for (_, fault) in &*faults {

@@ -18,14 +18,24 @@ pub(super) const REPLICAS: usize = 2;
 pub(super) const WRITERS: u32 = 2 * CONVERSATIONS.len() as u32;
 pub(super) const READERS: u32 = 6;
 
+/// One for each user, and a second one for the first.
+pub(super) const FOLLOWERS: u32 = USERS as u32 + 1;
+
 /// Longer than the service's own request timeout.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(12);
+
+/// How many positions a follower remembers.
+pub(super) const BACK_MAX: usize = 20;
 
 /// Streams of random numbers, one for each user of them.
 const CLIENTS: u64 = 1 << 32;
 const LINKS: u64 = 2 << 32;
 const PROCESSES: u64 = 3 << 32;
-const FOLLOWERS: u64 = 4 << 32;
+const STREAMS: u64 = 4 << 32;
+
+/// With [`Plan::LostWakeUps`]: the replica that gets all messages, and the one that loses Redis.
+const WRITTEN_TO: usize = 0;
+const UNINFORMED: usize = 1;
 
 fn choices(seed: u64, stream: u64, index: u64) -> Rng {
     // Close seeds must not give similar choices.
@@ -56,8 +66,11 @@ pub(super) struct WriteStep {
     pub(super) reads_after: Vec<usize>,
 }
 
-pub(super) fn write_step(seed: u64, client: u32, index: u64) -> WriteStep {
+pub(super) fn write_step(plan: Plan, seed: u64, client: u32, index: u64) -> WriteStep {
     let mut rng = choices(seed, CLIENTS + u64::from(client), index);
+    if plan == Plan::LostWakeUps {
+        return rare_write_step(&mut rng, index);
+    }
     let keyed = rng.u8(..10) < 6;
     let replica = rng.usize(..REPLICAS);
     // A client that gives up early and tries another replica meets its first attempt half done.
@@ -77,6 +90,52 @@ pub(super) fn write_step(seed: u64, client: u32, index: u64) -> WriteStep {
         padding: if rng.u8(..20) == 0 { rng.usize(..3000) } else { rng.usize(..40) },
         reads_after: (0..rng.usize(..3) + usize::from(hasty)).map(|_| rng.usize(..REPLICAS)).collect(),
         retries: keyed.then_some(retries),
+    }
+}
+
+/// So few messages that none is found with the next one, each on the same replica and once.
+fn rare_write_step(rng: &mut Rng, index: u64) -> WriteStep {
+    WriteStep {
+        pause: ms(rng, if index == 0 { 0..30_000 } else { 20_000..45_000 }),
+        replica: WRITTEN_TO,
+        retries: None,
+        timeout: REQUEST_TIMEOUT,
+        repeated_on: None,
+        padding: rng.usize(..40),
+        reads_after: Vec::new(),
+    }
+}
+
+/// One stream of a follower: how it begins, and when the follower leaves.
+#[derive(Debug)]
+pub(super) struct FollowStep {
+    pub(super) pause: Duration,
+    pub(super) replica: usize,
+    /// It begins now, without a position.
+    pub(super) anew: bool,
+    /// So many events before the last one that it has handled.
+    pub(super) back: usize,
+    /// The position is in the query, and not in the header.
+    pub(super) in_query: bool,
+    /// The follower leaves after this time, or after so many messages, whether more have arrived or not.
+    pub(super) time: Duration,
+    pub(super) messages: usize,
+}
+
+pub(super) fn follow_step(seed: u64, follower: u32, index: u64) -> FollowStep {
+    let mut rng = choices(seed, STREAMS + u64::from(follower), index);
+    FollowStep {
+        pause: ms(&mut rng, 0..400),
+        replica: rng.usize(..REPLICAS),
+        anew: rng.u8(..50) == 0,
+        back: if rng.u8(..8) == 0 { rng.usize(1..BACK_MAX) } else { 0 },
+        in_query: rng.u8(..4) == 0,
+        time: match rng.u8(..10) {
+            0..=2 => ms(&mut rng, 0..300),
+            3..=6 => ms(&mut rng, 300..4000),
+            _ => ms(&mut rng, 5000..40_000),
+        },
+        messages: if rng.u8(..3) == 0 { rng.usize(..60) } else { usize::MAX },
     }
 }
 
@@ -122,8 +181,6 @@ pub enum Plan {
     /// All kinds, as the seed chooses.
     #[default]
     Mixed,
-    /// None at all: then streams have to be prompt.
-    Calm,
     /// A slow link to Redis, again and again.
     SlowRedis,
     /// A cut link to Redis, once the windows are used again after the cut before. So it is with those below.
@@ -134,26 +191,8 @@ pub enum Plan {
     Splits,
     /// A Redis that is back with older data before a replica has heard of it from Postgres.
     UnseenRollbacks,
-}
-
-/// What a follower does with its next connection.
-#[derive(Debug)]
-pub(super) struct FollowStep {
-    pub(super) pause: Duration,
-    pub(super) replica: usize,
-    /// It breaks off after this time, or so many messages.
-    pub(super) time: Duration,
-    pub(super) messages: u32,
-}
-
-pub(super) fn follow_step(seed: u64, follower: u64, index: u64) -> FollowStep {
-    let mut rng = choices(seed, FOLLOWERS + follower, index);
-    FollowStep {
-        pause: ms(&mut rng, 0..200),
-        replica: rng.usize(..REPLICAS),
-        time: if rng.u8(..4) == 0 { ms(&mut rng, 3000..15_000) } else { ms(&mut rng, 50..2000) },
-        messages: if rng.bool() { rng.u32(1..10) } else { 1000 },
-    }
+    /// Few messages, all on one replica, while the other one is often without Redis.
+    LostWakeUps,
 }
 
 /// The server behind a proxy.
@@ -258,6 +297,10 @@ impl Fault {
         matches!(self, Self::PostgresClock { .. } | Self::Redis { fault: RedisFault::Clock { .. }, .. })
     }
 
+    pub(super) fn is_of_redis_only(self) -> bool {
+        matches!(self, Self::Redis { .. } | Self::Link { server: Server::Redis, .. } | Self::Split { .. })
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Redis { fault: RedisFault::Flush, .. } => "Redis flushed",
@@ -330,7 +373,7 @@ pub(super) fn aimed_fault(plan: Plan, seed: u64, index: u64) -> (Duration, Fault
     let replica = rng.usize(..REPLICAS);
     let to_redis = |link, time| Fault::Link { server: Server::Redis, replica, link, time };
     let fault = match plan {
-        Plan::Mixed | Plan::Calm | Plan::SlowRedis => {
+        Plan::Mixed | Plan::SlowRedis => {
             let slow = Link::Slow(ms(&mut rng, 50..200));
             return (ms(&mut rng, 50..500), to_redis(slow, ms(&mut rng, 500..2000)));
         }
@@ -341,6 +384,11 @@ pub(super) fn aimed_fault(plan: Plan, seed: u64, index: u64) -> (Duration, Fault
         }
         Plan::Splits => Fault::Split { replica, time: ms(&mut rng, 6000..9000) },
         Plan::UnseenRollbacks => unseen_rollback(&mut rng),
+        Plan::LostWakeUps => {
+            let (pause, time) = (ms(&mut rng, 10_000..15_000), ms(&mut rng, 15_000..20_000));
+            let (server, link) = (Server::Redis, Link::Cut);
+            return (pause, Fault::Link { server, replica: UNINFORMED, link, time });
+        }
     };
     // Windows are suspended for three seconds, and then have to settle.
     let pause = ms(&mut rng, 4500..6000);

@@ -15,7 +15,7 @@ use tests::history_checker::{self, Options, Plan, RedisMode, Report, check};
 
 /// Ways to break the service that `service/src/failpoints.rs` knows, each with the faults that show it. All kinds of faults
 /// together show it, too, but some of them only after many minutes.
-const FAILPOINTS: [(&str, Plan); 15] = [
+const FAILPOINTS: [(&str, Plan); 17] = [
     ("skip-invalidation", Plan::Mixed),
     ("ack-before-commit", Plan::Mixed),
     ("ignore-key", Plan::Mixed),
@@ -28,9 +28,11 @@ const FAILPOINTS: [(&str, Plan); 15] = [
     ("trust-expired-permission", Plan::Apart),
     ("ignore-redis-identity", Plan::Splits),
     ("keep-permission-over-reconnect", Plan::UnseenRollbacks),
-    ("skip-wake-up", Plan::Calm),
-    ("resume-too-early", Plan::Calm),
-    ("resume-too-late", Plan::Calm),
+    ("resume-too-late", Plan::Mixed),
+    ("resume-too-early", Plan::Mixed),
+    ("skip-wake-up", Plan::LostWakeUps),
+    ("publish-before-commit", Plan::LostWakeUps),
+    ("ignore-gap-check", Plan::LostWakeUps),
 ];
 
 /// How long a broken build may look sound.
@@ -65,15 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         args::RedisMode::Cluster => RedisMode::Cluster,
     };
     println!("  seed {seed}, redis {}", redis.name());
-    let options = Options {
-        redis,
-        plan: Plan::Mixed,
-        follows_streams: true,
-        seed,
-        duration,
-        binary,
-        environment: Vec::new(),
-    };
+    let options = Options { redis, plan: Plan::Mixed, seed, duration, binary, environment: Vec::new() };
     let report = step("history", |progress| history_checker::run(&options, follow(progress, duration)))?;
     print_report(&options, &report);
     // Errors of a window show only while windows are used.
@@ -124,15 +118,7 @@ fn broken_binary() -> Result<PathBuf> {
 fn find(progress: &Progress, failpoint: &str, plan: Plan, seed: u64) -> Result<()> {
     let environment = vec![("CHAT_FAILPOINT".to_owned(), failpoint.to_owned())];
     let (duration, binary) = (SELF_CHECK_LIMIT, broken_binary()?);
-    let options = Options {
-        redis: RedisMode::Single,
-        plan,
-        follows_streams: true,
-        seed,
-        duration,
-        binary,
-        environment,
-    };
+    let options = Options { redis: RedisMode::Single, plan, seed, duration, binary, environment };
     let report = history_checker::run(&options, follow(progress, SELF_CHECK_LIMIT))?;
     signals::check()?;
     // A broken build may also answer 500, which needs no checker to be noticed.
@@ -191,7 +177,9 @@ fn print_report(options: &Options, report: &Report) {
     row("pages read", &report.reads);
     row("  of these marked as stale", &report.stale_reads);
     row("  of these from a window", &report.window_hits);
-    row("messages on streams", &report.followed);
+    row("streams begun", &report.streams);
+    row("  of these resumed", &report.resumed_streams);
+    row("messages shown by streams", &report.streamed);
     let table = |title: &str, counts: &BTreeMap<&'static str, u64>| {
         row(title, &counts.values().sum::<u64>());
         for (name, count) in counts {
