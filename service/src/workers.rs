@@ -9,6 +9,7 @@
 //! clients of a service spread evenly. All requests of one HTTP/2 connection are served by one core.
 
 mod connection;
+mod event_stream;
 
 use std::cell::Cell;
 use std::convert::Infallible;

@@ -17,11 +17,13 @@ use salvo::hyper::body::{Body, Frame, Incoming, SizeHint};
 use salvo::hyper::server::conn::{http1, http2};
 use salvo::hyper::{Request, Response};
 use salvo::rt::tokio::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
+
+use super::event_stream::{self, EventStream, Waiting};
 
 /// What an HTTP/2 client sends first.
 const HTTP2_PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -51,6 +53,8 @@ struct Activity {
     begun: Notify,
     /// The connection is to be closed at once.
     abort: Notify,
+    /// The head of an event stream is written.
+    head_written: Notify,
 }
 
 /// A request's connection, for what has to close it. Requests carry it as an extension.
@@ -77,6 +81,8 @@ struct State {
     in_flight: usize,
     /// The client may still be sending when the connection is closed.
     lingers: bool,
+    /// hyper has the whole head of an event stream, and may not have written it yet.
+    writes_head: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -91,8 +97,15 @@ enum Phase {
 
 impl Activity {
     fn new() -> Self {
-        let state = State { phase: Phase::Head, since: Instant::now(), in_flight: 0, lingers: false };
-        Self { state: Mutex::new(state), begun: Notify::new(), abort: Notify::new() }
+        let state = State {
+            phase: Phase::Head,
+            since: Instant::now(),
+            in_flight: 0,
+            lingers: false,
+            writes_head: false,
+        };
+        let (begun, abort, head_written) = (Notify::new(), Notify::new(), Notify::new());
+        Self { state: Mutex::new(state), begun, abort, head_written }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -135,6 +148,16 @@ impl Activity {
         let mut state = self.state();
         state.in_flight = state.in_flight.saturating_sub(1);
         state.since = Instant::now();
+    }
+
+    fn writes_head(&self) {
+        self.state().writes_head = true;
+    }
+
+    fn flushed(&self) {
+        if std::mem::take(&mut self.state().writes_head) {
+            self.head_written.notify_one();
+        }
     }
 
     fn lingers(&self) -> bool {
@@ -266,8 +289,11 @@ impl AsyncWrite for Socket {
         self.stream.is_write_vectored()
     }
 
+    /// hyper calls this when it has written all that it has.
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+        ready!(Pin::new(&mut self.stream).poll_flush(context))?;
+        self.activity.flushed();
+        Poll::Ready(Ok(()))
     }
 
     /// Ends the responses, and reads on where the client may still be sending, so that it is not reset before it has read
@@ -326,14 +352,26 @@ impl Protocols {
             found = socket.is_http2() => found,
             () = activity.expired(self.limits) => return,
         };
-        let service = Watched { service, activity: Arc::clone(&activity) };
+        let service = Watched { service, activity: Arc::clone(&activity), waiting: Waiting::default() };
+        // In a box, so that nothing of it is left when an event stream goes on.
+        let requests = Box::pin(self.serve_requests(is_http2, socket, service, &activity, stop));
+        let left = tokio::select! {
+            biased;
+            () = activity.abort.notified() => return,
+            left = requests => left,
+        };
+        let Some((mut socket, stream)) = left else { return };
         tokio::select! {
             biased;
             () = activity.abort.notified() => {}
-            () = self.serve_requests(is_http2, socket, service, &activity, stop) => {}
+            written = stream.write(&mut socket.stream) => match written {
+                Ok(()) => drop(socket.shutdown().await),
+                Err(error) => tracing::debug!(%error, "a stream's client has left"),
+            },
         }
     }
 
+    /// Returns an event stream that goes on when its head is written, with its socket.
     async fn serve_requests<S>(
         &self,
         is_http2: io::Result<bool>,
@@ -341,7 +379,8 @@ impl Protocols {
         service: Watched<S>,
         activity: &Activity,
         stop: CancellationToken,
-    ) where
+    ) -> Option<(Socket, EventStream)>
+    where
         S: hyper::service::Service<Request<Incoming>, Response = Response<ResBody>>,
         S::Future: Unpin + Send + 'static,
         S::Error: std::error::Error + Send + Sync + 'static,
@@ -358,11 +397,21 @@ impl Protocols {
                 }
             }
             Ok(false) => {
-                let serving = pin!(self.http1.serve_connection(TokioIo::new(socket), service));
-                self.drive(serving, activity, stop, http1::Connection::graceful_shutdown).await;
+                let waiting = service.waiting.clone();
+                let mut serving = self.http1.serve_connection(TokioIo::new(socket), service);
+                let close = http1::Connection::graceful_shutdown;
+                tokio::select! {
+                    biased;
+                    _ = self.drive(Pin::new(&mut serving), activity, stop, close) => {}
+                    () = activity.head_written.notified() => {
+                        let socket = serving.into_parts().io.into_inner();
+                        return waiting.take().map(|stream| (socket, stream));
+                    }
+                }
             }
             Err(error) => tracing::debug!(%error, "a connection was closed before its first request"),
         }
+        None
     }
 
     /// Returns when the connection is closed, or, with it, when it has been silent for too long.
@@ -418,6 +467,7 @@ fn log<T>(ended: Result<(), impl std::error::Error>) -> Option<T> {
 struct Watched<S> {
     service: S,
     activity: Arc<Activity>,
+    waiting: Waiting,
 }
 
 impl<S> hyper::service::Service<Request<Incoming>> for Watched<S>
@@ -432,8 +482,9 @@ where
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
         request.extensions_mut().insert(ConnectionHandle(Arc::clone(&self.activity)));
         self.activity.begun(!request.body().is_end_stream());
-        let in_flight = InFlight(Arc::clone(&self.activity));
-        Answering { answer: self.service.call(request), in_flight: Some(in_flight) }
+        let in_flight = Some(InFlight(Arc::clone(&self.activity)));
+        let leaves = event_stream::is_chunked(&request).map(|is_chunked| (is_chunked, self.waiting.clone()));
+        Answering { answer: self.service.call(request), in_flight, leaves }
     }
 }
 
@@ -449,22 +500,32 @@ impl Drop for InFlight {
 struct Answering<F> {
     answer: F,
     in_flight: Option<InFlight>,
+    /// Where the body goes if this is an event stream, and whether it is chunked.
+    leaves: Option<(bool, Waiting)>,
 }
 
 impl<F: Future<Output = Result<Response<ResBody>, E>> + Unpin, E> Future for Answering<F> {
     type Output = Result<Response<WatchedBody>, E>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let response = ready!(Pin::new(&mut self.answer).poll(context))?;
-        let _in_flight = self.in_flight.take();
-        Poll::Ready(Ok(response.map(|body| WatchedBody { body, _in_flight })))
+        let mut response = ready!(Pin::new(&mut self.answer).poll(context))?;
+        let in_flight = self.in_flight.take();
+        let body = match self.leaves.take().filter(|_| event_stream::is_event_stream(&response)) {
+            Some((is_chunked, waiting)) => {
+                waiting.take_body(is_chunked, &mut response);
+                None
+            }
+            None => Some(std::mem::take(response.body_mut())),
+        };
+        Poll::Ready(Ok(response.map(|_| WatchedBody { body, in_flight })))
     }
 }
 
 /// hyper drops it when it has taken the last byte.
 struct WatchedBody {
-    body: ResBody,
-    _in_flight: Option<InFlight>,
+    /// `None` is an event stream's, which is written without hyper.
+    body: Option<ResBody>,
+    in_flight: Option<InFlight>,
 }
 
 impl Body for WatchedBody {
@@ -475,14 +536,21 @@ impl Body for WatchedBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        if let Some(body) = &mut self.body {
+            return Pin::new(body).poll_frame(context);
+        }
+        // hyper asks when it has taken the head.
+        if let Some(InFlight(activity)) = &self.in_flight {
+            activity.writes_head();
+        }
+        Poll::Pending
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.body.as_ref().is_some_and(Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        self.body.as_ref().map(Body::size_hint).unwrap_or_default()
     }
 }
