@@ -2,6 +2,7 @@
 //! and the length, and where it scrolls the last `seq`. A closed loop sends the next request after the answer; an open one
 //! at given times, as users do.
 
+mod follow;
 mod open;
 mod requests;
 mod response;
@@ -17,6 +18,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+pub use follow::{Followers, Pair, Sent, Shown, Targets, write};
 pub use open::{Call, at_times};
 pub use requests::{Requests, get, post};
 

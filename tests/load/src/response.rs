@@ -14,6 +14,12 @@ pub(crate) fn body(response: &[u8]) -> &[u8] {
     find(response, b"\r\n\r\n").map_or(&[], |head| &response[head + 4..])
 }
 
+/// Whether the service closes the connection after it.
+pub(crate) fn closes(response: &[u8]) -> bool {
+    find(response, b"\r\n\r\n")
+        .is_some_and(|head| find(&response[..head], b"\r\nconnection: close").is_some())
+}
+
 /// The last message's, which is the oldest. Within a message's text the quotes are escaped.
 pub(crate) fn oldest_seq(body: &[u8]) -> Option<u64> {
     const NAME: &[u8] = b"\"seq\":";
@@ -27,7 +33,7 @@ fn content_length(head: &[u8]) -> Option<usize> {
     leading_number(&head[start..])?.try_into().ok()
 }
 
-fn leading_number(text: &[u8]) -> Option<u64> {
+pub(crate) fn leading_number(text: &[u8]) -> Option<u64> {
     let digits = text.iter().take_while(|byte| byte.is_ascii_digit()).count();
     std::str::from_utf8(&text[..digits]).ok()?.parse().ok()
 }

@@ -11,7 +11,7 @@ use clap::ValueEnum;
   cargo xtask bench --only send,messages   two of the measurements
   cargo xtask bench --only send --rounds 3 --seconds 2 --json")]
 pub struct Bench {
-    /// Only these: send, messages, tracing, login, storm, startup, memory, connections, replicas, conversations, reads, depth
+    /// Only these: send, messages, tracing, login, storm, startup, memory, connections, replicas, conversations, stream, reconnect, reads, depth
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub only: Vec<String>,
     /// Measure this build instead of a fresh one, to compare two

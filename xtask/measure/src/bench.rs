@@ -11,6 +11,7 @@ mod reads;
 mod reference;
 mod scaling;
 mod setup;
+mod streams;
 mod tracing;
 
 use std::path::{Path, PathBuf};
@@ -61,7 +62,7 @@ pub(crate) struct Bench {
 type Measure = fn(&Bench, &mut Setup) -> Result<Vec<Row>>;
 
 /// In the order of the table. Those that fill the database come last.
-const MEASURES: [(&str, Measure); 12] = [
+const MEASURES: [(&str, Measure); 14] = [
     ("startup", measures::startup),
     ("memory", measures::memory),
     ("send", measures::send),
@@ -72,6 +73,8 @@ const MEASURES: [(&str, Measure); 12] = [
     ("connections", scaling::connections),
     ("conversations", scaling::conversations),
     ("replicas", scaling::replicas),
+    ("stream", streams::stream),
+    ("reconnect", streams::reconnect),
     ("reads", reads::reads),
     ("depth", scaling::depth),
 ];

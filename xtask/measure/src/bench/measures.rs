@@ -164,7 +164,7 @@ pub(crate) fn memory(bench: &Bench, setup: &mut Setup) -> Result<Vec<Row>> {
     ])
 }
 
-fn resident_kib(replica: &Replica) -> Result<u64> {
+pub(super) fn resident_kib(replica: &Replica) -> Result<u64> {
     replica.resident_kib().context("resident memory is read from /proc, which is only on Linux")
 }
 

@@ -3,11 +3,14 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, bail};
+use harness::replica::SECRET_KEY;
 use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, User, http};
+use jsonwebtoken::{EncodingKey, Header, encode};
 use load::Script;
+use serde_json::json;
 
 pub(crate) const DATABASE: &str = "bench";
 
@@ -108,6 +111,37 @@ impl Setup {
         (&self.users[first], &self.users[first + 1])
     }
 }
+
+/// Users by the ten thousand. The service hashes a password for each, so SQL makes them, and their tokens are signed here.
+pub(crate) fn create_users(setup: &Setup, count: usize) -> Result<Vec<User>> {
+    setup.postgres.query(
+        DATABASE,
+        &format!(
+            "INSERT INTO users (id, username, username_key, email, email_key, password_hash)
+             SELECT {id}, 'many' || n, 'many' || n, n || '@many.example', n || '@many.example', 'none'
+             FROM generate_series(0, {count} - 1) AS n ON CONFLICT DO NOTHING",
+            id = user_sql("n"),
+        ),
+    )?;
+    let key = EncodingKey::from_secret(SECRET_KEY.as_bytes());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let user = |n: usize| {
+        let id = format!("{USERS_PREFIX}{n:012x}");
+        let claims = json!({"sub": id, "iat": now, "exp": now + TOKEN_LIFETIME.as_secs()});
+        Ok(User { id, name: format!("many{n}"), token: encode(&Header::default(), &claims, &key)? })
+    };
+    (0..count).map(user).collect()
+}
+
+/// The SQL for the id of the user `n` of them.
+pub(crate) fn user_sql(n: &str) -> String {
+    format!("('{USERS_PREFIX}' || lpad(to_hex({n}), 12, '0'))::uuid")
+}
+
+/// As version 7 has them: ordered by the time of registration.
+const USERS_PREFIX: &str = "01920000-0000-7000-8000-";
+
+const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
 /// A message like most: a sentence.
 pub(crate) const CONTENT: &str = "Shall we meet at the station at seven, or is that too late for you?";

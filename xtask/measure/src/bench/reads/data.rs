@@ -1,16 +1,13 @@
-//! Users and conversations by the ten thousand. The service hashes a password per user, so SQL makes them, and their
-//! tokens are signed here.
+//! Conversations by the ten thousand, made by SQL.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
-use harness::replica::SECRET_KEY;
-use jsonwebtoken::{EncodingKey, Header, encode};
+use harness::User;
 use serde_json::json;
 
-use crate::bench::setup::{CONTENT, DATABASE, Setup};
+use crate::bench::setup::{CONTENT, DATABASE, Setup, create_users, user_sql};
 
 pub(super) const CONVERSATIONS: usize = 20_000;
 const MESSAGES: usize = 60;
@@ -18,16 +15,9 @@ const MESSAGES: usize = 60;
 pub(super) const LONG_CONVERSATIONS: usize = 100;
 pub(super) const LONG_MESSAGES: usize = 200;
 
-const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
-
 /// The sender and reader of each conversation. Conversation `n` is between the users `2n` and `2n + 1`.
 pub(super) struct Data {
-    readers: Vec<Reader>,
-}
-
-struct Reader {
-    token: String,
-    peer: String,
+    users: Vec<User>,
 }
 
 /// The SQL for the id of conversation `n`: scattered, as the service's own are.
@@ -37,17 +27,7 @@ pub(super) fn conversation_sql(n: &str) -> String {
 
 impl Data {
     pub(super) fn create(setup: &Setup) -> Result<Self> {
-        let user_sql = |n: &str| format!("('{USERS_PREFIX}' || lpad(to_hex({n}), 12, '0'))::uuid");
-        setup.postgres.query(
-            DATABASE,
-            &format!(
-                "INSERT INTO users (id, username, username_key, email, email_key, password_hash)
-                 SELECT {id}, 'reader' || n, 'reader' || n, n || '@readers.example', n || '@readers.example', 'none'
-                 FROM generate_series(0, {last}) AS n",
-                id = user_sql("n"),
-                last = 2 * CONVERSATIONS - 1,
-            ),
-        )?;
+        let users = create_users(setup, 2 * CONVERSATIONS)?;
         setup.postgres.query(
             DATABASE,
             &format!(
@@ -74,19 +54,13 @@ impl Data {
             ),
         )?;
         setup.postgres.query(DATABASE, "VACUUM (ANALYZE) users, conversations, messages")?;
-        let key = EncodingKey::from_secret(SECRET_KEY.as_bytes());
-        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-        let reader = |n: usize| {
-            let claims = json!({"sub": user(2 * n), "iat": now, "exp": now + TOKEN_LIFETIME.as_secs()});
-            Ok(Reader { token: encode(&Header::default(), &claims, &key)?, peer: user(2 * n + 1) })
-        };
-        Ok(Self { readers: (0..CONVERSATIONS).map(reader).collect::<Result<_>>()? })
+        Ok(Self { users })
     }
 
     /// Path and token of a read of conversation `n`.
     pub(super) fn read(&self, n: usize, query: &str) -> (String, &str) {
-        let Reader { token, peer } = &self.readers[n];
-        (format!("/messages?peer_id={peer}{query}"), token)
+        let (reader, peer) = self.pair(n);
+        (format!("/messages?peer_id={}{query}", peer.id), &reader.token)
     }
 
     /// A read of conversation `n`, as bytes.
@@ -97,15 +71,12 @@ impl Data {
 
     /// A message of the reader to conversation `n`.
     pub(super) fn post(&self, address: SocketAddr, n: usize) -> Arc<[u8]> {
-        let Reader { token, peer } = &self.readers[n];
-        let body = json!({"recipient_id": peer, "content": CONTENT}).to_string();
-        load::post(address, "/send", Some(token), &body).into()
+        let (reader, peer) = self.pair(n);
+        let body = json!({"recipient_id": peer.id, "content": CONTENT}).to_string();
+        load::post(address, "/send", Some(&reader.token), &body).into()
     }
-}
 
-/// As version 7 has them: ordered by the time of registration.
-const USERS_PREFIX: &str = "01920000-0000-7000-8000-";
-
-fn user(n: usize) -> String {
-    format!("{USERS_PREFIX}{n:012x}")
+    fn pair(&self, n: usize) -> (&User, &User) {
+        (&self.users[2 * n], &self.users[2 * n + 1])
+    }
 }
