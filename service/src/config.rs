@@ -153,6 +153,9 @@ pub struct Config {
     /// Over how long a stopping process ends its streams
     #[arg(long = "STREAM_DRAIN_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
     pub stream_drain_seconds: u32,
+    /// The chat page at `/`; not in production unless it is set
+    #[arg(long = "CHAT_PAGE", value_name = "true", action = clap::ArgAction::Set, value_parser = PossibleValuesParser::new(["true", "false"]).map(|s| s == "true"))]
+    pub chat_page: Option<bool>,
     /// Migrate the schema when the service starts
     #[arg(long = "MIGRATE_ON_START", default_value = "true", action = clap::ArgAction::Set, value_parser = PossibleValuesParser::new(["true", "false"]).map(|s| s == "true"))]
     pub migrate_on_start: bool,
@@ -326,6 +329,10 @@ impl Config {
     pub fn redis_master_url(&self) -> String {
         let own = self.redis_master_url.as_ref().map(|url| url.expose_secret().to_owned());
         own.or_else(|| self.redis_urls().into_iter().next()).unwrap_or_default()
+    }
+
+    pub fn has_chat_page(&self) -> bool {
+        self.chat_page.unwrap_or(self.app_env == AppEnv::Development)
     }
 
     /// True when the signing key is one that production refuses.

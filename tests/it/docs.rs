@@ -35,9 +35,11 @@ fn it_is_an_openapi_3_1_document_of_the_public_port_only() {
     let document = document();
     assert!(document["openapi"].as_str().is_some_and(|version| version.starts_with("3.1.")));
     assert_eq!(document["info"]["title"], "chat-service");
-    // The documentation does not document itself.
-    let documentation = ["GET /openapi.json", "GET /docs/{**}"].map(str::to_owned);
-    let expected: BTreeSet<_> = operations().iter().map(ToString::to_string).chain(documentation).collect();
+    // Nor the documentation itself, nor the page, is a part of it.
+    let others =
+        ["/openapi.json", "/docs/{**}", "/", "/page/page.css", "/page/page.js", "/page/chat-client.js"];
+    let others = others.iter().chain(&["/page/icon.svg"]).map(|path| format!("GET {path}"));
+    let expected: BTreeSet<_> = operations().iter().map(ToString::to_string).chain(others).collect();
     let served = public_api().endpoints().into_iter();
     assert_eq!(expected, served.map(|endpoint| format!("{} {}", endpoint.method, endpoint.route)).collect());
     // Relative to where the document is, so that a proxy may serve both under a prefix.

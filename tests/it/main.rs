@@ -17,6 +17,7 @@ mod messages;
 mod metrics;
 mod migrations;
 mod operations;
+mod page;
 mod paths;
 mod process;
 mod properties;

@@ -131,7 +131,9 @@ struct Record<'a> {
 
 impl<'a> Record<'a> {
     fn open(app: &'a App, req: &Request, id: &RequestId) -> Self {
-        let endpoint = app.metrics.endpoint(req.method(), req.matched_path());
+        // Without a route the path is empty, as the page's is.
+        let matched = Some(req.matched_path()).filter(|path| !path.is_empty() || req.uri().path() == "/");
+        let endpoint = app.metrics.endpoint(req.method(), matched);
         let traced = trace::request(req, endpoint);
         let trace_id = traced.as_ref().map(|traced| traced.trace);
         let context = RequestContext { request_id: id.header(), trace_id };

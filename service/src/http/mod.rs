@@ -10,6 +10,7 @@ mod health;
 mod messages;
 mod middleware;
 mod openapi;
+mod page;
 mod paths;
 mod query;
 mod rate_limit;

@@ -20,6 +20,11 @@ pub(super) fn with_one_spelling(mut router: Router) -> Router {
     router
 }
 
+/// A router for `/`, which has no path filter in Salvo.
+pub(super) fn root() -> Router {
+    Router::with_filter(OneSpelling { template: String::new() })
+}
+
 /// After a route's path filter, so that it costs no other route anything.
 #[derive(Debug)]
 struct OneSpelling {

@@ -12,7 +12,7 @@ use salvo_oapi::swagger_ui::SwaggerUi;
 use super::error::Error;
 use super::middleware::{Middleware, app};
 use super::paths::{with_head, with_one_spelling};
-use super::{conversations, cors, health, messages, openapi, stream, users};
+use super::{conversations, cors, health, messages, openapi, page, stream, users};
 use crate::app::App;
 use crate::telemetry::metrics::EndpointName;
 
@@ -43,7 +43,8 @@ impl PublicApi {
     /// Every endpoint of the public port, so that its metrics exist before its first request.
     pub fn endpoints(&self) -> Vec<EndpointName> {
         let mut endpoints = openapi::endpoints(&self.document);
-        endpoints.extend([DOCUMENT, DOCS].map(|route| EndpointName {
+        let page = page::FILES.map(|file| file.path);
+        endpoints.extend([DOCUMENT, DOCS].into_iter().chain(page).map(|route| EndpointName {
             method: "GET",
             route: route.into(),
             success: StatusCode::OK,
@@ -57,9 +58,12 @@ impl PublicApi {
         let methods: BTreeSet<&str> = methods.chain(["HEAD"]).collect();
         let cors = cors::handler(&app.config, methods.into_iter().filter_map(|method| method.parse().ok()));
         let docs = SwaggerUi::new(DOCUMENT_FROM_DOCS).title("chat-service");
-        let router = api()
+        let mut router = api()
             .push(Router::with_path(DOCUMENT).get(self.document))
             .push(Router::with_path(DOCS).hoop(docs_headers).hoop(docs_redirect).get(docs));
+        if app.config.has_chat_page() {
+            router = router.push(page::routes());
+        }
         Service::new(with_head(with_one_spelling(router))).hoop(Middleware::new(Arc::clone(app), cors))
     }
 }

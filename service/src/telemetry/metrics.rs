@@ -273,10 +273,12 @@ impl Metrics {
     }
 
     /// The endpoint of a request; `matched` is the router's template, which lacks its first slash.
-    pub fn endpoint(&self, method: &Method, matched: &str) -> &Endpoint {
+    pub fn endpoint(&self, method: &Method, matched: Option<&str>) -> &Endpoint {
         let method = METHODS.iter().position(|known| *known == method.as_str()).unwrap_or(METHODS.len() - 1);
         let is_it = |endpoint: &&Endpoint| {
-            endpoint.method == METHODS[method] && endpoint.route.strip_prefix('/') == Some(matched)
+            endpoint.method == METHODS[method]
+                && matched.is_some()
+                && endpoint.route.strip_prefix('/') == matched
         };
         self.endpoints.iter().find(is_it).unwrap_or(&self.unmatched[method])
     }

@@ -26,6 +26,11 @@ const PROMETHEUS_ADVICE: &str = "  Debian, Ubuntu:  sudo apt-get install prometh
   macOS:           brew install prometheus
 or put the programs of https://prometheus.io/download on PATH";
 
+/// What to type for the browser.
+const BROWSER_ADVICE: &str = "  Debian:  sudo apt-get install chromium chromium-driver
+  macOS:   brew install --cask chromium chromedriver
+or put chromedriver, and chromium or google-chrome, on PATH";
+
 /// Debian 12's: the first with the checks and functions that the rules and their tests use.
 const PROMETHEUS_OLDEST: (u32, u32) = (2, 42);
 
@@ -34,6 +39,13 @@ const PROMETHEUS_OLDEST: (u32, u32) = (2, 42);
 pub struct Prometheus {
     pub server: PathBuf,
     pub promtool: PathBuf,
+}
+
+/// A browser, and the program that drives it.
+#[derive(Clone, Debug)]
+pub struct Browser {
+    pub chromium: PathBuf,
+    pub driver: PathBuf,
 }
 
 /// The packages start their servers on the standard ports unless a policy forbids it. A policy that exists already is the
@@ -126,6 +138,20 @@ pub fn ensure_prometheus(say: impl FnOnce(&str)) -> Result<Prometheus> {
         }
     }
     Ok(found)
+}
+
+/// Makes sure that Chromium and its driver are installed.
+pub fn ensure_browser() -> Result<Browser> {
+    let find = || {
+        let chromium = ["chromium", "google-chrome"].into_iter().find_map(programs::in_path)?;
+        Some(Browser { chromium, driver: programs::in_path("chromedriver")? })
+    };
+    if find().is_none() && can_install() {
+        install(&["chromium", "chromium-driver"])?;
+    }
+    find().with_context(|| {
+        format!("chromium and chromedriver are not installed. Install by hand:\n{BROWSER_ADVICE}")
+    })
 }
 
 /// Installs the packages without leaving their services running.

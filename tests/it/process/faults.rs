@@ -53,6 +53,7 @@ const BAD_VALUES: &[(&str, &str, &str)] = &[
     ("STREAMS_MAX", "-1", "STREAMS_MAX=50000"),
     ("STREAM_MAX_SECONDS", "5", "STREAM_MAX_SECONDS=600"),
     ("STREAM_DRAIN_SECONDS", "30s", "STREAM_DRAIN_SECONDS=30"),
+    ("CHAT_PAGE", "on", "CHAT_PAGE=true"),
     ("MIGRATE_ON_START", "perhaps", "MIGRATE_ON_START=true"),
     ("LOG_FORMAT", "xml", "LOG_FORMAT=text"),
     ("RUST_LOG", "chat_service=loud", "RUST_LOG=info"),

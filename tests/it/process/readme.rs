@@ -42,6 +42,7 @@ const DEFAULTS: &[(&str, Option<&str>)] = &[
     ("STREAMS_MAX", Some("50000")),
     ("STREAM_MAX_SECONDS", Some("600")),
     ("STREAM_DRAIN_SECONDS", Some("30")),
+    ("CHAT_PAGE", None),
     ("MIGRATE_ON_START", Some("true")),
     ("LOG_FORMAT", Some("text")),
     ("RUST_LOG", Some("info")),

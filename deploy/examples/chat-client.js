@@ -1,0 +1,280 @@
+/**
+ * A client of chat-service, for browsers and Node 20 or later. Copy this file: it needs `fetch` and nothing else.
+ *
+ *     const chat = new ChatClient('https://chat.example.com/');
+ *     await chat.login('ana', 'correct horse battery');
+ *     const { position } = await chat.conversations();
+ *     await chat.follow({ position, onMessage: (message) => console.log(message.content) });
+ *
+ * Every method that asks the service rejects with an {@link ApiError} when the service refuses, and with what `fetch`
+ * rejects with (a `TypeError`) when there is no answer.
+ *
+ * @typedef {{id: string, seq: number, sender_id: string, recipient_id: string, content: string, created_at: string}} Message
+ * @typedef {{peer: {id: string, username: string | null}, last_message: Message, last_seq: number}} Conversation
+ */
+
+/** A refusal: the status and the problem's body (RFC 9457), whose `errors` name the fields of a 422. */
+export class ApiError extends Error {
+  /** @param {number} status @param {{detail?: string, errors?: {field: string, message: string}[]}} problem */
+  constructor(status, problem, retryAfter = null) {
+    super(problem.detail ?? `the service answered ${status}`);
+    this.status = status;
+    this.errors = problem.errors ?? [];
+    /** Seconds, where the service says when to come back (429, 503). */
+    this.retryAfter = retryAfter;
+  }
+}
+
+/** No answer takes longer, in ms. */
+const ANSWER_LIMIT = 15_000;
+
+/** A stream shows a comment every 15 s. When it is silent for this long, in ms, its connection is dead. */
+const SILENCE_LIMIT = 40_000;
+
+/** Before a broken stream is opened again, in ms: doubled with each failure, and a random part of it is waited. */
+const BACKOFF = { first: 500, most: 30_000 };
+
+export class ChatClient {
+  /** @param {string} base where the service is, with a slash at the end */
+  constructor(base) {
+    this.base = base;
+    /** @type {string | null} */
+    this.token = null;
+  }
+
+  /** @returns {Promise<{id: string, username: string, email: string, created_at: string}>} */
+  async register(username, email, password) {
+    return (await this.#ask('POST', 'register', { body: { username, email, password } })).json();
+  }
+
+  /** Keeps the token for what follows. @returns {Promise<{access_token: string, expires_in: number}>} */
+  async login(username, password) {
+    const answer = await (await this.#ask('POST', 'login', { body: { username, password } })).json();
+    this.token = answer.access_token;
+    return answer;
+  }
+
+  async me() {
+    return (await this.#ask('GET', 'me')).json();
+  }
+
+  /** @returns {Promise<{id: string, username: string}>} rejects with status 404 if there is nobody of this name */
+  async findUser(username) {
+    return (await this.#ask('GET', `users/${encodeURIComponent(username)}`)).json();
+  }
+
+  /**
+   * The conversations, the one with the newest message first. `position` was taken before the list was read: a stream from
+   * there misses nothing. `next` is what to pass for the page after it, `null` on the last one.
+   * @returns {Promise<{conversations: Conversation[], position: string | null, next: string | null}>}
+   */
+  async conversations(page = 'conversations') {
+    const answer = await this.#ask('GET', page);
+    return {
+      conversations: await answer.json(),
+      position: answer.headers.get('stream-position'),
+      next: nextPage(answer, page),
+    };
+  }
+
+  /**
+   * A page of a conversation, newest first: the newest, those `before` a seq, or those that follow directly `after` one.
+   * @returns {Promise<{messages: Message[], more: boolean}>} `more`: there are others in this direction
+   */
+  async messages(peerId, { before, after, limit = 50 } = {}) {
+    const query = new URLSearchParams({ peer_id: peerId, limit: String(limit) });
+    if (before !== undefined) query.set('before', String(before));
+    if (after !== undefined) query.set('after', String(after));
+    const answer = await this.#ask('GET', `messages?${query}`);
+    return { messages: await answer.json(), more: nextPage(answer, 'messages') !== null };
+  }
+
+  /**
+   * Sends a message. Where there is no answer it may have been stored or not: send it again with the same `key`, and it is
+   * stored once.
+   * @returns {Promise<Message>}
+   */
+  async send(recipientId, content, key = newKey()) {
+    const body = { recipient_id: recipientId, content };
+    return (await this.#ask('POST', 'send', { body, headers: { 'idempotency-key': key } })).json();
+  }
+
+  /**
+   * Follows the user's messages until `signal` aborts: each after `position` once, those of a conversation in the order of
+   * `seq`, over any number of broken connections. The callbacks may be asynchronous; the next event waits for them, and an
+   * event counts as seen once its callback has returned.
+   *
+   * Rejects with an ApiError where it is of no use to come back, as with 401 when the token has expired.
+   *
+   * @param {object} options
+   * @param {string | null} [options.position] the last one seen; without it the stream begins now
+   * @param {AbortSignal} [options.signal]
+   * @param {(message: Message) => unknown} [options.onMessage]
+   * @param {(reason: string) => unknown} [options.onReset] the position could not be taken up: reload conversations and
+   *   messages, for the stream begins now
+   * @param {(state: 'connecting' | 'open' | 'waiting', wait: number) => unknown} [options.onState] `wait` in ms
+   * @param {(position: string) => unknown} [options.onPosition] to keep it over a restart
+   */
+  async follow({ position = null, signal, onMessage, onReset, onState, onPosition } = {}) {
+    let failures = 0;
+    while (!signal?.aborted) {
+      onState?.('connecting', 0);
+      let retry = null;
+      try {
+        for await (const event of this.#events(position, signal)) {
+          if (event.retry !== undefined) retry = event.retry;
+          if (event.name === 'message') await onMessage?.(JSON.parse(event.data));
+          if (event.name === 'reset') await onReset?.(JSON.parse(event.data).reason);
+          if (event.name === 'ready' || event.name === 'reset') {
+            failures = 0;
+            onState?.('open', 0);
+          }
+          if (event.id) {
+            position = event.id;
+            onPosition?.(position);
+          }
+          if (event.name === 'end') break;
+        }
+      } catch (error) {
+        if (signal?.aborted) return;
+        if (error instanceof ApiError && !mayComeBack(error.status)) throw error;
+        if (error instanceof ApiError && error.retryAfter !== null) retry = error.retryAfter * 1000;
+      }
+      if (signal?.aborted) return;
+      // What the service asks for is random already.
+      const wait = retry ?? Math.min(BACKOFF.most, BACKOFF.first * 2 ** failures) * (0.5 + Math.random() / 2);
+      failures += 1;
+      onState?.('waiting', wait);
+      await sleep(wait, signal);
+    }
+  }
+
+  /** The events of one connection. */
+  async *#events(position, signal) {
+    const silence = new AbortController();
+    const abort = () => silence.abort();
+    let timer = setTimeout(abort, SILENCE_LIMIT);
+    globalThis.addEventListener?.('offline', abort);
+    const signals = signal ? [silence.signal, signal] : [silence.signal];
+    try {
+      const headers = { accept: 'text/event-stream', authorization: `Bearer ${this.token}` };
+      if (position) headers['last-event-id'] = position;
+      const answer = await fetch(new URL('stream', this.base), {
+        headers,
+        cache: 'no-store',
+        signal: AbortSignal.any(signals),
+      });
+      if (answer.status === 204 || !answer.ok) throw await refusal(answer);
+      const decoder = new TextDecoder();
+      const parser = new EventParser();
+      const reader = answer.body.getReader();
+      try {
+        for (;;) {
+          const { done, value } = await reader.read();
+          if (done) return;
+          clearTimeout(timer);
+          timer = setTimeout(abort, SILENCE_LIMIT);
+          yield* parser.push(decoder.decode(value, { stream: true }));
+        }
+      } finally {
+        reader.cancel().catch(() => {});
+      }
+    } finally {
+      clearTimeout(timer);
+      globalThis.removeEventListener?.('offline', abort);
+    }
+  }
+
+  async #ask(method, path, { body, headers = {} } = {}) {
+    if (this.token) headers.authorization = `Bearer ${this.token}`;
+    if (body) headers['content-type'] = 'application/json';
+    const answer = await fetch(new URL(path, this.base), {
+      method,
+      headers,
+      body: body && JSON.stringify(body),
+      cache: 'no-store',
+      signal: AbortSignal.timeout(ANSWER_LIMIT),
+    });
+    if (!answer.ok) throw await refusal(answer);
+    return answer;
+  }
+}
+
+/**
+ * Server-Sent Events, as the HTML standard reads them: https://html.spec.whatwg.org/multipage/server-sent-events.html.
+ * Text may come in pieces of any size.
+ */
+export class EventParser {
+  #rest = '';
+  #data = [];
+  #event = {};
+  #retry;
+  #afterReturn = false;
+
+  /**
+   * The events that this text completes, each with the delay in ms that was asked for last.
+   * @returns {{name: string, data: string, id?: string, retry?: number}[]}
+   */
+  push(text) {
+    if (this.#afterReturn && text.startsWith('\n')) text = text.slice(1);
+    if (text !== '') this.#afterReturn = text.endsWith('\r');
+    const lines = (this.#rest + text).split(/\r\n|\r|\n/);
+    this.#rest = lines.pop();
+    return lines.flatMap((line) => this.#line(line));
+  }
+
+  #line(line) {
+    if (line === '') {
+      const event = { name: 'message', ...this.#event, data: this.#data.join('\n'), retry: this.#retry };
+      const hasData = this.#data.length > 0;
+      this.#event = {};
+      this.#data = [];
+      return hasData ? [event] : [];
+    }
+    const colon = line.indexOf(':');
+    const field = colon < 0 ? line : line.slice(0, colon);
+    const value = colon < 0 ? '' : line.slice(colon + 1).replace(/^ /, '');
+    if (field === 'data') this.#data.push(value);
+    if (field === 'event') this.#event.name = value;
+    if (field === 'id' && !value.includes('\0')) this.#event.id = value;
+    if (field === 'retry' && /^\d+$/.test(value)) this.#retry = Number(value);
+    return [];
+  }
+}
+
+/** A key for a new message. */
+export function newKey() {
+  // Not randomUUID: browsers have it over HTTPS only.
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+function mayComeBack(status) {
+  return status >= 500 || status === 408 || status === 429;
+}
+
+async function refusal(answer) {
+  const retryAfter = Number.parseInt(answer.headers.get('retry-after') ?? '', 10);
+  const problem = await answer.json().catch(() => ({}));
+  return new ApiError(answer.status, problem, Number.isNaN(retryAfter) ? null : retryAfter);
+}
+
+/** The page's path, relative to the base, with the query of the Link to the next one. */
+function nextPage(answer, page) {
+  const query = /<[^>?]*(\?[^>]*)>;\s*rel="next"/.exec(answer.headers.get('link') ?? '');
+  return query && page.split('?')[0] + query[1];
+}
+
+/** Ends early when the signal aborts, or when the browser is back online. */
+function sleep(ms, signal) {
+  return new Promise((resolve) => {
+    const end = () => {
+      clearTimeout(timer);
+      signal?.removeEventListener('abort', end);
+      globalThis.removeEventListener?.('online', end);
+      resolve();
+    };
+    const timer = setTimeout(end, ms);
+    signal?.addEventListener('abort', end);
+    globalThis.addEventListener?.('online', end);
+  });
+}

@@ -1,0 +1,180 @@
+//! Two people chat on the page.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use fantoccini::key::Key;
+use jsonwebtoken::{EncodingKey, Header};
+use serde_json::{Value, json};
+
+use super::browser::Person;
+use crate::support::{SECRET_KEY, TestApp, User};
+
+pub(super) use crate::support::PASSWORD;
+
+const ENTER: char = '\u{e007}';
+const TAB: char = '\u{e004}';
+
+/// Lets a person go on as this user.
+pub(super) async fn logs_in(person: &Person, token: &str) {
+    person.runs("sessionStorage.setItem('chat-token', arguments[0])", json!(token)).await;
+    person.reloads().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_people_chat_reload_and_log_out() {
+    let app = TestApp::start().await;
+    let (ana, ben) = tokio::join!(Person::at(app.running.public), Person::at(app.running.public));
+    tokio::join!(ana.registers("ana"), ben.registers("ben"));
+    ana.opens("ben").await;
+    ana.writes("Hello, Ben!").await;
+    ana.writes("مرحبا 👋").await;
+    ben.sees("#conversations .name", "ana").await;
+    ben.sees("#conversations .new", "2\nnew").await;
+    ben.sees("#conversations .last", "مرحبا 👋").await;
+    ben.clicks("#conversations button").await;
+    ben.sees_messages(&["Hello, Ben!", "مرحبا 👋"]).await;
+    ben.writes("Hello, Ana!").await;
+    ana.sees_messages(&["Hello, Ben!", "مرحبا 👋", "Hello, Ana!"]).await;
+
+    // The session and what was seen outlive a reload.
+    ben.reloads().await;
+    ben.sees("#connection", "Connected").await;
+    ben.sees("#conversations .last", "Hello, Ana!").await;
+    assert_eq!(ben.runs("return document.querySelectorAll('.new').length", Value::Null).await, 0);
+    ana.writes("Are you still there?").await;
+    ben.sees("#conversations .new", "1\nnew").await;
+
+    // After logging out nothing is left of it, also not behind a reload.
+    ben.clicks("#log-out").await;
+    ben.reloads().await;
+    ben.sees("#enter", "Log in").await;
+    let left = "return [sessionStorage.length, document.querySelectorAll('#conversations li').length]";
+    assert_eq!(ben.runs(left, Value::Null).await, json!([0, 0]));
+    assert_eq!(ana.log().await, Vec::<String>::new());
+    tokio::join!(ana.leaves(), ben.leaves());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hostile_message_is_text() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    let hostile = [
+        "<img src=x onerror=\"window.hacked = 1\"><script>window.hacked = 2</script>",
+        "javascript:window.hacked=3//</textarea></ol><svg onload=window.hacked=4>",
+        "\u{202e}txet desrever\u{202c} \"&lt;b&gt;\"",
+    ];
+    for content in hostile {
+        app.sent(&ana, &ben, content).await;
+    }
+    let person = Person::at(app.running.public).await;
+    logs_in(&person, &ben.token).await;
+    person.clicks("#conversations button").await;
+    person.sees_messages(&hostile).await;
+    let found = "return [window.hacked ?? null, document.querySelectorAll('#chat img, #chat script, #chat svg').length]";
+    assert_eq!(person.runs(found, Value::Null).await, json!([null, 0]));
+    assert_eq!(person.log().await, Vec::<String>::new());
+    // The policy holds: what the page never does would not work either.
+    let markup = "try { document.body.insertAdjacentHTML('beforeend', '<img src=x>'); return 'done' } \
+                  catch (error) { return error.name }";
+    assert_eq!(person.runs(markup, Value::Null).await, "TypeError");
+    person.leaves().await;
+}
+
+fn token_for(user: &User, seconds: u64) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a time").as_secs();
+    let claims = json!({"sub": user.id, "iat": now - 60, "exp": now + seconds});
+    let key = EncodingKey::from_secret(SECRET_KEY.as_bytes());
+    jsonwebtoken::encode(&Header::default(), &claims, &key).expect("a token")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_token_leads_back_to_the_entrance() {
+    let app = TestApp::start().await;
+    let (ana, _) = app.pair().await;
+    let person = Person::at(app.running.public).await;
+    // It expires while the stream is open.
+    logs_in(&person, &token_for(&ana, 4)).await;
+    person.sees("#connection", "Connected").await;
+    person.sees("#entrance-notice", "Your session has ended. Log in again.").await;
+    assert_eq!(person.runs("return sessionStorage.length", Value::Null).await, 0);
+    // It has expired before the page is loaded.
+    logs_in(&person, "no.token.any-more").await;
+    person.sees("#entrance-notice", "Your session has ended. Log in again.").await;
+    person.leaves().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_needs_no_mouse() {
+    let app = TestApp::start().await;
+    app.user("ben").await;
+    app.user("ana").await;
+    let person = Person::at(app.running.public).await;
+    // The focus is where one begins: the name.
+    person.types_on(&format!("ana{TAB}")).await;
+    person.types_on(&format!("wrong password{ENTER}")).await;
+    person.sees("#entrance-notice", "wrong username or password").await;
+    person.types("#password", &format!("{}{PASSWORD}{ENTER}", "\u{e003}".repeat(20))).await;
+    person.sees("#connection", "Connected").await;
+    person.types_on(&format!("nobody{ENTER}")).await;
+    person.sees("#find-fault", "There is no user nobody.").await;
+    person.types_on(&format!("{}ben{ENTER}", "\u{e003}".repeat(10))).await;
+    person.sees("#peer", "ben").await;
+    person.types_on(&format!("By keyboard{ENTER}")).await;
+    person.sees("#conversations .last", "By keyboard").await;
+    person.types_on(&char::from(Key::Escape).to_string()).await;
+    person.sees("#peer", "No conversation is open").await;
+    person.types_on(&ENTER.to_string()).await;
+    person.sees_messages(&["By keyboard"]).await;
+    // Whatever can be used has a name for a screen reader.
+    let nameless =
+        "return [...document.querySelectorAll('button, input, textarea, nav, [role=log]')].filter((one) =>
+        !(one.labels?.length || one.ariaLabel || one.textContent.trim()))
+        .map((one) => one.outerHTML)";
+    assert_eq!(person.runs(nameless, Value::Null).await, json!([]));
+    person.leaves().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_fits_a_narrow_screen_and_the_dark() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    app.sent(&ben, &ana, &"averylongwordwithoutanyspace".repeat(20)).await;
+    let person = Person::at(app.running.public).await;
+    logs_in(&person, &ana.token).await;
+    person
+        .commands(
+            "Emulation.setDeviceMetricsOverride",
+            json!({"width": 340, "height": 640, "deviceScaleFactor": 1, "mobile": true}),
+        )
+        .await;
+    let shown =
+        "return ['nav', '#conversation', '#back'].map((css) => document.querySelector(css).checkVisibility())
+        .concat(document.documentElement.scrollWidth <= 340)";
+    person
+        .awaits("the list alone", shown, Value::Null, |shown| *shown == json!([true, false, false, true]))
+        .await;
+    person.clicks("#conversations button").await;
+    person
+        .awaits("the conversation alone", shown, Value::Null, |shown| {
+            *shown == json!([false, true, true, true])
+        })
+        .await;
+    person.clicks("#back").await;
+    person
+        .awaits("the list again", shown, Value::Null, |shown| *shown == json!([true, false, false, true]))
+        .await;
+    let light = person.runs(BACKGROUND, Value::Null).await;
+    let dark = json!({"features": [{"name": "prefers-color-scheme", "value": "dark"}]});
+    person.commands("Emulation.setEmulatedMedia", dark).await;
+    person.awaits("dark", BACKGROUND, Value::Null, |dark| brightness(dark) < 100).await;
+    assert!(brightness(&light) > 600, "{light}");
+    person.leaves().await;
+}
+
+const BACKGROUND: &str = "return getComputedStyle(document.body).backgroundColor";
+
+/// Of `rgb(r, g, b)`: the sum.
+fn brightness(color: &Value) -> u32 {
+    let color = color.as_str().unwrap_or_default();
+    color.split(|one: char| !one.is_ascii_digit()).filter_map(|one| one.parse::<u32>().ok()).sum()
+}

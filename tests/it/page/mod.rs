@@ -1,0 +1,7 @@
+//! The chat page at `/`.
+
+mod browser;
+mod chat;
+mod files;
+mod module;
+mod outages;
