@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
@@ -75,6 +76,7 @@ enum End {
 pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
     // Before anything else, so that no signal is missed.
     let mut signals = Signals::new()?;
+    raise_file_limit();
     let running = match start(config).await {
         Ok(running) => running,
         Err(error) => {
@@ -83,6 +85,14 @@ pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
         }
     };
     running.run(&mut signals).await
+}
+
+/// Each connection is an open file. The limit that a process begins with is often 1,024, and it may raise it itself.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// A port that cannot be listened on.

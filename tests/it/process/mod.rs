@@ -9,6 +9,7 @@ mod faults;
 mod installation;
 mod jobs;
 mod lifecycle;
+mod many_streams;
 mod metrics;
 mod pooler;
 mod postgres_read_only;

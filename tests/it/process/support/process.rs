@@ -22,6 +22,7 @@ pub(crate) struct Start {
     environment: Vec<(String, OsString)>,
     arguments: Vec<String>,
     files: Vec<(String, Vec<u8>)>,
+    open_files: Option<u32>,
 }
 
 impl Start {
@@ -81,6 +82,13 @@ impl Start {
         self
     }
 
+    /// Begins with this soft limit of open files.
+    #[must_use]
+    pub(crate) fn open_files(mut self, limit: u32) -> Self {
+        self.open_files = Some(limit);
+        self
+    }
+
     pub(crate) fn spawn(&self) -> Result<Process> {
         let directory = Scratch::new("process")?;
         for (name, text) in &self.files {
@@ -89,7 +97,16 @@ impl Start {
             fs::write(path, text)?;
         }
         let [stdout, stderr] = ["stdout", "stderr"].map(|name| directory.path().join(name));
-        let mut command = dies_with_us(&service_binary()?, "KILL");
+        let mut command = match self.open_files {
+            None => dies_with_us(&service_binary()?, "KILL"),
+            Some(limit) => {
+                let mut shell = dies_with_us(Path::new("/bin/sh"), "KILL");
+                shell
+                    .args(["-c", &format!("ulimit -Sn {limit} && exec \"$0\" \"$@\"")])
+                    .arg(service_binary()?);
+                shell
+            }
+        };
         command.env_clear().envs(self.environment.iter().cloned()).args(&self.arguments);
         command.current_dir(directory.path()).stdin(Stdio::null());
         command.stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);
@@ -159,6 +176,13 @@ pub(crate) struct Process {
 }
 
 impl Process {
+    /// Resident memory in KiB, of which /proc knows.
+    pub(crate) fn resident_kib(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("a line VmRSS")?;
+        Ok(line.split_whitespace().nth(1).context("a number")?.parse()?)
+    }
+
     pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill_process(Pid::from_child(&self.child), signal)?)
     }
