@@ -92,9 +92,11 @@ fn streams() -> Row {
             lines("Open streams", "short", "Of all replicas, and how many they may have.")
                 .query("open", "sum(chat_stream_clients{OURS})")
                 .query("limit", "sum(chat_stream_clients_max{OURS})")
+                .runbook("ChatServiceStreamsNearLimit")
                 .width(8),
             stack("Streams that began", "ops", "Per second. `reset` clients had a position that could not be taken up, and reload. `refused` were too many, or the replica stops.")
                 .query("{{outcome}}", "sum by (outcome) (rate(chat_stream_opened_total{OURS}[$__rate_interval]))")
+                .runbook("ChatServiceStreamReconnects")
                 .width(8),
             stack("Streams that ended", "ops", "Per second. `slow` clients did not read, `client` ended it themselves or lost their connection.")
                 .query("{{reason}}", "sum by (reason) (rate(chat_stream_ended_total{OURS}[$__rate_interval]))")
@@ -103,6 +105,7 @@ fn streams() -> Row {
                 .query("p50", &delay("0.5"))
                 .query("p99", &delay("0.99"))
                 .from(1.0, "red")
+                .runbook("ChatServiceStreamDeliverySlow")
                 .width(8),
             lines("Messages delivered", "ops", "Messages per second that were written to streams, and how many of them streams read from Postgres by themselves, after a reconnect or because they had fallen behind.")
                 .query("messages", "sum(rate(chat_stream_messages_total{OURS}[$__rate_interval]))")
@@ -110,6 +113,7 @@ fn streams() -> Row {
                 .width(8),
             lines("Messages not announced", "ops", "Messages for open streams that no replica announced, so that they came seconds late. Expected while Redis is unavailable; otherwise see whether Redis refuses PUBLISH or SUBSCRIBE.")
                 .query("gaps", "sum(rate(chat_stream_gaps_total{OURS}[$__rate_interval]))")
+                .runbook("ChatServiceStreamGaps")
                 .width(8),
         ],
     }

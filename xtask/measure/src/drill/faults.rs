@@ -65,13 +65,14 @@ impl Lane {
                 ("REQUEST_TIMEOUT_MS", "4000".to_owned()),
                 ("DB_STATEMENT_TIMEOUT_MS", "60000".to_owned()),
                 ("REGISTER_RATE_LIMIT_PER_MINUTE", "30".to_owned()),
+                ("STREAMS_MAX", "2".to_owned()),
             ],
             Self::Errors | Self::Latency => Vec::new(),
         }
     }
 }
 
-pub(super) const DRILLS: [Drill; 13] = [
+pub(super) const DRILLS: [Drill; 15] = [
     Drill {
         lane: Lane::Outages,
         fault: "one of two replicas killed",
@@ -201,6 +202,23 @@ pub(super) const DRILLS: [Drill; 13] = [
         heal: unlock_messages,
     },
     Drill {
+        lane: Lane::Overload,
+        fault: "more streams than allowed, opened at once",
+        alerts: &["ChatServiceStreamReconnects", "ChatServiceStreamsNearLimit"],
+        inject: |scene| {
+            scene.follow_in_a_loop();
+            Ok(())
+        },
+        heal: Scene::disperse,
+    },
+    Drill {
+        lane: Lane::Overload,
+        fault: "Redis refuses the channels",
+        alerts: &["ChatServiceStreamGaps"],
+        inject: |scene| lock(&scene.redis).cli(&["acl", "setuser", "default", "resetchannels"]).map(drop),
+        heal: |scene| lock(&scene.redis).cli(&["acl", "setuser", "default", "allchannels"]).map(drop),
+    },
+    Drill {
         lane: Lane::Errors,
         fault: "a trigger refuses every message: 500s",
         alerts: &[
@@ -226,6 +244,7 @@ pub(super) const DRILLS: [Drill; 13] = [
         fault: "200 ms more each way to Postgres",
         alerts: &[
             "ChatServicePostgresSlow",
+            "ChatServiceStreamDeliverySlow",
             "ChatServiceLatencyBudgetBurn 1h",
             "ChatServiceLatencyBudgetBurn 6h",
             "ChatServiceLatencyBudgetBurn 1d",

@@ -28,6 +28,8 @@ const REPLICAS: usize = 2;
 /// some even when each takes a second.
 const TALKERS: usize = 4;
 const PAUSE: Duration = Duration::from_millis(100);
+/// Clients per replica that come back at once when their stream is refused.
+const LOOPS: usize = 6;
 /// A crowd ends after this time, even if the drill fails.
 const CROWD_LIMIT: Duration = Duration::from_secs(120);
 
@@ -42,6 +44,8 @@ pub(super) struct Scene {
     pub(super) postgres: Mutex<Postgres>,
     /// Started by a fault, and stopped when it is healed.
     crowds: Mutex<Vec<Crowd>>,
+    /// Streams that are opened again and again, also until the fault is healed.
+    loops: Mutex<Option<Talkers>>,
     pub(super) collector: Collector,
     talkers: Option<Talkers>,
     followers: Option<Talkers>,
@@ -100,6 +104,7 @@ impl Scene {
             redis: Mutex::new(redis),
             postgres: Mutex::new(postgres),
             crowds: Mutex::default(),
+            loops: Mutex::default(),
             collector,
             talkers: None,
             followers: None,
@@ -161,8 +166,16 @@ impl Scene {
         lock(&self.crowds).push(Crowd { stop, thread });
     }
 
+    /// More clients of the same user than may follow, which come back as soon as they are refused.
+    pub(super) fn follow_in_a_loop(&self) {
+        let token = self.users[1].token.clone();
+        let follow = move |client: &mut Client, go_on: &dyn Fn() -> bool| drop(client.follow(&token, go_on));
+        *lock(&self.loops) = Some(Talkers::start(&self.replicas, LOOPS, follow));
+    }
+
     /// Stops the crowds.
     pub(super) fn disperse(&self) -> Result<()> {
+        drop(lock(&self.loops).take());
         for crowd in std::mem::take(&mut *lock(&self.crowds)) {
             crowd.stop.store(true, Ordering::Relaxed);
             crowd.thread.join().expect("no panic")?;
