@@ -15,6 +15,7 @@ pub(crate) fn text(addresses: &Addresses, backends: &Backends, observers: Option
     format!(
         "
   API       {api}
+  page      {api}/
   docs      {api}/docs
   metrics   http://{host}:{ops_port}/metrics
   Postgres  {postgres}

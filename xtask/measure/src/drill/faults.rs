@@ -12,7 +12,7 @@ use load::Script;
 use serde_json::json;
 use tests::proxy::Link;
 
-use super::scene::{DATABASE, Scene, lock};
+use super::scene::{DATABASE, REPLICAS, Scene, lock};
 
 pub(super) struct Drill {
     pub(super) lane: Lane,
@@ -72,7 +72,7 @@ impl Lane {
     }
 }
 
-pub(super) const DRILLS: [Drill; 15] = [
+pub(super) const DRILLS: [Drill; 16] = [
     Drill {
         lane: Lane::Outages,
         fault: "one of two replicas killed",
@@ -215,8 +215,31 @@ pub(super) const DRILLS: [Drill; 15] = [
         lane: Lane::Overload,
         fault: "Redis refuses the channels",
         alerts: &["ChatServiceStreamGaps"],
-        inject: |scene| lock(&scene.redis).cli(&["acl", "setuser", "default", "resetchannels"]).map(drop),
-        heal: |scene| lock(&scene.redis).cli(&["acl", "setuser", "default", "allchannels"]).map(drop),
+        // A replica that stores messages itself would find the other's with them.
+        inject: |scene| {
+            scene.talk_to(1);
+            lock(&scene.redis).cli(&["acl", "setuser", "default", "resetchannels"]).map(drop)
+        },
+        heal: |scene| {
+            scene.talk_to(REPLICAS);
+            lock(&scene.redis).cli(&["acl", "setuser", "default", "allchannels"]).map(drop)
+        },
+    },
+    Drill {
+        lane: Lane::Overload,
+        fault: "350 ms more each way for one replica",
+        alerts: &["ChatServiceStreamDeliverySlow"],
+        // The other one stores the messages.
+        inject: |scene| {
+            scene.talk_to(1);
+            scene.to_postgres[1].set(Link::Slow(Duration::from_millis(350)));
+            Ok(())
+        },
+        heal: |scene| {
+            scene.to_postgres[1].set(Link::Open);
+            scene.talk_to(REPLICAS);
+            Ok(())
+        },
     },
     Drill {
         lane: Lane::Errors,
@@ -244,7 +267,6 @@ pub(super) const DRILLS: [Drill; 15] = [
         fault: "200 ms more each way to Postgres",
         alerts: &[
             "ChatServicePostgresSlow",
-            "ChatServiceStreamDeliverySlow",
             "ChatServiceLatencyBudgetBurn 1h",
             "ChatServiceLatencyBudgetBurn 6h",
             "ChatServiceLatencyBudgetBurn 1d",

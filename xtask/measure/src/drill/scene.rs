@@ -23,7 +23,7 @@ use super::faults::Lane;
 pub(super) const DATABASE: &str = "drill";
 /// The chart's name of the Service behind its ServiceMonitor, so that `job` is as in a cluster.
 const SERVICE: &str = "chat-chat-service-ops";
-const REPLICAS: usize = 2;
+pub(super) const REPLICAS: usize = 2;
 /// Clients per replica, and their pause between two requests: 40 requests a second and replica when all is well, and
 /// some even when each takes a second.
 const TALKERS: usize = 4;
@@ -47,7 +47,7 @@ pub(super) struct Scene {
     /// Streams that are opened again and again, also until the fault is healed.
     loops: Mutex<Option<Talkers>>,
     pub(super) collector: Collector,
-    talkers: Option<Talkers>,
+    talkers: Mutex<Option<Talkers>>,
     followers: Option<Talkers>,
     _runtime: Runtime,
 }
@@ -106,11 +106,11 @@ impl Scene {
             crowds: Mutex::default(),
             loops: Mutex::default(),
             collector,
-            talkers: None,
+            talkers: Mutex::default(),
             followers: None,
             _runtime: runtime,
         };
-        scene.talkers = Some(scene.talk());
+        scene.talk_to(REPLICAS);
         scene.followers = Some(scene.follow());
         Ok(scene)
     }
@@ -193,10 +193,12 @@ impl Scene {
         })
     }
 
-    /// A send and a read of the newest page, in turn.
-    fn talk(&self) -> Talkers {
+    /// From now on this many replicas are talked to: a send and a read of the newest page, in turn.
+    pub(super) fn talk_to(&self, replicas: usize) {
         let users = self.users.clone();
-        Talkers::start(&self.replicas, TALKERS, move |client, _| {
+        let mut talkers = lock(&self.talkers);
+        drop(talkers.take());
+        *talkers = Some(Talkers::start(&self.replicas[..replicas], TALKERS, move |client, _| {
             let number = fastrand::usize(..users.len());
             let (from, to) = (&users[number], &users[(number + 1) % users.len()]);
             let body = json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"});
@@ -205,14 +207,14 @@ impl Scene {
             thread::sleep(PAUSE);
             let _ = client.ask("GET", &format!("/messages?peer_id={}", to.id), Some(&from.token), "");
             thread::sleep(PAUSE);
-        })
+        }));
     }
 }
 
 impl Drop for Scene {
     fn drop(&mut self) {
         let _ = self.disperse();
-        self.talkers = None;
+        drop(lock(&self.talkers).take());
         self.followers = None;
     }
 }
