@@ -128,9 +128,11 @@ async fn read(database: &Database, seen: &Snapshot) -> Result<Found, ReadError> 
         &running,
         STEP_MAX + 1,
     );
+    let asked = Instant::now();
     let rows = database.run(Operation::ReadNewMessages, query.fetch_all(&mut *session)).await?;
     session.give_back();
-    let read_at = Instant::now();
+    // Postgres has read its clock about half way.
+    let read_at = asked + asked.elapsed() / 2;
     let until = rows.first().and_then(|row| row.snapshot.parse().ok()).ok_or(ReadError::Unreadable)?;
     let until = Arc::new(until);
     if rows.len() as i64 > STEP_MAX {
