@@ -196,9 +196,9 @@ impl Scene {
     /// From now on this many replicas are talked to: a send and a read of the newest page, in turn.
     pub(super) fn talk_to(&self, replicas: usize) {
         let users = self.users.clone();
-        let mut talkers = lock(&self.talkers);
-        drop(talkers.take());
-        *talkers = Some(Talkers::start(&self.replicas[..replicas], TALKERS, move |client, _| {
+        let mut talking = lock(&self.talkers);
+        drop(talking.take());
+        *talking = Some(Talkers::start(&self.replicas[..replicas], TALKERS, move |client, _| {
             let number = fastrand::usize(..users.len());
             let (from, to) = (&users[number], &users[(number + 1) % users.len()]);
             let body = json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"});
