@@ -147,15 +147,6 @@ pub fn browser() -> Option<Browser> {
     Some(Browser { chromium, driver: programs::in_path("chromedriver")? })
 }
 
-/// Makes sure that curl is installed. Calls `say` before it installs anything.
-pub fn ensure_curl(say: impl FnOnce(&str)) -> Result<()> {
-    if programs::in_path("curl").is_none() {
-        say("installing curl with apt-get");
-        install(&["curl"]).context("curl is not installed: install it with the package manager")?;
-    }
-    Ok(())
-}
-
 /// Makes sure that a browser and its driver are installed. Calls `say` before it installs anything.
 pub fn ensure_browser(say: impl FnOnce(&str)) -> Result<Browser> {
     if browser().is_none() && can_install() {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,17 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 /// One profile without a history, on one page.
 pub(super) struct Person {
     client: Client,
+    /// The session's URL, which ends it.
+    session: String,
+}
+
+impl Drop for Person {
+    /// Also after a failure: the driver would leave the browser running. On another thread, because this one has a runtime.
+    fn drop(&mut self) {
+        let session = std::mem::take(&mut self.session);
+        let end = move || reqwest::blocking::Client::builder().timeout(LIMIT).build()?.delete(session).send();
+        std::thread::spawn(end).join().ok();
+    }
 }
 
 impl Person {
@@ -51,17 +63,14 @@ impl Person {
             .connect(&format!("http://127.0.0.1:{port}"))
             .await
             .expect("a browser");
-        client.goto(url).await.expect("the page");
-        Self { client }
+        let id = client.session_id().await.expect("a session").expect("an id");
+        let person = Self { client, session: format!("http://127.0.0.1:{port}/session/{id}") };
+        person.client.goto(url).await.expect("the page");
+        person
     }
 
     pub(super) async fn goes_to(&self, service: SocketAddr) {
         self.client.goto(&format!("http://{service}/")).await.expect("the page");
-    }
-
-    /// Ends the browser.
-    pub(super) async fn leaves(self) {
-        self.client.close().await.expect("the browser ends");
     }
 
     pub(super) async fn registers(&self, name: &str) {
@@ -211,7 +220,9 @@ fn driver() -> (u16, Browser) {
         let port = ports::free().expect("a port");
         // With the browsers' profiles in it. A later run removes it: a static is never dropped.
         let scratch = Scratch::new("browser").expect("a directory");
-        let mut command = daemon::dies_with_us(&browser.driver, "TERM");
+        // The shell takes the whole process group with it, with the browsers: the driver alone would leave them.
+        let mut command = daemon::dies_with_us(Path::new("/bin/sh"), "TERM");
+        command.args(["-c", "trap 'kill -KILL 0' TERM; \"$@\" & wait", "sh"]).arg(&browser.driver);
         command.arg(format!("--port={port}")).env("TMPDIR", scratch.path());
         let log = scratch.path().join("log");
         let mut process = Daemon::start(command, &log).expect("the driver starts");

@@ -62,7 +62,6 @@ async fn two_people_chat_reload_and_log_out() {
     let left = "return [sessionStorage.length, document.querySelectorAll('#conversations li').length]";
     assert_eq!(ben.runs(left, Value::Null).await, json!([0, 0]));
     assert_eq!(ana.log().await, Vec::<String>::new());
-    tokio::join!(ana.leaves(), ben.leaves());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -89,7 +88,6 @@ async fn a_hostile_message_is_text() {
     let markup = "try { document.body.insertAdjacentHTML('beforeend', '<img src=x>'); return 'done' } \
                   catch (error) { return error.name }";
     assert_eq!(person.runs(markup, Value::Null).await, "TypeError");
-    person.leaves().await;
 }
 
 fn token_for(user: &User, seconds: u64) -> String {
@@ -112,7 +110,6 @@ async fn an_expired_token_leads_back_to_the_entrance() {
     logs_in(&person, "no.token.any-more").await;
     person.sees("#entrance-notice", "Your session has ended. Log in again.").await;
     assert_eq!(person.runs("return sessionStorage.length", Value::Null).await, 0);
-    person.leaves().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -144,7 +141,6 @@ async fn a_person_needs_no_mouse() {
         !(one.labels?.length || one.ariaLabel || one.textContent.trim()))
         .map((one) => one.outerHTML)";
     assert_eq!(person.runs(nameless, Value::Null).await, json!([]));
-    person.leaves().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -183,7 +179,6 @@ async fn the_page_fits_a_narrow_screen_and_the_dark() {
     person.commands("Emulation.setEmulatedMedia", dark).await;
     person.awaits("dark", BACKGROUND, Value::Null, |dark| brightness(dark) < 100).await;
     assert!(brightness(&light) > 600, "{light}");
-    person.leaves().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -219,7 +214,6 @@ async fn older_messages_are_loaded_and_a_draft_stays_with_its_conversation() {
     person.runs("document.getElementById('content').value = '👋'.repeat(4001)", Value::Null).await;
     person.types("#content", &ENTER.to_string()).await;
     person.sees("#notice", "A message has at most 4000 characters; this one has 4001.").await;
-    person.leaves().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -236,7 +230,6 @@ async fn the_page_works_below_the_prefix_of_a_proxy() {
     person.sees("#connection", "Connected").await;
     app.sent(&ben, &ana, "live").await;
     person.sees_messages(&["below", "live"]).await;
-    person.leaves().await;
 }
 
 const BACKGROUND: &str = "return getComputedStyle(document.body).backgroundColor";

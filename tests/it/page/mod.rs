@@ -3,7 +3,6 @@
 
 mod browser;
 mod chat;
-mod examples;
 mod files;
 mod module;
 mod outages;

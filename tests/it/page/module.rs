@@ -141,7 +141,6 @@ async fn follow(answers: Vec<Answer>, options: Value) -> (Value, Vec<Option<Stri
     let server = Server::start(answers).await;
     let person = Person::at(server.address).await;
     let seen = person.runs_async(FOLLOW, options).await;
-    person.leaves().await;
     (seen, server.positions())
 }
 
@@ -208,5 +207,4 @@ async fn the_module_does_not_come_back_where_that_is_of_no_use() {
         assert_eq!(seen, json!({"seen": said, "refused": refused}));
         assert_eq!(server.positions(), [None, Some("1".to_owned())]);
     }
-    person.leaves().await;
 }

@@ -43,7 +43,6 @@ async fn what_was_written_and_sent_during_an_outage_is_there_once_after_it() {
     person.awaits("it is sent", again, Value::Null, |count| *count == 0).await;
     person.sees_messages(&["before", "from ben, meanwhile", "from ana, meanwhile"]).await;
     assert_eq!(app.seqs(&ana, &ben, "").await, [3, 2, 1]);
-    person.leaves().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -71,7 +70,6 @@ async fn a_message_whose_answer_was_lost_is_sent_again_under_its_key() {
     person.clicks("#messages .again").await;
     person.sees_messages(&["once"]).await;
     assert_eq!(app.seqs(&ana, &ben, "").await, [1]);
-    person.leaves().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -102,7 +100,6 @@ async fn what_was_not_sent_outlives_another_conversation_and_a_reload() {
     person.sees_messages(&["kept"]).await;
     assert_eq!(person.runs(again, Value::Null).await, 0);
     assert_eq!(app.seqs(&ana, &ben, "").await, [1]);
-    person.leaves().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -133,7 +130,6 @@ async fn a_browser_that_was_offline_catches_up_at_once() {
     person.commands("Network.setBlockedURLs", json!({"urls": []})).await;
     person.clicks("#earlier").await;
     person.sees_messages(&["before", "meanwhile", "and more"]).await;
-    person.leaves().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -166,5 +162,4 @@ async fn what_was_not_sent_when_the_session_ended_is_sent_after_the_next_login()
     person.sees("#me", &ben.name).await;
     let kept = "return Object.keys(sessionStorage)";
     assert_eq!(person.runs(kept, Value::Null).await, json!(["chat-token"]));
-    person.leaves().await;
 }

@@ -17,7 +17,6 @@ pub(crate) fn text(addresses: &Addresses, backends: &Backends, observers: Option
   API       {api}
   page      {api}/
   docs      {api}/docs
-  page      {api}/
   metrics   http://{host}:{ops_port}/metrics
   Postgres  {postgres}
   Redis     {redis}

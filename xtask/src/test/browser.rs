@@ -1,4 +1,4 @@
-//! The tests of `tests/it/page`, which need a real browser; one of an example needs curl.
+//! The tests of `tests/it/page`, which need a real browser.
 
 use common::servers::Servers;
 use common::steps::Tally;
@@ -23,11 +23,7 @@ fn is_there(tally: &mut Tally) -> bool {
         println!("  {:24}skipped: needs chromium and chromedriver", "page");
         return false;
     }
-    let found = tally.check("browser", "", |progress| {
-        install::ensure_curl(|line| progress.note(line))?;
-        install::ensure_browser(|line| progress.note(line))
-    });
-    found.is_some()
+    tally.check("browser", "", |progress| install::ensure_browser(|line| progress.note(line))).is_some()
 }
 
 /// For a run of single tests, which may be some of these.
