@@ -1,5 +1,5 @@
 /**
- * A client of chat-service, for browsers and Node 20 or later. Copy this file: it needs `fetch` and nothing else.
+ * A client of chat-service, for browsers and Node 20.3 or later. Copy this file: it needs `fetch` and nothing else.
  *
  *     const chat = new ChatClient('https://chat.example.com/');
  *     await chat.login('ana', 'correct horse battery');
@@ -32,12 +32,27 @@ const ANSWER_LIMIT = 15_000;
 const SILENCE_LIMIT = 40_000;
 
 /** Before a broken stream is opened again, in ms: doubled with each failure, and a random part of it is waited. */
-const BACKOFF = { first: 500, most: 30_000 };
+const BACKOFF = { first: 1_000, most: 30_000 };
+
+/** A stream that was open for this long, in ms, was no failure. */
+const STABLE_AFTER = 20_000;
+
+/** After these `end`s the same token is of no more use. */
+const FINAL = { expired: 'the token has expired', revoked: 'the session has ended', deleted: 'the user was deleted' };
 
 export class ChatClient {
-  /** @param {string} base where the service is, with a slash at the end */
-  constructor(base) {
+  #signal;
+  #silence;
+
+  /**
+   * @param {string} base where the service is, with a slash at the end
+   * @param {{signal?: AbortSignal, silence?: number}} [options] when `signal` aborts, so do all requests and streams; a
+   *   stream without a byte for `silence` ms is opened again
+   */
+  constructor(base, { signal, silence = SILENCE_LIMIT } = {}) {
     this.base = base;
+    this.#signal = signal;
+    this.#silence = silence;
     /** @type {string | null} */
     this.token = null;
   }
@@ -101,10 +116,12 @@ export class ChatClient {
 
   /**
    * Follows the user's messages until `signal` aborts: each after `position` once, those of a conversation in the order of
-   * `seq`, over any number of broken connections. The callbacks may be asynchronous; the next event waits for them, and an
-   * event counts as seen once its callback has returned.
+   * `seq`, over any number of broken connections. The callbacks may be asynchronous, and the next event waits for them. An
+   * event counts as seen once its callback has returned; after one that throws, the stream is opened again, and the event
+   * comes once more.
    *
-   * Rejects with an ApiError where it is of no use to come back, as with 401 when the token has expired.
+   * Rejects with an ApiError where it is of no use to come back: with 401 when the token has expired, with 204 when the
+   * service says so.
    *
    * @param {object} options
    * @param {string | null} [options.position] the last one seen; without it the stream begins now
@@ -114,67 +131,76 @@ export class ChatClient {
    *   messages, for the stream begins now
    * @param {(state: 'connecting' | 'open' | 'waiting', wait: number) => unknown} [options.onState] `wait` in ms
    * @param {(position: string) => unknown} [options.onPosition] to keep it over a restart
+   * @param {(reason: string) => unknown} [options.onEnd] why the service has ended a stream, such as `draining`
    */
-  async follow({ position = null, signal, onMessage, onReset, onState, onPosition } = {}) {
+  async follow({ position = null, signal, onMessage, onReset, onState, onPosition, onEnd } = {}) {
+    const stop = anyOf(signal, this.#signal);
     let failures = 0;
-    while (!signal?.aborted) {
+    while (!stop.aborted) {
       onState?.('connecting', 0);
+      const [token, started] = [this.token, performance.now()];
       let retry = null;
+      let end = null;
       try {
-        for await (const event of this.#events(position, signal)) {
+        for await (const event of this.#events(position, stop)) {
           if (event.retry !== undefined) retry = event.retry;
           if (event.name === 'message') await onMessage?.(JSON.parse(event.data));
           if (event.name === 'reset') await onReset?.(JSON.parse(event.data).reason);
-          if (event.name === 'ready' || event.name === 'reset') {
-            failures = 0;
-            onState?.('open', 0);
-          }
-          if (event.id) {
+          if (event.name === 'ready' || event.name === 'reset') onState?.('open', 0);
+          if (event.id && event.id !== position) {
             position = event.id;
             onPosition?.(position);
           }
-          if (event.name === 'end') break;
+          if (event.name === 'end') {
+            end = JSON.parse(event.data).reason;
+            break;
+          }
         }
       } catch (error) {
-        if (signal?.aborted) return;
+        if (stop.aborted) return;
         if (error instanceof ApiError && !mayComeBack(error.status)) throw error;
         if (error instanceof ApiError && error.retryAfter !== null) retry = error.retryAfter * 1000;
       }
-      if (signal?.aborted) return;
+      if (stop.aborted) return;
+      if (end !== null) onEnd?.(end);
+      if (FINAL[end] && token === this.token) throw new ApiError(401, { detail: FINAL[end] });
+      if (performance.now() - started > STABLE_AFTER) failures = 0;
       // What the service asks for is random already.
-      const wait = retry ?? Math.min(BACKOFF.most, BACKOFF.first * 2 ** failures) * (0.5 + Math.random() / 2);
+      const wait = retry ?? Math.min(BACKOFF.most, BACKOFF.first * 2 ** failures) * Math.random();
       failures += 1;
       onState?.('waiting', wait);
-      await sleep(wait, signal);
+      await sleep(wait, stop);
     }
   }
 
   /** The events of one connection. */
-  async *#events(position, signal) {
+  async *#events(position, stop) {
     const silence = new AbortController();
     const abort = () => silence.abort();
-    let timer = setTimeout(abort, SILENCE_LIMIT);
+    let timer = setTimeout(abort, ANSWER_LIMIT);
     globalThis.addEventListener?.('offline', abort);
-    const signals = signal ? [silence.signal, signal] : [silence.signal];
     try {
       const headers = { accept: 'text/event-stream', authorization: `Bearer ${this.token}` };
       if (position) headers['last-event-id'] = position;
       const answer = await fetch(new URL('stream', this.base), {
         headers,
         cache: 'no-store',
-        signal: AbortSignal.any(signals),
+        signal: anyOf(silence.signal, stop),
       });
       if (answer.status === 204 || !answer.ok) throw await refusal(answer);
       const decoder = new TextDecoder();
       const parser = new EventParser();
       const reader = answer.body.getReader();
+      clearTimeout(timer);
+      timer = setTimeout(abort, this.#silence);
       try {
         for (;;) {
           const { done, value } = await reader.read();
           if (done) return;
+          // What a callback takes is no silence.
           clearTimeout(timer);
-          timer = setTimeout(abort, SILENCE_LIMIT);
           yield* parser.push(decoder.decode(value, { stream: true }));
+          timer = setTimeout(abort, this.#silence);
         }
       } finally {
         reader.cancel().catch(() => {});
@@ -193,7 +219,7 @@ export class ChatClient {
       headers,
       body: body && JSON.stringify(body),
       cache: 'no-store',
-      signal: AbortSignal.timeout(ANSWER_LIMIT),
+      signal: anyOf(AbortSignal.timeout(ANSWER_LIMIT), this.#signal),
     });
     if (!answer.ok) throw await refusal(answer);
     return answer;
@@ -207,13 +233,14 @@ export class ChatClient {
 export class EventParser {
   #rest = '';
   #data = [];
-  #event = {};
+  #name = '';
+  #id = '';
   #retry;
   #afterReturn = false;
 
   /**
-   * The events that this text completes, each with the delay in ms that was asked for last.
-   * @returns {{name: string, data: string, id?: string, retry?: number}[]}
+   * The events that this text completes, each with the id and the delay in ms that were named last, with it or before.
+   * @returns {{name: string, data: string, id: string, retry?: number}[]}
    */
   push(text) {
     if (this.#afterReturn && text.startsWith('\n')) text = text.slice(1);
@@ -225,9 +252,9 @@ export class EventParser {
 
   #line(line) {
     if (line === '') {
-      const event = { name: 'message', ...this.#event, data: this.#data.join('\n'), retry: this.#retry };
+      const event = { name: this.#name || 'message', data: this.#data.join('\n'), id: this.#id, retry: this.#retry };
       const hasData = this.#data.length > 0;
-      this.#event = {};
+      this.#name = '';
       this.#data = [];
       return hasData ? [event] : [];
     }
@@ -235,8 +262,8 @@ export class EventParser {
     const field = colon < 0 ? line : line.slice(0, colon);
     const value = colon < 0 ? '' : line.slice(colon + 1).replace(/^ /, '');
     if (field === 'data') this.#data.push(value);
-    if (field === 'event') this.#event.name = value;
-    if (field === 'id' && !value.includes('\0')) this.#event.id = value;
+    if (field === 'event') this.#name = value;
+    if (field === 'id' && !value.includes('\0')) this.#id = value;
     if (field === 'retry' && /^\d+$/.test(value)) this.#retry = Number(value);
     return [];
   }
@@ -246,6 +273,11 @@ export class EventParser {
 export function newKey() {
   // Not randomUUID: browsers have it over HTTPS only.
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+/** A signal that aborts with the first of those that are there. */
+function anyOf(...signals) {
+  return AbortSignal.any(signals.filter(Boolean));
 }
 
 function mayComeBack(status) {

@@ -6,25 +6,34 @@ set -eu
 
 service=${1:?usage: $0 URL, for example $0 http://localhost:8000}
 tag=$(date +%s)
+stream=$(mktemp)
+trap 'rm -f "$stream"' EXIT
+
+# Prints the answer; a refusal goes to the standard error, and ends the script.
+post() {
+    path=$1 body=$2
+    shift 2
+    answer=$(curl -sS --fail-with-body --max-time 15 "$service/$path" -H 'content-type: application/json' -d "$body" "$@") ||
+        { printf '%s\n' "$path: $answer" >&2 && return 1; }
+    printf '%s\n' "$answer"
+}
+
+get() {
+    curl -sS --fail-with-body --max-time 15 "$service/$2" -H "authorization: Bearer $1"
+    echo
+}
 
 # A field of a JSON answer. Use jq where there is more to read.
 field() { sed -n "s/.*\"$1\":\"\([^\"]*\)\".*/\1/p"; }
 
-register() {
-    curl -sS --fail-with-body -X POST "$service/register" -H 'content-type: application/json' \
-        -d "{\"username\":\"$1\",\"email\":\"$1@example.com\",\"password\":\"correct horse battery\"}" | field id
-}
+register() { post register "{\"username\":\"$1\",\"email\":\"$1@example.com\",\"password\":\"correct horse battery\"}"; }
 
-log_in() {
-    curl -sS --fail-with-body -X POST "$service/login" -H 'content-type: application/json' \
-        -d "{\"username\":\"$1\",\"password\":\"correct horse battery\"}" | field access_token
-}
+log_in() { post login "{\"username\":\"$1\",\"password\":\"correct horse battery\"}"; }
 
-# The key makes it safe to send the same message again after an error: it is stored once.
+# The key makes it safe to send the same message again where there was no answer: it is stored once.
 send() {
-    curl -sS --fail-with-body --retry 3 --retry-all-errors -X POST "$service/send" \
-        -H "authorization: Bearer $1" -H 'content-type: application/json' -H "idempotency-key: $tag-$3" \
-        -d "{\"recipient_id\":\"$2\",\"content\":\"message $3\"}" >/dev/null
+    post send "{\"recipient_id\":\"$2\",\"content\":\"message $3\"}" -H "authorization: Bearer $1" \
+        -H "idempotency-key: $tag-$3" --retry 3 --retry-all-errors >/dev/null
 }
 
 # Shows the events of some seconds. With a position it goes on exactly behind it.
@@ -32,26 +41,27 @@ follow() {
     curl -sSN --max-time "$2" "$service/stream" -H "authorization: Bearer $1" ${3:+-H "last-event-id: $3"} || test $? = 28
 }
 
-ana_id=$(register "ana$tag") && ana=$(log_in "ana$tag")
-ben_id=$(register "ben$tag") && ben=$(log_in "ben$tag")
+ana_id=$(register "ana$tag" | field id)
+ben_id=$(register "ben$tag" | field id)
+ana=$(log_in "ana$tag" | field access_token)
+ben=$(log_in "ben$tag" | field access_token)
+: "${ana_id:?} ${ben_id:?} ${ana:?} ${ben:?}"
 
 echo "Ben follows, and Ana writes:"
 (sleep 1 && send "$ana" "$ben_id" 1) &
-follow "$ben" 3 >stream.$$ && cat stream.$$
+follow "$ben" 3 >"$stream"
 wait
+cat "$stream"
 
 echo "Ana writes while Ben is away:"
 send "$ana" "$ben_id" 2
 send "$ana" "$ben_id" 3
 
 echo "Ben comes back, and misses nothing:"
-position=$(sed -n 's/^id: //p' stream.$$ | tail -n 1)
-follow "$ben" 2 "$position"
-rm stream.$$
+follow "$ben" 2 "$(sed -n 's/^id: //p' "$stream" | tail -n 1)"
 
 echo "The conversation, newest first:"
-curl -sS --fail-with-body "$service/messages?peer_id=$ana_id" -H "authorization: Bearer $ben"
-echo
+get "$ben" "messages?peer_id=$ana_id"
+
 echo "Ben's conversations:"
-curl -sS --fail-with-body "$service/conversations" -H "authorization: Bearer $ben"
-echo
+get "$ben" conversations

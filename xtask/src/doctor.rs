@@ -139,7 +139,13 @@ fn tools() -> Vec<Finding> {
         None if install::can_install() => Ok("none: the first run gets buildah with apt-get".to_owned()),
         None => Err("install docker, podman or buildah".to_owned()),
     };
+    let browser = match install::browser() {
+        Some(browser) => Ok(browser.chromium.display().to_string()),
+        None if install::can_install() => Ok("not installed: the first run gets it with apt-get".to_owned()),
+        None => Err("install chromium and chromedriver".to_owned()),
+    };
     vec![
+        finding("browser", "test (the chat page)", browser),
         finding("Go", "test (the chart's linters), cluster, e2e", go),
         finding("image engine", "image, e2e, release", engine),
         finding("Docker", "kind", docker),

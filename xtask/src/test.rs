@@ -1,5 +1,6 @@
 //! `cargo xtask test`: everything that a change has to pass, on private servers.
 
+mod browser;
 mod chart;
 mod commands;
 mod count;
@@ -121,9 +122,11 @@ fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String])
     let mut command = test_command(servers)?;
     command.args(args);
     traces::prepare(tally, &mut command, args);
+    browser::prepare(tally, args);
     count::run(tally, "tests", "cargo xtask test -- NAME runs one alone", command);
     if args.is_empty() {
         traces::check(tally, servers);
+        browser::check(tally, servers);
     }
     Ok(())
 }

@@ -140,16 +140,20 @@ pub fn ensure_prometheus(say: impl FnOnce(&str)) -> Result<Prometheus> {
     Ok(found)
 }
 
-/// Makes sure that Chromium and its driver are installed.
-pub fn ensure_browser() -> Result<Browser> {
-    let find = || {
-        let chromium = ["chromium", "google-chrome"].into_iter().find_map(programs::in_path)?;
-        Some(Browser { chromium, driver: programs::in_path("chromedriver")? })
-    };
-    if find().is_none() && can_install() {
+/// The installed browser.
+pub fn browser() -> Option<Browser> {
+    let chromium =
+        ["chromium", "chromium-browser", "google-chrome"].into_iter().find_map(programs::in_path)?;
+    Some(Browser { chromium, driver: programs::in_path("chromedriver")? })
+}
+
+/// Makes sure that a browser and its driver are installed. Calls `say` before it installs anything.
+pub fn ensure_browser(say: impl FnOnce(&str)) -> Result<Browser> {
+    if browser().is_none() && can_install() {
+        say("installing chromium with apt-get");
         install(&["chromium", "chromium-driver"])?;
     }
-    find().with_context(|| {
+    browser().with_context(|| {
         format!("chromium and chromedriver are not installed. Install by hand:\n{BROWSER_ADVICE}")
     })
 }

@@ -3,16 +3,19 @@
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fantoccini::elements::Element;
+use fantoccini::error::CmdError;
 use fantoccini::key::Key;
 use fantoccini::wd::WebDriverCompatibleCommand;
 use fantoccini::{Client, ClientBuilder, Locator};
 use hyper_util::client::legacy::connect::HttpConnector;
 use reqwest::Url;
 use serde_json::{Map, Value, json};
+use tests::Scratch;
 use tests::install::{self, Browser};
 use tests::servers::daemon::{self, Daemon};
 use tests::servers::ports;
@@ -24,11 +27,26 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 /// One profile without a history, on one page.
 pub(super) struct Person {
     client: Client,
+    /// The session's URL, which ends it.
+    session: String,
+}
+
+impl Drop for Person {
+    /// Also after a failure: the driver would leave the browser running. On another thread, because this one has a runtime.
+    fn drop(&mut self) {
+        let session = std::mem::take(&mut self.session);
+        let end = move || reqwest::blocking::Client::builder().timeout(LIMIT).build()?.delete(session).send();
+        std::thread::spawn(end).join().ok();
+    }
 }
 
 impl Person {
-    /// Opens the page.
+    /// Opens the page of the service.
     pub(super) async fn at(service: SocketAddr) -> Self {
+        Self::at_url(&format!("http://{service}/")).await
+    }
+
+    pub(super) async fn at_url(url: &str) -> Self {
         let (port, browser) = tokio::task::spawn_blocking(driver).await.expect("a driver");
         let options = json!({
             "binary": browser.chromium,
@@ -45,13 +63,14 @@ impl Person {
             .connect(&format!("http://127.0.0.1:{port}"))
             .await
             .expect("a browser");
-        client.goto(&format!("http://{service}/")).await.expect("the page");
-        Self { client }
+        let id = client.session_id().await.expect("a session").expect("an id");
+        let person = Self { client, session: format!("http://127.0.0.1:{port}/session/{id}") };
+        person.client.goto(url).await.expect("the page");
+        person
     }
 
-    /// Ends the browser.
-    pub(super) async fn leaves(self) {
-        self.client.close().await.expect("the browser ends");
+    pub(super) async fn goes_to(&self, service: SocketAddr) {
+        self.client.goto(&format!("http://{service}/")).await.expect("the page");
     }
 
     pub(super) async fn registers(&self, name: &str) {
@@ -74,8 +93,7 @@ impl Person {
     }
 
     pub(super) async fn types(&self, css: &str, text: &str) {
-        let element = self.element(css).await;
-        element.send_keys(text).await.unwrap_or_else(|error| panic!("type into {css}: {error}"));
+        self.acts(css, async |element| element.send_keys(text).await).await;
     }
 
     /// Types wherever the focus is.
@@ -84,13 +102,21 @@ impl Person {
     }
 
     pub(super) async fn clicks(&self, css: &str) {
-        let element = self.element(css).await;
-        element.click().await.unwrap_or_else(|error| panic!("click {css}: {error}"));
+        self.acts(css, async |element| element.click().await).await;
     }
 
-    async fn element(&self, css: &str) -> Element {
-        let found = self.client.wait().at_most(LIMIT).for_element(Locator::Css(css)).await;
-        found.unwrap_or_else(|error| panic!("{css}: {error}"))
+    /// Does something with an element, as soon as it is there, shown, and not just replaced.
+    async fn acts(&self, css: &str, act: impl AsyncFn(Element) -> Result<(), CmdError>) {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let outcome = match self.client.find(Locator::Css(css)).await {
+                Ok(element) => act(element).await,
+                Err(error) => Err(error),
+            };
+            let Err(error) = outcome else { return };
+            assert!(Instant::now() < deadline, "{css}: {error}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// Waits until what this finds reads so.
@@ -102,8 +128,15 @@ impl Person {
         .await;
     }
 
+    /// Waits until an element has this text, shown or not.
+    pub(super) async fn sees_text(&self, css: &str, text: &str) {
+        let script = "return document.querySelector(arguments[0]).textContent";
+        self.awaits(&format!("{css} has {text:?}"), script, json!(css), |found| found == text).await;
+    }
+
     /// Waits until the open conversation has exactly these messages.
-    pub(super) async fn sees_messages(&self, contents: &[&str]) {
+    pub(super) async fn sees_messages(&self, contents: &[impl AsRef<str>]) {
+        let contents: Vec<&str> = contents.iter().map(AsRef::as_ref).collect();
         let shown = "return [...document.querySelectorAll('#messages .text')].map((one) => one.textContent)";
         self.awaits(&format!("messages {contents:?}"), shown, Value::Null, |shown| *shown == json!(contents))
             .await;
@@ -180,19 +213,23 @@ impl WebDriverCompatibleCommand for Custom {
 
 /// The port of the one driver of all tests, started with the first, and the browser.
 fn driver() -> (u16, Browser) {
-    static DRIVER: Mutex<Option<(u16, Browser, Daemon)>> = Mutex::new(None);
+    static DRIVER: Mutex<Option<(u16, Browser, Daemon, Scratch)>> = Mutex::new(None);
     let mut driver = DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
     if driver.is_none() {
-        let browser = install::ensure_browser().expect("a browser");
+        let browser = install::browser().expect("chromium and chromedriver: run cargo xtask test");
         let port = ports::free().expect("a port");
-        let mut command = daemon::dies_with_us(&browser.driver, "TERM");
-        command.arg(format!("--port={port}"));
-        let log = std::env::temp_dir().join(format!("chat-service-browser-{}.log", std::process::id()));
+        // With the browsers' profiles in it. A later run removes it: a static is never dropped.
+        let scratch = Scratch::new("browser").expect("a directory");
+        // The shell takes the whole process group with it, with the browsers: the driver alone would leave them.
+        let mut command = daemon::dies_with_us(Path::new("/bin/sh"), "TERM");
+        command.args(["-c", "trap 'kill -KILL 0' TERM; \"$@\" & wait", "sh"]).arg(&browser.driver);
+        command.arg(format!("--port={port}")).env("TMPDIR", scratch.path());
+        let log = scratch.path().join("log");
         let mut process = Daemon::start(command, &log).expect("the driver starts");
         let ready = || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
         process.await_ready(START_LIMIT, ready).expect("the driver listens");
-        *driver = Some((port, browser, process));
+        *driver = Some((port, browser, process, scratch));
     }
-    let (port, browser, _) = driver.as_ref().expect("just started");
+    let (port, browser, ..) = driver.as_ref().expect("just started");
     (*port, browser.clone())
 }

@@ -7,7 +7,7 @@ use jsonwebtoken::{EncodingKey, Header};
 use serde_json::{Value, json};
 
 use super::browser::Person;
-use crate::support::{SECRET_KEY, TestApp, User};
+use crate::support::{PrefixProxy, SECRET_KEY, TestApp, User};
 
 pub(super) use crate::support::PASSWORD;
 
@@ -21,6 +21,7 @@ pub(super) async fn logs_in(person: &Person, token: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a browser: cargo xtask test"]
 async fn two_people_chat_reload_and_log_out() {
     let app = TestApp::start().await;
     let (ana, ben) = tokio::join!(Person::at(app.running.public), Person::at(app.running.public));
@@ -35,6 +36,10 @@ async fn two_people_chat_reload_and_log_out() {
     ben.sees_messages(&["Hello, Ben!", "مرحبا 👋"]).await;
     ben.writes("Hello, Ana!").await;
     ana.sees_messages(&["Hello, Ben!", "مرحبا 👋", "Hello, Ana!"]).await;
+    // A screen reader reads what arrives, and nothing else of the history.
+    ana.sees_text("#announcer", "ben: Hello, Ana!").await;
+    let directions = "return [...document.querySelectorAll('#messages .text')].map((one) => getComputedStyle(one).direction)";
+    assert_eq!(ana.runs(directions, Value::Null).await, json!(["ltr", "rtl", "ltr"]));
 
     // The session and what was seen outlive a reload.
     ben.reloads().await;
@@ -43,6 +48,12 @@ async fn two_people_chat_reload_and_log_out() {
     assert_eq!(ben.runs("return document.querySelectorAll('.new').length", Value::Null).await, 0);
     ana.writes("Are you still there?").await;
     ben.sees("#conversations .new", "1\nnew").await;
+    ben.sees_text("#announcer", "New message from ana").await;
+
+    // Nothing comes from outside, and no address has the token in it.
+    let outside = "return performance.getEntriesByType('resource').map((one) => one.name).filter((name) =>
+        !name.startsWith(location.origin) || name.includes(sessionStorage.getItem('chat-token')))";
+    assert_eq!(ben.runs(outside, Value::Null).await, json!([]));
 
     // After logging out nothing is left of it, also not behind a reload.
     ben.clicks("#log-out").await;
@@ -51,10 +62,10 @@ async fn two_people_chat_reload_and_log_out() {
     let left = "return [sessionStorage.length, document.querySelectorAll('#conversations li').length]";
     assert_eq!(ben.runs(left, Value::Null).await, json!([0, 0]));
     assert_eq!(ana.log().await, Vec::<String>::new());
-    tokio::join!(ana.leaves(), ben.leaves());
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a browser: cargo xtask test"]
 async fn a_hostile_message_is_text() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
@@ -77,7 +88,6 @@ async fn a_hostile_message_is_text() {
     let markup = "try { document.body.insertAdjacentHTML('beforeend', '<img src=x>'); return 'done' } \
                   catch (error) { return error.name }";
     assert_eq!(person.runs(markup, Value::Null).await, "TypeError");
-    person.leaves().await;
 }
 
 fn token_for(user: &User, seconds: u64) -> String {
@@ -88,22 +98,22 @@ fn token_for(user: &User, seconds: u64) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a browser: cargo xtask test"]
 async fn an_expired_token_leads_back_to_the_entrance() {
     let app = TestApp::start().await;
     let (ana, _) = app.pair().await;
     let person = Person::at(app.running.public).await;
-    // It expires while the stream is open.
-    logs_in(&person, &token_for(&ana, 4)).await;
-    person.sees("#connection", "Connected").await;
+    logs_in(&person, &token_for(&ana, 3)).await;
     person.sees("#entrance-notice", "Your session has ended. Log in again.").await;
     assert_eq!(person.runs("return sessionStorage.length", Value::Null).await, 0);
     // It has expired before the page is loaded.
     logs_in(&person, "no.token.any-more").await;
     person.sees("#entrance-notice", "Your session has ended. Log in again.").await;
-    person.leaves().await;
+    assert_eq!(person.runs("return sessionStorage.length", Value::Null).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a browser: cargo xtask test"]
 async fn a_person_needs_no_mouse() {
     let app = TestApp::start().await;
     app.user("ben").await;
@@ -131,13 +141,14 @@ async fn a_person_needs_no_mouse() {
         !(one.labels?.length || one.ariaLabel || one.textContent.trim()))
         .map((one) => one.outerHTML)";
     assert_eq!(person.runs(nameless, Value::Null).await, json!([]));
-    person.leaves().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a browser: cargo xtask test"]
 async fn the_page_fits_a_narrow_screen_and_the_dark() {
     let app = TestApp::start().await;
     let (ana, ben) = app.pair().await;
+    app.sent_many(&ben, &ana, 30).await;
     app.sent(&ben, &ana, &"averylongwordwithoutanyspace".repeat(20)).await;
     let person = Person::at(app.running.public).await;
     logs_in(&person, &ana.token).await;
@@ -149,7 +160,7 @@ async fn the_page_fits_a_narrow_screen_and_the_dark() {
         .await;
     let shown =
         "return ['nav', '#conversation', '#back'].map((css) => document.querySelector(css).checkVisibility())
-        .concat(document.documentElement.scrollWidth <= 340)";
+        .concat(document.documentElement.scrollWidth <= 340 && document.documentElement.scrollHeight <= 640)";
     person
         .awaits("the list alone", shown, Value::Null, |shown| *shown == json!([true, false, false, true]))
         .await;
@@ -168,7 +179,57 @@ async fn the_page_fits_a_narrow_screen_and_the_dark() {
     person.commands("Emulation.setEmulatedMedia", dark).await;
     person.awaits("dark", BACKGROUND, Value::Null, |dark| brightness(dark) < 100).await;
     assert!(brightness(&light) > 600, "{light}");
-    person.leaves().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a browser: cargo xtask test"]
+async fn older_messages_are_loaded_and_a_draft_stays_with_its_conversation() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    let cleo = app.user("cleo").await;
+    app.sent_many(&ben, &ana, 60).await;
+    app.sent(&cleo, &ana, "from cleo").await;
+    let person = Person::at(app.running.public).await;
+    logs_in(&person, &ana.token).await;
+    person.opens(&ben.name).await;
+    let numbers = |range: std::ops::RangeInclusive<u32>| range.map(|n| n.to_string()).collect::<Vec<_>>();
+    person.sees_messages(&numbers(11..=60)).await;
+    let top = "return document.querySelector('#messages li:nth-last-child(50)').getBoundingClientRect().top";
+    person.runs("document.getElementById('history').scrollTop = 0", Value::Null).await;
+    let before = person.runs(top, Value::Null).await.as_f64();
+    person.clicks("#earlier").await;
+    person.sees_messages(&numbers(1..=60)).await;
+    // What was read stays where it was, but for the button that is gone.
+    let moved = person.runs(top, Value::Null).await.as_f64().zip(before).map(|(now, then)| now - then);
+    assert!(moved.is_some_and(|moved| moved.abs() < 60.0), "{moved:?}");
+    assert_eq!(person.runs("return document.getElementById('earlier').hidden", Value::Null).await, true);
+
+    person.types("#content", "for ben alone").await;
+    person.opens("cleo").await;
+    let content = "return document.getElementById('content').value";
+    assert_eq!(person.runs(content, Value::Null).await, "");
+    person.opens(&ben.name).await;
+    assert_eq!(person.runs(content, Value::Null).await, "for ben alone");
+    // Too long is said before it is sent, and nothing is cut off.
+    person.runs("document.getElementById('content').value = '👋'.repeat(4001)", Value::Null).await;
+    person.types("#content", &ENTER.to_string()).await;
+    person.sees("#notice", "A message has at most 4000 characters; this one has 4001.").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a browser: cargo xtask test"]
+async fn the_page_works_below_the_prefix_of_a_proxy() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    app.sent(&ben, &ana, "below").await;
+    let proxy = PrefixProxy::start(app.running.public, "/team/chat").await;
+    let person = Person::at_url(proxy.url("/").as_str()).await;
+    logs_in(&person, &ana.token).await;
+    person.clicks("#conversations button").await;
+    person.sees_messages(&["below"]).await;
+    person.sees("#connection", "Connected").await;
+    app.sent(&ben, &ana, "live").await;
+    person.sees_messages(&["below", "live"]).await;
 }
 
 const BACKGROUND: &str = "return getComputedStyle(document.body).backgroundColor";

@@ -29,5 +29,19 @@ fn the_script_shows_each_message_once_and_the_conversation() -> Result<()> {
     let [newest, middle, oldest] =
         [3, 2, 1].map(|number| rest.find(&format!("\"content\":\"message {number}\"")));
     ensure!(newest < middle && middle < oldest && newest.is_some(), "{said}");
+    ensure!(scratch.path().read_dir()?.next().is_none(), "the script leaves a file");
+    Ok(())
+}
+
+#[test]
+fn the_script_shows_a_refusal_and_ends() -> Result<()> {
+    let database = Database::create()?;
+    let service = Start::on(&database).ready()?;
+    let mut script = Command::new("sh");
+    script.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/chat.sh"));
+    script.arg(format!("http://{}/nowhere", service.public));
+    let output = daemon::run(script, LIMIT)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && said.contains("\"status\":404"), "{}: {said}", output.status);
     Ok(())
 }

@@ -2,21 +2,59 @@
 
 import { ApiError, ChatClient, newKey } from './chat-client.js';
 
-const chat = new ChatClient(new URL('.', document.baseURI).href);
+const BASE = new URL('.', document.baseURI).href;
 const part = (id) => document.getElementById(id);
 
 // For this tab alone, and gone with it: a token in localStorage would outlive the browser, on machines that are shared.
 const TOKEN = 'chat-token';
+const UNSENT = 'chat-unsent';
 
+/** The service counts characters as Unicode does. */
+const CONTENT_MAX = 4000;
+
+/** The service knows an Idempotency-Key for 24 hours. */
+const KEY_LIMIT_MS = 23 * 60 * 60 * 1000;
+
+/** Ends the stream and all requests of a session. What one user has asked for must never reach the next. */
+let leaving = null;
+/** @type {ChatClient} */
+let chat = null;
 /** The user who has logged in; null at the entrance. */
 let me = null;
-/** Ends the stream. */
-let leaving = null;
 /** Conversations by the peer's id: `{peer, last, lastSeq}`. */
 let conversations = new Map();
+let isListed = false;
 let nextConversations = null;
-/** The open conversation: `{peer, messages by seq, unsent, hasEarlier}`; null without one. */
+/** The open conversation: `{peer, messages by seq, isLoaded, hasFailed, hasEarlier}`; null without one. */
 let open = null;
+/** What is written and not sent, by the peer's id. */
+let drafts = new Map();
+/** Messages without an answer: `{peer, content, key, at, fault}`. */
+let unsent = [];
+/** One after the other, so that they are stored in the order in which they were written. */
+let sending = Promise.resolve();
+/** Of the stream, as the module names it. */
+let state = '';
+let stateTimer = null;
+let wasConnected = false;
+
+function beginSession() {
+  leaving?.abort();
+  leaving = new AbortController();
+  chat = new ChatClient(BASE, { signal: leaving.signal });
+  me = null;
+  open = null;
+  conversations = new Map();
+  isListed = false;
+  nextConversations = null;
+  drafts = new Map();
+  unsent = [];
+  sending = Promise.resolve();
+  clearTimeout(stateTimer);
+  stateTimer = null;
+  wasConnected = false;
+  delete part('connection').dataset.state;
+}
 
 // ---- What was seen
 
@@ -34,7 +72,10 @@ function loadSeen() {
 
 function markSeen(peerId, seq) {
   if ((seen[peerId] ?? 0) >= seq) return;
-  seen[peerId] = seq;
+  // Another tab may have written since.
+  const before = seen;
+  loadSeen();
+  seen = { ...before, ...seen, [peerId]: seq };
   try {
     localStorage.setItem(seenKey(), JSON.stringify(seen));
   } catch {
@@ -42,24 +83,31 @@ function markSeen(peerId, seq) {
   }
 }
 
+addEventListener('storage', (event) => {
+  if (!me || event.key !== seenKey()) return;
+  loadSeen();
+  showConversations();
+});
+
+// What came while nobody looked counts as seen now.
+document.addEventListener('visibilitychange', () => me && showConversations());
+
 // ---- The entrance
 
 const purpose = () => new FormData(part('entrance-form')).get('purpose');
 
 function showEntrance(notice) {
-  leaving?.abort();
-  leaving = null;
-  me = null;
-  open = null;
-  conversations = new Map();
-  chat.token = null;
+  beginSession();
   sessionStorage.removeItem(TOKEN);
   part('chat').hidden = true;
   part('entrance').hidden = false;
+  part('entrance-form').hidden = false;
   part('messages').replaceChildren();
   part('conversations').replaceChildren();
+  part('announcer').textContent = '';
   part('password').value = '';
   part('content').value = '';
+  document.title = 'Chat';
   show('entrance-notice', notice);
   part(part('username').value ? 'password' : 'username').focus();
 }
@@ -79,12 +127,14 @@ function showFaults(error) {
   document.querySelector('#entrance [aria-invalid=true]')?.focus();
 }
 
-part('entrance-form').addEventListener('change', () => {
+part('entrance-form').addEventListener('change', showPurpose);
+
+function showPurpose() {
   const registers = purpose() === 'register';
   part('email-part').hidden = !registers;
   part('enter').textContent = registers ? 'Register' : 'Log in';
   part('password').autocomplete = registers ? 'new-password' : 'current-password';
-});
+}
 
 part('entrance-form').addEventListener('submit', async (event) => {
   event.preventDefault();
@@ -92,7 +142,12 @@ part('entrance-form').addEventListener('submit', async (event) => {
   part('enter').disabled = true;
   try {
     showFaults(null);
-    if (purpose() === 'register') await chat.register(username, email, password);
+    if (purpose() === 'register') {
+      await chat.register(username, email, password);
+      // If only the login fails, there is nothing left to register.
+      document.querySelector('input[value=login]').checked = true;
+      showPurpose();
+    }
     await chat.login(username, password);
     sessionStorage.setItem(TOKEN, chat.token);
     await enter();
@@ -103,22 +158,26 @@ part('entrance-form').addEventListener('submit', async (event) => {
   }
 });
 
-part('log-out').addEventListener('click', () => showEntrance());
+part('log-out').addEventListener('click', () => {
+  sessionStorage.removeItem(UNSENT);
+  part('entrance-form').reset();
+  showPurpose();
+  showEntrance();
+});
 
 /** What a person can do about it. */
 function words(error) {
-  if (!(error instanceof ApiError)) return 'The service cannot be reached. Try again.';
+  if (!(error instanceof ApiError)) return 'The service cannot be reached.';
   const fields = error.errors.map((fault) => `${fault.field} ${fault.message}`).join('; ');
   return fields || error.message;
 }
 
-/** Shows an error where it belongs; where the token is not accepted any more, the entrance. */
-function fail(error, id) {
-  if (error instanceof ApiError && error.status === 401) {
-    showEntrance('Your session has ended. Log in again.');
-  } else {
-    show(id, words(error));
-  }
+/** Shows an error; where the token is not accepted any more, the entrance. */
+function fail(error) {
+  // What was under way when the session ended.
+  if (error.name === 'AbortError') return;
+  if (error instanceof ApiError && error.status === 401) showEntrance('Your session has ended. Log in again.');
+  else show('notice', words(error));
 }
 
 // ---- The stream
@@ -132,57 +191,75 @@ async function enter() {
   part('chat').hidden = false;
   showConversation(null);
   part('find').focus();
-  leaving = new AbortController();
-  follow(position, leaving.signal);
+  follow(position);
+  restoreUnsent();
 }
 
-async function follow(position, signal) {
+async function follow(position) {
   try {
-    await chat.follow({ position, signal, onMessage: arrived, onReset: reload, onState: showState });
+    await chat.follow({ position, onMessage: arrived, onReset: reload, onState: noteState });
   } catch (error) {
-    if (!signal.aborted) fail(error, 'conversation-notice');
+    fail(error);
   }
 }
 
-function showState(state, wait) {
-  const seconds = Math.ceil(wait / 1000);
-  const text = { open: 'Connected', connecting: 'Connecting…', waiting: `Not connected. Trying again in ${seconds} s` };
-  // A stream ends now and then, and is back within a moment: that is no news.
-  part('connection').dataset.state = state;
-  part('connection').textContent = text[state];
+/** A stream ends now and then, and is back within a moment: that is no news, least of all for a screen reader. */
+function noteState(now) {
+  state = now;
+  if (now !== 'open' && part('connection').dataset.state === 'open') stateTimer ??= setTimeout(showState, 1500);
+  else showState();
+  if (now === 'open' && open && !open.isLoaded) loadNewest(open);
 }
+
+function showState() {
+  clearTimeout(stateTimer);
+  stateTimer = null;
+  wasConnected ||= state === 'open';
+  const text = wasConnected ? 'Reconnecting…' : 'Connecting…';
+  part('connection').dataset.state = state;
+  part('connection').textContent = state === 'open' ? 'Connected' : text;
+}
+
+const peerOf = (message) => (message.sender_id === me.id ? message.recipient_id : message.sender_id);
+
+/** Whether somebody looks at this conversation now. */
+const isLookedAt = (peerId) => open?.peer.id === peerId && !document.hidden;
 
 async function arrived(message) {
-  const peerId = message.sender_id === me.id ? message.recipient_id : message.sender_id;
+  const peerId = peerOf(message);
+  const isNews = message.seq > (conversations.get(peerId)?.lastSeq ?? 0);
+  // The stream has ids, and the list has names.
+  if (!conversations.has(peerId)) await loadConversations();
   const conversation = conversations.get(peerId);
-  if (!conversation) {
-    // The stream has ids, and the list has names.
-    await loadConversations();
-  } else if (message.seq > conversation.lastSeq) {
+  if (conversation && message.seq > conversation.lastSeq) {
     Object.assign(conversation, { last: message, lastSeq: message.seq });
   }
+  // Who answers, perhaps on another device, has read.
+  if (message.sender_id === me.id) markSeen(peerId, message.seq);
+  else if (isNews && conversation) announce(conversation.peer, message);
   if (open?.peer.id === peerId) {
-    addMessage(message);
+    if (open.isLoaded && message.seq > newest(open) + 1) await loadNewer(open);
+    if (open?.peer.id === peerId) addMessage(message);
     showMessages();
   }
   showConversations();
 }
 
-/** After a gap that the stream cannot fill. */
-async function reload() {
-  await loadConversations();
-  if (open) await loadNewer(open);
+/** For screen readers. The history itself is silent, or they would read all of it whenever it is opened. */
+function announce(peer, message) {
+  const name = nameOf(peer);
+  part('announcer').textContent = isLookedAt(peer.id) ? `${name}: ${message.content}` : `New message from ${name}`;
 }
 
-async function loadNewer(conversation) {
-  let more = true;
-  while (more && open === conversation) {
-    const after = Math.max(0, ...conversation.messages.keys());
-    const page = await chat.messages(conversation.peer.id, { after });
-    page.messages.forEach(addMessage);
-    more = page.more;
+/** After a gap that the stream cannot fill. Nothing of what is known needs to be true any more. */
+async function reload() {
+  conversations = new Map();
+  isListed = false;
+  await loadConversations();
+  if (open) {
+    Object.assign(open, { messages: new Map(), isLoaded: false });
+    await loadNewest(open);
   }
-  showMessages();
 }
 
 // ---- Conversations
@@ -191,14 +268,16 @@ async function loadConversations(page) {
   const answer = await chat.conversations(page);
   for (const { peer, last_message: last, last_seq: lastSeq } of answer.conversations) {
     if (lastSeq >= (conversations.get(peer.id)?.lastSeq ?? 0)) conversations.set(peer.id, { peer, last, lastSeq });
+    if (last.sender_id === me.id) markSeen(peer.id, lastSeq);
   }
-  if (page || nextConversations === null) nextConversations = answer.next;
+  if (page || !isListed) nextConversations = answer.next;
+  isListed = true;
   showConversations();
   return answer.position;
 }
 
 function showConversations() {
-  if (open) markSeen(open.peer.id, conversations.get(open.peer.id)?.lastSeq ?? 0);
+  if (open && isLookedAt(open.peer.id)) markSeen(open.peer.id, conversations.get(open.peer.id)?.lastSeq ?? 0);
   const list = [...conversations.values()].sort((a, b) => (a.last.created_at < b.last.created_at ? 1 : -1));
   const focused = document.activeElement?.dataset?.peer;
   const items = list.map((one) => {
@@ -208,6 +287,7 @@ function showConversations() {
   place(part('conversations'), items);
   if (focused) document.querySelector(`[data-peer="${CSS.escape(focused)}"]`)?.focus();
   part('more-conversations').hidden = nextConversations === null;
+  part('no-conversations').hidden = list.length > 0;
   const news = list.reduce((sum, one) => sum + countNew(one), 0);
   document.title = news > 0 ? `(${news}) Chat` : 'Chat';
 }
@@ -238,7 +318,7 @@ function conversationItem(conversation) {
 const nameOf = (peer) => peer.username ?? 'Deleted user';
 
 part('more-conversations').addEventListener('click', () => {
-  loadConversations(nextConversations).catch((error) => fail(error, 'conversation-notice'));
+  loadConversations(nextConversations).catch(fail);
 });
 
 part('find-form').addEventListener('submit', async (event) => {
@@ -253,33 +333,57 @@ part('find-form').addEventListener('submit', async (event) => {
     else await openConversation(peer);
   } catch (error) {
     if (error.status === 404) part('find-fault').textContent = `There is no user ${name}.`;
-    else fail(error, 'conversation-notice');
+    else fail(error);
   }
 });
 
 // ---- A conversation
 
 async function openConversation(peer) {
-  showConversation({ peer, messages: new Map(), unsent: [], hasEarlier: false });
-  const conversation = open;
+  if (open?.peer.id === peer.id) return part('content').focus();
+  showConversation({ peer, messages: new Map(), isLoaded: false, hasFailed: false, hasEarlier: false });
+  await loadNewest(open);
+}
+
+/** The newest page. If it fails, it is loaded when the stream is back, or when the person asks for it. */
+async function loadNewest(conversation) {
   try {
-    const page = await chat.messages(peer.id);
+    const page = await chat.messages(conversation.peer.id);
     if (open !== conversation) return;
     page.messages.forEach(addMessage);
-    conversation.hasEarlier = page.more;
-    showMessages();
-    showConversations();
+    Object.assign(conversation, { isLoaded: true, hasFailed: false, hasEarlier: page.more });
+    show('notice', null);
   } catch (error) {
-    if (open === conversation) fail(error, 'conversation-notice');
+    if (open !== conversation) return;
+    conversation.hasFailed = true;
+    fail(error);
+  }
+  showMessages();
+  if (me) showConversations();
+}
+
+const newest = (conversation) => Math.max(0, ...conversation.messages.keys());
+
+async function loadNewer(conversation) {
+  let more = true;
+  while (more && open === conversation) {
+    const page = await chat.messages(conversation.peer.id, { after: newest(conversation), limit: 100 });
+    if (open === conversation) page.messages.forEach(addMessage);
+    more = page.more;
   }
 }
 
 function showConversation(conversation) {
+  // A draft stays with its conversation: it must not go to another person.
+  if (open) drafts.set(open.peer.id, part('content').value);
   open = conversation;
   part('chat').dataset.shows = conversation ? 'conversation' : 'list';
   part('peer').textContent = conversation ? nameOf(conversation.peer) : 'No conversation is open';
   part('write-form').hidden = !conversation;
-  show('conversation-notice', null);
+  part('content').value = drafts.get(conversation?.peer.id) ?? '';
+  show('notice', null);
+  part('messages').replaceChildren();
+  atEnd = true;
   showMessages();
   showConversations();
   if (conversation) part('content').focus();
@@ -300,17 +404,31 @@ function addMessage(message) {
 }
 
 function showMessages() {
-  const history = part('history');
-  const atEnd = history.scrollHeight - history.scrollTop - history.clientHeight < 40;
+  const stayAtEnd = atEnd;
   const stored = [...(open?.messages.values() ?? [])].sort((a, b) => a.seq - b.seq);
   const items = stored.map((message) => ({ key: message.id, state: '', make: () => messageItem(message) }));
-  const unsent = (open?.unsent ?? []).map((message) => {
+  const waiting = unsent.filter((message) => message.peer.id === open?.peer.id).map((message) => {
     return { key: message.key, state: String(message.fault), make: () => unsentItem(message) };
   });
-  place(part('messages'), [...items, ...unsent]);
-  part('earlier').hidden = !open?.hasEarlier;
-  if (atEnd) history.scrollTop = history.scrollHeight;
+  place(part('messages'), [...items, ...waiting]);
+  part('earlier').hidden = !(open?.hasEarlier || open?.hasFailed);
+  part('earlier').textContent = open?.hasFailed ? 'Load messages' : 'Earlier messages';
+  if (stayAtEnd) scrollToEnd();
 }
+
+/** Whether the newest message is in view. It stays there, also when a keyboard takes half of the screen. */
+let atEnd = true;
+
+function scrollToEnd() {
+  part('history').scrollTop = part('history').scrollHeight;
+  atEnd = true;
+}
+
+part('history').addEventListener('scroll', ({ target }) => {
+  atEnd = target.scrollHeight - target.scrollTop - target.clientHeight < 40;
+});
+
+new ResizeObserver(() => atEnd && scrollToEnd()).observe(part('history'));
 
 function messageItem(message) {
   const time = new Date(message.created_at);
@@ -327,9 +445,18 @@ function unsentItem(message) {
   if (message.fault) {
     about.classList.add('unsent');
     about.textContent = `Not sent: ${message.fault}`;
-    const again = element('button', { type: 'button', textContent: 'Send again' });
-    again.addEventListener('click', () => send(open, message));
-    about.append(again);
+    for (const [textContent, className, act] of [
+      ['Send again', 'again', send],
+      ['Discard', 'discard', forget],
+    ]) {
+      const button = element('button', { type: 'button', textContent, className });
+      button.addEventListener('click', () => {
+        act(message);
+        // The button is gone.
+        part('content').focus();
+      });
+      about.append(button);
+    }
   }
   return bubble(true, message.content, about);
 }
@@ -346,6 +473,7 @@ function bubble(isMine, content, about) {
 
 part('earlier').addEventListener('click', async () => {
   const conversation = open;
+  if (!conversation.isLoaded) return loadNewest(conversation);
   const history = part('history');
   const fromEnd = history.scrollHeight - history.scrollTop;
   try {
@@ -356,7 +484,7 @@ part('earlier').addEventListener('click', async () => {
     showMessages();
     history.scrollTop = history.scrollHeight - fromEnd;
   } catch (error) {
-    if (open === conversation) fail(error, 'conversation-notice');
+    if (open === conversation) fail(error);
   }
 });
 
@@ -372,28 +500,68 @@ part('content').addEventListener('keydown', (event) => {
 
 part('write-form').addEventListener('submit', (event) => {
   event.preventDefault();
-  const content = part('content').value;
-  if (!open || content.trim() === '') return;
+  const content = part('content').value.trim();
+  if (!open || content === '') return;
+  const length = [...content].length;
+  if (length > CONTENT_MAX) {
+    return show('notice', `A message has at most ${CONTENT_MAX} characters; this one has ${length}.`);
+  }
+  show('notice', null);
   part('content').value = '';
-  send(open, { key: newKey(), content });
+  send({ peer: open.peer, content, key: newKey(), at: Date.now() });
 });
 
 /** Sends it for the first time or again, always under its own key, so that it is stored once. */
-async function send(conversation, unsent) {
-  unsent.fault = null;
-  if (!conversation.unsent.includes(unsent)) conversation.unsent.push(unsent);
+function send(message) {
+  message.fault = null;
+  if (!unsent.includes(message)) unsent.push(message);
+  keepUnsent();
   showMessages();
-  part('history').scrollTop = part('history').scrollHeight;
+  scrollToEnd();
+  sending = sending.then(() => sendNow(message));
+}
+
+async function sendNow(message) {
+  // Discarded while it waited for its turn.
+  if (!unsent.includes(message)) return;
+  const session = leaving;
   try {
-    const message = await chat.send(conversation.peer.id, unsent.content, unsent.key);
-    conversation.unsent = conversation.unsent.filter((one) => one !== unsent);
-    if (open === conversation) addMessage(message);
-    await arrived(message);
+    const stored = await chat.send(message.peer.id, message.content, message.key);
+    forget(message);
+    if (open?.peer.id === message.peer.id) addMessage(stored);
+    showMessages();
+    // The stream has it, too, and tries again.
+    arrived(stored).catch(() => {});
   } catch (error) {
-    unsent.fault = words(error);
-    if (error.status === 401) fail(error, 'conversation-notice');
+    if (session !== leaving) return;
+    message.fault = words(error);
+    showMessages();
+    if (error.status === 401) fail(error);
   }
-  if (open === conversation) showMessages();
+}
+
+function forget(message) {
+  unsent = unsent.filter((one) => one !== message);
+  keepUnsent();
+  showMessages();
+}
+
+/** For when the page is loaded again, or the session ends, before there is an answer. */
+function keepUnsent() {
+  const messages = unsent.map(({ peer, content, key, at }) => ({ peer, content, key, at }));
+  if (messages.length > 0) sessionStorage.setItem(UNSENT, JSON.stringify({ user: me.id, messages }));
+  else sessionStorage.removeItem(UNSENT);
+}
+
+function restoreUnsent() {
+  const kept = JSON.parse(sessionStorage.getItem(UNSENT) ?? '{}');
+  sessionStorage.removeItem(UNSENT);
+  if (kept.user !== me.id) return;
+  for (const message of kept.messages) {
+    if (Date.now() - message.at < KEY_LIMIT_MS) send(message);
+    else unsent.push({ ...message, fault: 'it is more than a day old, and may have arrived.' });
+  }
+  keepUnsent();
 }
 
 /**
@@ -425,11 +593,13 @@ async function resume() {
   } catch (error) {
     if (error instanceof ApiError && error.status === 401) return showEntrance('Your session has ended. Log in again.');
     part('entrance').hidden = false;
-    show('entrance-notice', words(error));
-    setTimeout(() => chat.token && !leaving && resume(), 3000);
+    part('entrance-form').hidden = true;
+    show('entrance-notice', `${words(error)} The page goes on by itself.`);
+    setTimeout(resume, 2000 + 3000 * Math.random());
   }
 }
 
+beginSession();
 chat.token = sessionStorage.getItem(TOKEN);
 if (chat.token) resume();
 else showEntrance();
