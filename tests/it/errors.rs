@@ -17,7 +17,7 @@ fn method(name: &str) -> Method {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_path_is_404_whatever_the_method_on_both_ports() {
-    let app = TestApp::start().await;
+    let app = TestApp::with(&[("CHAT_PAGE", "false")]).await;
     for path in [
         "/",
         "/nothing",

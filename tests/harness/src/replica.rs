@@ -50,6 +50,7 @@ impl Replica {
             ("PORT", public.port().to_string()),
             ("OPS_PORT", operations.port().to_string()),
             ("SHUTDOWN_GRACE_SECONDS", "5".to_owned()),
+            ("STREAM_DRAIN_SECONDS", "5".to_owned()),
             ("LOGIN_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
             ("SEND_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
             ("REGISTER_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
