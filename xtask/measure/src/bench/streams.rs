@@ -63,8 +63,11 @@ fn raise_file_limit() -> Result<usize> {
 }
 
 fn start_replicas(bench: &Bench, setup: &Setup, count: usize, redis: bool) -> Result<Vec<Replica>> {
-    let mut variables =
-        vec![("STREAM_MAX_SECONDS", "86400".to_owned()), ("STREAMS_MAX", "100000".to_owned())];
+    let mut variables = vec![
+        ("STREAM_MAX_SECONDS", "86400".to_owned()),
+        ("STREAMS_MAX", "100000".to_owned()),
+        ("STREAM_DRAIN_SECONDS", DRAIN.as_secs().to_string()),
+    ];
     if !redis {
         variables.push(("REDIS_URL", NO_REDIS.to_owned()));
     }
