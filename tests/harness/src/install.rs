@@ -4,6 +4,7 @@ pub mod pgbouncer;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -160,6 +161,9 @@ pub fn ensure_browser(say: impl FnOnce(&str)) -> Result<Browser> {
 
 /// Installs the packages without leaving their services running.
 pub fn install(packages: &[&str]) -> Result<()> {
+    // Tests run at the same time, and one of them would remove the policy of another.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _held = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let mut command = privileged_shell().context("neither root nor password-less sudo")?;
     command.args(["-c", SCRIPT, "sh"]).args(packages);
     daemon::run_ok(command, INSTALL_LIMIT).with_context(|| format!("install {}", packages.join(" ")))?;
