@@ -107,7 +107,10 @@ impl Client {
     pub fn follow(&self, token: &str, go_on: impl Fn() -> bool) -> std::io::Result<()> {
         let mut stream = TcpStream::connect_timeout(&self.address, Duration::from_secs(2))?;
         stream.set_read_timeout(Some(Duration::from_secs(1)))?;
-        let head = format!("GET /stream HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {token}\r\n\r\n");
+        // Or else a refusal would leave the connection open, and silent.
+        let head = format!(
+            "GET /stream HTTP/1.1\r\nhost: test\r\nconnection: close\r\nauthorization: Bearer {token}\r\n\r\n"
+        );
         stream.write_all(head.as_bytes())?;
         let mut dropped = [0; 4096];
         while go_on() {

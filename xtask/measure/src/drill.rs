@@ -25,9 +25,8 @@ use crate::rules::{self, Rule};
 use faults::{DRILLS, Drill, Lane};
 use scene::Scene;
 
-/// Alerts that are not drilled: those on the kubelet's volumes, which are as full as the disk of the machine, and the one on
-/// late deliveries: what is slow enough for it makes replicas unready, or streams read by themselves, which is not timed.
-const UNIT_TEST_ONLY: [&str; 2] = ["ChatServiceVolumeFilling", "ChatServiceStreamDeliverySlow"];
+/// Alerts that are not drilled: those on the kubelet's volumes, which are as full as the disk of the machine.
+const UNIT_TEST_ONLY: [&str; 1] = ["ChatServiceVolumeFilling"];
 
 /// From the fault to the alert: the longest `for`, three hours, and a minute for a queue to fill.
 const FIRE_LIMIT: Duration = Duration::from_secs(3 * 3600 / scale::FACTOR as u64 + 60);

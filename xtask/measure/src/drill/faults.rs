@@ -12,7 +12,7 @@ use load::Script;
 use serde_json::json;
 use tests::proxy::Link;
 
-use super::scene::{DATABASE, REPLICAS, Scene, lock};
+use super::scene::{DATABASE, Scene, lock};
 
 pub(super) struct Drill {
     pub(super) lane: Lane,
@@ -213,16 +213,16 @@ pub(super) const DRILLS: [Drill; 15] = [
     },
     Drill {
         lane: Lane::Overload,
-        fault: "Redis refuses the channels",
-        alerts: &["ChatServiceStreamGaps"],
+        fault: "Redis refuses PUBLISH",
+        alerts: &["ChatServiceStreamGaps", "ChatServiceStreamDeliverySlow"],
         // A replica that stores messages itself would find the other's with them.
         inject: |scene| {
-            scene.talk_to(1);
-            lock(&scene.redis).cli(&["acl", "setuser", "default", "resetchannels"]).map(drop)
+            scene.talk_to_one();
+            lock(&scene.redis).cli(&["acl", "setuser", "default", "-publish"]).map(drop)
         },
         heal: |scene| {
-            scene.talk_to(REPLICAS);
-            lock(&scene.redis).cli(&["acl", "setuser", "default", "allchannels"]).map(drop)
+            scene.talk();
+            lock(&scene.redis).cli(&["acl", "setuser", "default", "+publish"]).map(drop)
         },
     },
     Drill {

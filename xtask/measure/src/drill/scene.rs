@@ -23,11 +23,14 @@ use super::faults::Lane;
 pub(super) const DATABASE: &str = "drill";
 /// The chart's name of the Service behind its ServiceMonitor, so that `job` is as in a cluster.
 const SERVICE: &str = "chat-chat-service-ops";
-pub(super) const REPLICAS: usize = 2;
+const REPLICAS: usize = 2;
 /// Clients per replica, and their pause between two requests: 40 requests a second and replica when all is well, and
 /// some even when each takes a second.
 const TALKERS: usize = 4;
 const PAUSE: Duration = Duration::from_millis(100);
+/// Between two sends of which a stream's mailbox holds all that come between two comparisons with Postgres. Where there are
+/// more, the stream reads them itself, and their delay is not measured.
+const SLOW_PAUSE: Duration = Duration::from_millis(500);
 /// Clients per replica that come back at once when their stream is refused.
 const LOOPS: usize = 6;
 /// A crowd ends after this time, even if the drill fails.
@@ -110,7 +113,7 @@ impl Scene {
             followers: None,
             _runtime: runtime,
         };
-        scene.talk_to(REPLICAS);
+        scene.talk();
         scene.followers = Some(scene.follow());
         Ok(scene)
     }
@@ -193,22 +196,43 @@ impl Scene {
         })
     }
 
-    /// From now on this many replicas are talked to: a send and a read of the newest page, in turn.
-    pub(super) fn talk_to(&self, replicas: usize) {
+    /// From now on all replicas are talked to: a send and a read of the newest page, in turn.
+    pub(super) fn talk(&self) {
         let users = self.users.clone();
-        let mut talking = lock(&self.talkers);
-        drop(talking.take());
-        *talking = Some(Talkers::start(&self.replicas[..replicas], TALKERS, move |client, _| {
+        self.talk_to(&self.replicas, TALKERS, move |client, _| {
             let number = fastrand::usize(..users.len());
             let (from, to) = (&users[number], &users[(number + 1) % users.len()]);
-            let body = json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"});
             // Any answer will do: this makes traffic, which the service counts.
-            let _ = client.ask("POST", "/send", Some(&from.token), &body.to_string());
+            let _ = client.ask("POST", "/send", Some(&from.token), &message(to));
             thread::sleep(PAUSE);
             let _ = client.ask("GET", &format!("/messages?peer_id={}", to.id), Some(&from.token), "");
             thread::sleep(PAUSE);
-        }));
+        });
     }
+
+    /// From now on only the first replica is talked to, slowly: the other one's streams depend on announcements.
+    pub(super) fn talk_to_one(&self) {
+        let (from, to) = (self.users[1].clone(), self.users[0].clone());
+        self.talk_to(&self.replicas[..1], 1, move |client, _| {
+            let _ = client.ask("POST", "/send", Some(&from.token), &message(&to));
+            thread::sleep(SLOW_PAUSE);
+        });
+    }
+
+    fn talk_to(
+        &self,
+        replicas: &[Replica],
+        per_replica: usize,
+        work: impl Fn(&mut Client, &dyn Fn() -> bool) + Clone + Send + 'static,
+    ) {
+        let mut talking = lock(&self.talkers);
+        drop(talking.take());
+        *talking = Some(Talkers::start(replicas, per_replica, work));
+    }
+}
+
+fn message(to: &User) -> String {
+    json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"}).to_string()
 }
 
 impl Drop for Scene {
