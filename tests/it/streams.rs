@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use sqlx::Connection as _;
+use tests::proxy::{Link, Proxy};
 use uuid::Uuid;
 
 use crate::support::{Database, SECRET_KEY, TestApp, User, together};
@@ -173,6 +174,33 @@ async fn a_message_that_commits_after_later_ones_is_missed_by_no_position() {
     assert_eq!(resumed.contents(1).await, ["slow"]);
     resumed.nothing_more().await;
     assert!(app.metric("chat_stream_gaps_total").await >= 1.0);
+}
+
+/// What was announced is no gap, however late Postgres shows it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_postgres_is_no_gap() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    let mut through: reqwest::Url = app.database.url().parse().expect("a URL");
+    let server = through.port().unwrap_or(5432);
+    let handle = tokio::runtime::Handle::current();
+    let proxy = tokio::task::spawn_blocking(move || Proxy::start(&handle, server)).await;
+    let proxy = proxy.expect("not stopped").expect("a proxy");
+    through.set_port(Some(proxy.port())).expect("a port");
+    let other = app.replica(&[("DATABASE_URL", through.as_str())]).await;
+    let mut live = other.follow(&ben, None).await;
+    live.ready().await;
+    proxy.set(Link::Slow(Duration::from_millis(150)));
+    // Longer than between two comparisons.
+    let begin = Instant::now();
+    let mut sent = 0;
+    while begin.elapsed() < Duration::from_secs(8) {
+        app.sent(&ana, &ben, &sent.to_string()).await;
+        sent += 1;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(live.contents(sent).await, numbers(0..sent));
+    assert_eq!(other.metric("chat_stream_gaps_total").await, 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

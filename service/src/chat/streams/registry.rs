@@ -59,6 +59,8 @@ struct State {
     open: usize,
     /// What the tail saw last; `None` until Postgres has answered.
     seen: Option<Seen>,
+    /// The first since the tail asked.
+    first_announcement: Option<Instant>,
     draining: bool,
 }
 
@@ -172,10 +174,16 @@ impl Streams {
     }
 
     fn wake(&self, users: &[Uuid]) {
-        let state = self.state();
+        let mut state = self.state();
         if !state.mailboxes.is_empty() && users.iter().any(|user| state.mailboxes.contains_key(user)) {
+            state.first_announcement.get_or_insert_with(Instant::now);
             self.announced.notify_one();
         }
+    }
+
+    /// When someone here was first announced a message since this was asked last; now, if nobody was.
+    pub(super) fn take_first_announcement(&self) -> Instant {
+        self.state().first_announcement.take().unwrap_or_else(Instant::now)
     }
 
     pub(super) fn seen(&self) -> Option<Seen> {
@@ -207,8 +215,8 @@ impl Streams {
         state.mailboxes.values().flatten().for_each(|mailbox| mailbox.miss());
     }
 
-    /// Gives each stream what concerns it. Returns how many messages for streams here are older than `announced_within`.
-    pub(super) fn distribute(&self, found: Found, announced_within: Duration) -> u64 {
+    /// Gives each stream what concerns it. Returns how many messages for streams here were committed before `missed_before`.
+    pub(super) fn distribute(&self, found: Found, missed_before: Option<Instant>) -> u64 {
         let mut state = self.state();
         if let Some(seen) = &mut state.seen {
             seen.snapshot = found.until;
@@ -217,7 +225,7 @@ impl Streams {
             state.mailboxes.values().flatten().for_each(|mailbox| mailbox.miss());
             return 0;
         };
-        let mut late = 0;
+        let mut missed = 0;
         for read in messages {
             let mut is_wanted = false;
             for user in [read.pair.low(), read.pair.high()] {
@@ -226,9 +234,10 @@ impl Streams {
                     is_wanted = true;
                 }
             }
-            late += u64::from(is_wanted && read.message.committed.elapsed() > announced_within);
+            missed +=
+                u64::from(is_wanted && missed_before.is_some_and(|before| read.message.committed < before));
         }
-        late
+        missed
     }
 
     pub(super) fn count_gaps(&self, messages: u64) {

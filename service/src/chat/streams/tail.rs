@@ -70,7 +70,8 @@ pub(crate) async fn follow(streams: Arc<Streams>, database: Database, health: Ar
         while !health.has_tables() {
             tokio::time::sleep(RETRY).await;
         }
-        if let Err(error) = step(&streams, &database, is_announced).await {
+        let announced_since = streams.take_first_announcement();
+        if let Err(error) = step(&streams, &database, is_announced, announced_since).await {
             // The health task logs that Postgres is unavailable.
             tracing::debug!(error = error.to_string(), "new messages were not read");
             tokio::time::sleep(RETRY).await;
@@ -79,7 +80,14 @@ pub(crate) async fn follow(streams: Arc<Streams>, database: Database, health: Ar
     }
 }
 
-async fn step(streams: &Streams, database: &Database, is_announced: bool) -> Result<(), ReadError> {
+/// A message is counted as missed where a comparison finds it that was committed well before `announced_since`, the time of the
+/// first announcement that no earlier step has looked at. Whatever came after it may have been announced while Postgres was slow.
+async fn step(
+    streams: &Streams,
+    database: &Database,
+    is_announced: bool,
+    announced_since: Instant,
+) -> Result<(), ReadError> {
     // After a failure, and from time to time, the server may be another one.
     let seen = streams.seen();
     let (Some(seen), true) = (&seen, streams.has_any() && is_announced) else {
@@ -91,14 +99,14 @@ async fn step(streams: &Streams, database: &Database, is_announced: bool) -> Res
         }
         if let (Some(seen), true) = (&seen, streams.has_any()) {
             let found = read(database, &seen.snapshot).await?;
-            let missed = streams.distribute(found, ANNOUNCED_WITHIN);
+            let missed = streams.distribute(found, announced_since.checked_sub(ANNOUNCED_WITHIN));
             streams.count_gaps(missed);
         } else {
             streams.skip_to(now);
         }
         return Ok(());
     };
-    streams.distribute(read(database, &seen.snapshot).await?, ANNOUNCED_WITHIN);
+    streams.distribute(read(database, &seen.snapshot).await?, None);
     Ok(())
 }
 
