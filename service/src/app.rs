@@ -16,6 +16,7 @@ use crate::chat::sweep;
 use crate::config::Config;
 use crate::security::limits::{Limit, Limits};
 use crate::security::passwords::Passwords;
+use crate::security::sessions::Sessions;
 use crate::security::tokens::Tokens;
 use crate::store::health::Health;
 use crate::store::migrations;
@@ -48,6 +49,8 @@ pub struct App {
     pub limits: Limits,
     /// Signs and verifies access tokens.
     pub tokens: Tokens,
+    /// Begins and ends sessions.
+    pub sessions: Sessions,
     /// Hashes passwords, on dedicated threads.
     pub passwords: Passwords,
     /// Whether Postgres answers and its schema is current.
@@ -102,11 +105,13 @@ impl App {
         supervisors.spawn(wake_ups.listen());
         supervisors.spawn(Arc::clone(&streams).listen());
         supervisors.spawn(Arc::clone(&streams).watch_readers());
+        supervisors.spawn(Arc::clone(&streams).watch_refused());
         supervisors.spawn(check::windows(Arc::clone(&recent), Arc::clone(&permission), database.clone()));
 
         let app = Arc::new(Self {
             limits: Limits::new(&config, Arc::clone(&redis), Arc::clone(&metrics)),
             tokens: Tokens::new(&config),
+            sessions: Sessions::new(&config, database.clone()),
             passwords: Passwords::start(Arc::clone(&metrics))?,
             history: History::new(
                 &config,
@@ -140,6 +145,10 @@ impl App {
         tasks.supervisors.spawn(sweep::expired_idempotency_keys(self.database.clone()));
         let kept = Permission::deletions_kept(&self.config);
         tasks.supervisors.spawn(sweep::old_deletions(self.database.clone(), kept));
+        let kept = Permission::endings_kept(&self.config);
+        tasks.supervisors.spawn(sweep::old_endings(self.database.clone(), kept));
+        let lifetime = self.config.refresh_token_lifetime();
+        tasks.supervisors.spawn(sweep::unused_sessions(self.database.clone(), lifetime));
     }
 
     /// Numbers that the metrics read at each scrape.

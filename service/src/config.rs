@@ -49,6 +49,9 @@ pub struct Config {
     /// How long an access token is valid
     #[arg(long = "ACCESS_TOKEN_EXP_MINUTES", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=525_600))]
     pub access_token_exp_minutes: u32,
+    /// After how many days a session ends whose refresh token was not used
+    #[arg(long = "REFRESH_TOKEN_EXP_DAYS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3650))]
+    pub refresh_token_exp_days: u32,
 
     /// Postgres user
     #[arg(long = "DB_USER", default_value = "postgres")]
@@ -264,6 +267,14 @@ impl Config {
                 help: argument.get_help().map(ToString::to_string).unwrap_or_default(),
             })
             .collect()
+    }
+
+    pub fn access_token_lifetime(&self) -> Duration {
+        Duration::from_secs(u64::from(self.access_token_exp_minutes) * 60)
+    }
+
+    pub fn refresh_token_lifetime(&self) -> Duration {
+        Duration::from_secs(u64::from(self.refresh_token_exp_days) * 24 * 3600)
     }
 
     pub fn request_timeout(&self) -> Duration {

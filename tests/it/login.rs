@@ -15,9 +15,13 @@ async fn a_login_returns_a_bearer_token_and_its_lifetime_in_seconds() {
         let ana = app.user("Ana").await;
         let before = now_seconds();
         let token = app.login("aNA", PASSWORD).await.json(200);
-        assert_eq!(members(&token), ["access_token", "expires_in", "token_type"]);
+        assert_eq!(
+            members(&token),
+            ["access_token", "expires_in", "refresh_expires_in", "refresh_token", "token_type"]
+        );
         assert_eq!(token["token_type"], "bearer");
         assert_eq!(token["expires_in"], seconds);
+        assert_eq!(token["refresh_expires_in"], 30 * 24 * 3600);
         let access_token = text(&token, "access_token");
         let claims = claims(&access_token, SECRET_KEY);
         assert_eq!(claims["sub"], ana.id);

@@ -23,6 +23,7 @@ mod process;
 mod properties;
 mod recent_window;
 mod send;
+mod sessions;
 mod sse;
 mod streams;
 mod support;

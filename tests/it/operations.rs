@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use uuid::Uuid;
 
-use crate::support::{Operation, Request, TestApp, User, operations};
+use crate::support::{Operation, PASSWORD, Request, TestApp, User, operations, text};
 
 /// A bug's status. Every operation documents it; `send.rs` provokes it.
 const INTERNAL_ERROR: u16 = 500;
@@ -19,10 +19,16 @@ struct Apps {
 }
 
 /// Requests that meet every condition which operations share. Most apply to some operations only, and succeed on others.
-fn requests(apps: &Apps, operation: &Operation, ana: &User, ben: &User) -> Vec<Request> {
+fn requests(
+    apps: &Apps,
+    operation: &Operation,
+    ana: &User,
+    ben: &User,
+    name: Option<String>,
+) -> Vec<Request> {
     let app = &apps.usual;
     let new_name = || Uuid::new_v4().simple().to_string();
-    let name = new_name();
+    let name = name.unwrap_or_else(new_name);
     let (path, body) = operation.example(ben, &name);
     let raw = |path: &str, content_type: &str, body: &str| {
         let request = app.request(operation.method.clone(), path).by(ana);
@@ -34,16 +40,16 @@ fn requests(apps: &Apps, operation: &Operation, ana: &User, ben: &User) -> Vec<R
     let body = body.unwrap_or_default().to_string();
     let without_query = path.split('?').next().unwrap_or_default();
     let separator = if path.contains('?') { '&' } else { '?' };
-    let unknown = User { id: Uuid::now_v7().to_string(), name: new_name(), ..ben.clone() };
+    let unknown = User { id: Uuid::now_v7().to_string(), name: new_name(), token: String::new() };
     let send = |app: &TestApp, name: &str| operation.request(app, ben, name).by(ana);
     let keyed = |name: &str| send(app, name).header("idempotency-key", "key");
     vec![
+        operation.request(app, &unknown, &new_name()).by(ana),
         // Once, again, and with the same key for something else.
         keyed(&name),
         keyed(&name),
         keyed(&new_name()),
         operation.request(app, ben, &new_name()),
-        operation.request(app, &unknown, &new_name()).by(ana),
         raw(&path, "application/json", "{"),
         raw(&path, "application/json", "{}"),
         raw(&path, "application/json", &" ".repeat(100_000)),
@@ -56,7 +62,7 @@ fn requests(apps: &Apps, operation: &Operation, ana: &User, ben: &User) -> Vec<R
         send(&apps.limited, &new_name()),
         send(&apps.limited, &new_name()),
         send(&apps.limited, &new_name()),
-        send(&apps.without_postgres, &new_name()),
+        send(&apps.without_postgres, &name),
     ]
 }
 
@@ -71,10 +77,17 @@ async fn every_documented_status_is_the_response_to_some_request() {
     let without_postgres = usual.replica(&[("DATABASE_URL", unreachable), ("CACHE_WINDOW", "0")]).await;
     let impatient = usual.replica(&[("REQUEST_TIMEOUT_MS", "400")]).await;
     let apps = Apps { usual, limited, impatient, without_postgres };
-    let (ana, ben) = apps.usual.pair().await;
     for operation in operations() {
+        // Each begins with sessions, which it may end.
+        let (ana, ben) = (apps.usual.member().await, apps.usual.member().await);
+        let is_about_caller = operation.path.starts_with("/sessions");
+        let ben = if is_about_caller { &ana } else { &ben };
+        let refresh_token = match operation.path.as_str() {
+            "/refresh" => Some(text(&apps.usual.login(&ana.name, PASSWORD).await.json(200), "refresh_token")),
+            _ => None,
+        };
         let mut seen = BTreeSet::from([INTERNAL_ERROR]);
-        for request in requests(&apps, &operation, &ana, &ben) {
+        for request in requests(&apps, &operation, &ana, ben, refresh_token) {
             seen.insert(request.response().await.status);
         }
         if operation.documented.get("requestBody").is_some() {

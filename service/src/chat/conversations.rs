@@ -70,11 +70,12 @@ struct Row {
 pub(crate) async fn list(
     database: &Database,
     user: Uuid,
+    session: Uuid,
     after: Option<Cursor>,
     limit: i64,
 ) -> Result<Conversations, ConversationsError> {
     let (last_at, conversation) = after.map(|cursor| (cursor.last_at, cursor.conversation)).unzip();
-    let mut session = database.acquire().await?;
+    let mut connection = database.acquire().await?;
     let query = sqlx::query_as!(
         Row,
         r#"WITH own AS (
@@ -87,7 +88,8 @@ pub(crate) async fn list(
                ORDER BY last_at DESC, id DESC LIMIT $4
            )
            SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
-                  EXISTS (SELECT FROM users WHERE id = $1) AS "user_exists!",
+                  EXISTS (SELECT FROM users WHERE id = $1)
+                      AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $5) AS "user_exists!",
                   position_epoch() AS "epoch!", pg_current_snapshot()::text AS "snapshot!",
                   p.id AS "conversation?", p.peer AS "peer?", u.username AS "username?", p.last_at AS "last_at?",
                   m.id AS "id?", m.seq AS "seq?", m.sender_id AS "sender?", m.content AS "content?",
@@ -101,9 +103,10 @@ pub(crate) async fn list(
         last_at,
         conversation,
         limit + 1,
+        session,
     );
-    let rows = database.run(Operation::ListConversations, query.fetch_all(&mut *session)).await?;
-    session.give_back();
+    let rows = database.run(Operation::ListConversations, query.fetch_all(&mut *connection)).await?;
+    connection.give_back();
     let first = rows.first().ok_or(ConversationsError::Unreadable)?;
     match (first.user_exists, first.read_only) {
         (false, true) => return Err(ConversationsError::MayBeMissing),

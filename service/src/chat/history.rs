@@ -104,7 +104,7 @@ impl History {
         let Some(wanted) = request.newest_needed() else { return Err(Miss::default()) };
         let mut pause = FIRST_PAUSE;
         loop {
-            match self.recent.look_up(pair, wanted).await {
+            match self.recent.look_up(pair, request.session, wanted).await {
                 Lookup::Hit(newest) => {
                     return request.page_of_newest(newest, false).ok_or_else(Miss::default);
                 }

@@ -64,6 +64,7 @@ const PLAN_OF_TRANSACTION: &str = "BEGIN; SET LOCAL enable_seqscan = off; \
 #[derive(Debug)]
 pub struct Outgoing {
     pub sender: Uuid,
+    pub session: Uuid,
     pub recipient: Uuid,
     pub content: String,
     pub key: Option<String>,
@@ -80,7 +81,7 @@ pub struct Accepted {
 /// Why a message was not acknowledged.
 #[derive(thiserror::Error, Debug)]
 pub enum SendError {
-    #[error("the sender was deleted")]
+    #[error("the sender was deleted, or the session has ended")]
     SenderGone,
     #[error("no such recipient")]
     NoSuchRecipient,
@@ -463,6 +464,7 @@ async fn insert_batch(connection: &mut PgConnection, messages: &[Outgoing]) -> R
     let ids: Vec<Uuid> = messages.iter().map(|_| Uuid::now_v7()).collect();
     let senders: Vec<Uuid> = messages.iter().map(|message| message.sender).collect();
     let recipients: Vec<Uuid> = messages.iter().map(|message| message.recipient).collect();
+    let sessions: Vec<Uuid> = messages.iter().map(|message| message.session).collect();
     let contents: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
     let keys_count = !failpoints::is_on(Failpoint::IgnoreKey);
     let keys: Vec<Option<&str>> =
@@ -470,10 +472,16 @@ async fn insert_batch(connection: &mut PgConnection, messages: &[Outgoing]) -> R
     if failpoints::is_on(Failpoint::AckBeforeCommit) {
         sqlx::raw_sql("ROLLBACK; BEGIN").execute(&mut *connection).await?;
     }
-    let rows =
-        sqlx::query_file!("src/chat/outbox.sql", &ids, &senders, &recipients, &contents as _, &keys as _)
-            .fetch_all(&mut *connection)
-            .await?;
+    let query = sqlx::query_file!(
+        "src/chat/outbox.sql",
+        &ids,
+        &senders,
+        &recipients,
+        &contents as _,
+        &keys as _,
+        &sessions,
+    );
+    let rows = query.fetch_all(&mut *connection).await?;
     if rows.len() != messages.len() {
         return Err(sqlx::Error::Protocol(format!("{} messages gave {} rows", messages.len(), rows.len())));
     }

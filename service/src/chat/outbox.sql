@@ -1,8 +1,8 @@
 WITH input AS (
-    SELECT n, id, sender, recipient, content, key,
+    SELECT n, id, sender, recipient, content, key, session,
            least(sender, recipient) AS low, greatest(sender, recipient) AS high
-    FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::text[])
-         WITH ORDINALITY AS t (id, sender, recipient, content, key, n)
+    FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::text[], $6::uuid[])
+         WITH ORDINALITY AS t (id, sender, recipient, content, key, session, n)
 ), replayed AS (
     -- What was sent under the same key before, and whether it is the same message.
     SELECT i.n, m.id, m.seq, m.created_at, (c.id IS NOT NULL AND m.content = i.content) AS same
@@ -16,6 +16,7 @@ WITH input AS (
     JOIN users s ON s.id = i.sender
     JOIN users r ON r.id = i.recipient
     WHERE NOT EXISTS (SELECT FROM replayed p WHERE p.n = i.n)
+      AND NOT EXISTS (SELECT FROM ended_sessions e WHERE e.session_id = i.session)
 ), touched AS (
     -- Locks the conversations, always in this order, and continues their seq.
     INSERT INTO conversations AS held (low_user, high_user, id, last_seq, last_at)
@@ -45,7 +46,8 @@ WITH input AS (
     WHERE a.key IS NOT NULL
 )
 -- The sender is looked for only where a message was not stored, to find out why.
-SELECT (s.id IS NOT NULL OR EXISTS (SELECT FROM users u WHERE u.id = i.sender)) AS "sender_exists!",
+SELECT (s.id IS NOT NULL OR (EXISTS (SELECT FROM users u WHERE u.id = i.sender)
+                             AND NOT EXISTS (SELECT FROM ended_sessions e WHERE e.session_id = i.session))) AS "sender_exists!",
        coalesce(s.id, p.id) AS "id?",
        coalesce(s.seq, p.seq) AS "seq?",
        coalesce(s.created_at, p.created_at) AS "created_at?",

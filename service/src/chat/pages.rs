@@ -14,6 +14,7 @@ use crate::store::postgres::Database;
 #[derive(Clone, Copy, Debug)]
 pub struct PageRequest {
     pub reader: Uuid,
+    pub session: Uuid,
     pub peer: Uuid,
     pub limit: i64,
     pub position: Position,
@@ -34,6 +35,7 @@ pub enum Position {
 pub(super) struct Loaded {
     /// Postgres took no writes: it may be an old primary, which lags behind.
     pub(super) read_only: bool,
+    /// And the session has not ended.
     pub(super) reader_exists: bool,
     pub(super) peer_exists: bool,
     pub(super) last_seq: i64,
@@ -64,13 +66,14 @@ pub(super) async fn load(
 ) -> Result<Loaded, sqlx::Error> {
     let deadline = Instant::now() + limit;
     let mut session = database.acquire_within(limit).await?;
-    let &PageRequest { reader, peer, limit, position } = request;
+    let &PageRequest { reader, session: token_session, peer, limit, position } = request;
     let rows = match position {
         Position::After(seq) => {
             let query = sqlx::query_as!(
                 Row,
                 r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
-                          EXISTS (SELECT FROM users WHERE id = $1) AS "reader_exists!",
+                          EXISTS (SELECT FROM users WHERE id = $1)
+                              AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $7) AS "reader_exists!",
                           EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
                           coalesce(c.last_seq, 0) AS "last_seq!",
                           m.id AS "id?", m.seq AS "seq?", m.sender_id AS "sender_id?", m.content AS "content?",
@@ -88,6 +91,7 @@ pub(super) async fn load(
                 pair.high(),
                 seq,
                 limit,
+                token_session,
             );
             let rows = database.run(Operation::ReadMessages, query.fetch_all(&mut *session));
             tokio::time::timeout_at(deadline, rows).await
@@ -103,7 +107,8 @@ pub(super) async fn load(
             let query = sqlx::query_as!(
                 Row,
                 r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
-                          EXISTS (SELECT FROM users WHERE id = $1) AS "reader_exists!",
+                          EXISTS (SELECT FROM users WHERE id = $1)
+                              AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $8) AS "reader_exists!",
                           EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
                           coalesce(c.last_seq, 0) AS "last_seq!",
                           m.id AS "id?", m.seq AS "seq?", m.sender_id AS "sender_id?", m.content AS "content?",
@@ -122,6 +127,7 @@ pub(super) async fn load(
                 top,
                 offset,
                 limit,
+                token_session,
             );
             let rows = database.run(Operation::ReadMessages, query.fetch_all(&mut *session));
             tokio::time::timeout_at(deadline, rows).await

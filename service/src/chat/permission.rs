@@ -14,8 +14,8 @@
 //! All of this is measured with monotonic clocks. Postgres's wall clock only says when a suspension is over. If it is set, that
 //! comes early, or [`SUSPENSION_MAX`] later at most, and the rest holds as before.
 //!
-//! The same question brings the users who were deleted. [`Permission::is_deleted`] knows of them before a permission
-//! that does not has expired.
+//! The same question brings the users who were deleted and the sessions that have ended. [`Permission::is_deleted`] and
+//! [`Permission::has_ended`] know of them before a permission that does not has expired.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -122,6 +122,7 @@ struct Answer {
     /// Every transaction before this one has ended.
     horizon: String,
     deleted: Vec<Uuid>,
+    ended: Vec<Uuid>,
 }
 
 pub(crate) struct Permission {
@@ -130,9 +131,44 @@ pub(crate) struct Permission {
     health: Arc<Health>,
     keeps_connection: bool,
     view: watch::Sender<Option<View>>,
-    /// When this replica learnt of it.
-    deleted: RwLock<HashMap<Uuid, Instant>>,
-    deleted_kept: Duration,
+    /// Users who were deleted.
+    deleted: Known,
+    /// Sessions that have ended.
+    ended: Known,
+    /// Changes when one of the two has grown.
+    refused: watch::Sender<()>,
+}
+
+/// What this replica has learnt of, and when. It is kept until nothing depends on it any more.
+struct Known {
+    learnt: RwLock<HashMap<Uuid, Instant>>,
+    kept: Duration,
+}
+
+impl Known {
+    fn new(kept: Duration) -> Self {
+        Self { learnt: RwLock::default(), kept }
+    }
+
+    fn has(&self, id: Uuid) -> bool {
+        let learnt = self.learnt.read().unwrap_or_else(PoisonError::into_inner);
+        !learnt.is_empty() && learnt.contains_key(&id)
+    }
+
+    /// True if one of them is new.
+    fn learn(&self, ids: &[Uuid]) -> bool {
+        let now = Instant::now();
+        let is_old = |learnt: &Instant| now - *learnt >= self.kept;
+        let none_is_old = !self.learnt.read().unwrap_or_else(PoisonError::into_inner).values().any(is_old);
+        if ids.is_empty() && none_is_old {
+            return false;
+        }
+        let mut learnt = self.learnt.write().unwrap_or_else(PoisonError::into_inner);
+        learnt.retain(|_, learnt| !is_old(learnt));
+        let before = learnt.len();
+        learnt.extend(ids.iter().map(|id| (*id, now)));
+        learnt.len() > before
+    }
 }
 
 /// What the task that asks keeps between its questions.
@@ -157,14 +193,20 @@ impl Permission {
             health,
             keeps_connection: config.db_pool_max >= POOL_WITH_ONE_TO_SPARE,
             view: watch::Sender::new(None),
-            deleted: RwLock::default(),
-            deleted_kept: Self::deletions_kept(config),
+            deleted: Known::new(Self::deletions_kept(config)),
+            ended: Known::new(Self::endings_kept(config)),
+            refused: watch::Sender::new(()),
         })
     }
 
     /// For how long deletions must be known: longer than a window can live after its last comparison with Postgres.
     pub(crate) fn deletions_kept(config: &Config) -> Duration {
         Duration::from_secs(3600) + Duration::from_secs(config.cache_ttl_seconds.into())
+    }
+
+    /// For how long the end of a session must be known: longer than its access tokens live.
+    pub(crate) fn endings_kept(config: &Config) -> Duration {
+        Duration::from_secs(3600) + config.access_token_lifetime()
     }
 
     /// Whether windows are in use as of now.
@@ -219,8 +261,17 @@ impl Permission {
 
     /// True if the user was deleted, as of the last answer.
     pub(super) fn is_deleted(&self, user: Uuid) -> bool {
-        let deleted = self.deleted.read().unwrap_or_else(PoisonError::into_inner);
-        !deleted.is_empty() && deleted.contains_key(&user)
+        self.deleted.has(user)
+    }
+
+    /// True if the session has ended, as of the last answer.
+    pub(super) fn has_ended(&self, session: Uuid) -> bool {
+        self.ended.has(session)
+    }
+
+    /// Changes when this replica has learnt of deleted users or ended sessions.
+    pub(super) fn watch_refused(&self) -> watch::Receiver<()> {
+        self.refused.subscribe()
     }
 
     /// Asks until the process ends, while Postgres has what is asked for.
@@ -282,7 +333,10 @@ impl Permission {
         if self.keeps_connection && !answer.read_only {
             asking.connection = Some(connection);
         }
-        self.learn_of_deleted(&answer.deleted);
+        let has_new = [self.deleted.learn(&answer.deleted), self.ended.learn(&answer.ended)];
+        if has_new.contains(&true) {
+            self.refused.send_replace(());
+        }
         asking.horizon.clone_from(&answer.horizon);
         self.publish(asked, live.map_or(0, |live| live.generation), answer);
         Ok(())
@@ -304,7 +358,8 @@ impl Permission {
                                AND w.suspended_until < clock_timestamp() + make_interval(secs => $2), false) AS "suspended!",
                       coalesce(w.settled = server.epoch || '.' || w.epoch, false) AS "settled!",
                       pg_snapshot_xmin(pg_current_snapshot())::text AS "horizon!",
-                      ARRAY(SELECT user_id FROM deleted_users WHERE xact >= $3::text::xid8) AS "deleted!"
+                      ARRAY(SELECT user_id FROM deleted_users WHERE xact >= $3::text::xid8) AS "deleted!",
+                      ARRAY(SELECT session_id FROM ended_sessions WHERE xact >= $3::text::xid8) AS "ended!"
                FROM (VALUES ((extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint)) AS server (epoch)
                LEFT JOIN window_suspension w ON true"#,
             identity,
@@ -407,18 +462,6 @@ impl Permission {
             };
             *view = Some(View { asked, generation, state, since });
         });
-    }
-
-    fn learn_of_deleted(&self, users: &[Uuid]) {
-        let now = Instant::now();
-        let is_old = |learnt: &Instant| now - *learnt >= self.deleted_kept;
-        let none_is_old = !self.deleted.read().unwrap_or_else(PoisonError::into_inner).values().any(is_old);
-        if users.is_empty() && none_is_old {
-            return;
-        }
-        let mut deleted = self.deleted.write().unwrap_or_else(PoisonError::into_inner);
-        deleted.retain(|_, learnt| !is_old(learnt));
-        deleted.extend(users.iter().map(|user| (*user, now)));
     }
 }
 

@@ -203,9 +203,10 @@ impl Recent {
         std::mem::take(&mut self.due.lists.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Looks for the `wanted` newest messages. After a miss the caller asks Postgres.
-    pub(super) async fn look_up(&self, pair: Pair, wanted: usize) -> Lookup {
-        let is_refused = [pair.low(), pair.high()].into_iter().any(|user| self.permission.is_deleted(user));
+    /// Looks for the `wanted` newest messages, for this session. After a miss the caller asks Postgres.
+    pub(super) async fn look_up(&self, pair: Pair, session: Uuid, wanted: usize) -> Lookup {
+        let is_deleted = [pair.low(), pair.high()].into_iter().any(|user| self.permission.is_deleted(user));
+        let is_refused = is_deleted || self.permission.has_ended(session);
         if wanted > self.window || is_refused {
             return Lookup::Miss(Miss::default());
         }

@@ -21,6 +21,16 @@ pub(crate) async fn old_deletions(database: Database, kept: Duration) {
     repeat(Operation::DeleteOldDeletions, || remove_deletions(&database, kept)).await;
 }
 
+/// Removes what replicas no longer need to know of ended sessions, until the process ends.
+pub(crate) async fn old_endings(database: Database, kept: Duration) {
+    repeat(Operation::DeleteEndedSessions, || remove_endings(&database, kept)).await;
+}
+
+/// Ends sessions that were not used for longer than a refresh token lives, until the process ends.
+pub(crate) async fn unused_sessions(database: Database, lifetime: Duration) {
+    repeat(Operation::DeleteUnusedSessions, || remove_sessions(&database, lifetime)).await;
+}
+
 async fn repeat<F>(operation: Operation, step: impl Fn() -> F)
 where
     F: Future<Output = Result<u64, sqlx::Error>>,
@@ -72,5 +82,40 @@ async fn remove_deletions(database: &Database, kept: Duration) -> Result<u64, sq
     );
     let mut connection = database.acquire().await?;
     let removed = database.run(Operation::DeleteOldDeletions, query.execute(&mut *connection)).await?;
+    Ok(removed.rows_affected())
+}
+
+async fn remove_endings(database: &Database, kept: Duration) -> Result<u64, sqlx::Error> {
+    let query = sqlx::query!(
+        "DELETE FROM ended_sessions WHERE session_id IN (
+             SELECT session_id FROM ended_sessions
+             WHERE ended_at < clock_timestamp() - make_interval(secs => $1)
+             ORDER BY xact LIMIT $2
+         ) AND ended_at < clock_timestamp() - make_interval(secs => $1)",
+        kept.as_secs_f64(),
+        STEP_ROWS,
+    );
+    let mut connection = database.acquire().await?;
+    let removed = database.run(Operation::DeleteEndedSessions, query.execute(&mut *connection)).await?;
+    Ok(removed.rows_affected())
+}
+
+/// Access tokens may live longer than that.
+async fn remove_sessions(database: &Database, lifetime: Duration) -> Result<u64, sqlx::Error> {
+    let query = sqlx::query!(
+        "WITH gone AS (
+             DELETE FROM sessions WHERE id IN (
+                 SELECT id FROM sessions
+                 WHERE last_used_at < clock_timestamp() - make_interval(secs => $1)
+                 ORDER BY last_used_at LIMIT $2
+                 FOR UPDATE SKIP LOCKED
+             ) RETURNING id
+         )
+         INSERT INTO ended_sessions (session_id) SELECT id FROM gone",
+        lifetime.as_secs_f64(),
+        STEP_ROWS,
+    );
+    let mut connection = database.acquire().await?;
+    let removed = database.run(Operation::DeleteUnusedSessions, query.execute(&mut *connection)).await?;
     Ok(removed.rows_affected())
 }

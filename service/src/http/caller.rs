@@ -18,6 +18,7 @@ pub(super) const SECURITY_SCHEME: &str = "bearer";
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Caller {
     pub id: Uuid,
+    pub session: Uuid,
     /// When the token expires, in seconds since 1970.
     pub expires: u64,
 }
@@ -51,9 +52,9 @@ impl<'ex> Extractible<'ex> for Caller {
             }
             _ => return Err(Error::Unauthorized("the header must be: Authorization: Bearer <token>")),
         };
-        let Verified { user: id, expires } =
+        let Verified { user: id, session, expires } =
             verified.ok_or(Error::Unauthorized("the token is invalid or expired: log in again"))?;
-        let caller = Self { id, expires };
+        let caller = Self { id, session, expires };
         depot.insert_typed(caller);
         Ok(caller)
     }

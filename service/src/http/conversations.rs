@@ -66,7 +66,7 @@ pub async fn list(caller: Caller, query: ListQuery, depot: &mut Depot) -> Result
     let ListQuery { limit, before } = query;
     let app = app(depot)?;
     let Conversations { conversations, next, position } =
-        conversations::list(&app.database, caller.id, before, limit).await?;
+        conversations::list(&app.database, caller.id, caller.session, before, limit).await?;
     let listed: Result<Vec<Conversation>, Error> = conversations
         .into_iter()
         .map(|conversation| {

@@ -33,6 +33,8 @@ pub(super) enum Error {
     #[error("{0}")]
     Unauthorized(&'static str),
     #[error("{0}")]
+    Forbidden(&'static str),
+    #[error("{0}")]
     NotFound(Cow<'static, str>),
     #[error("the body did not arrive within {} ms: send it faster, or less of it", .limit.as_millis())]
     BodyTooSlow { limit: Duration },
@@ -117,6 +119,7 @@ impl Error {
         match self {
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::Unauthorized(_) => StatusCode::UNAUTHORIZED,
+            Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::BodyTooSlow { .. } => StatusCode::REQUEST_TIMEOUT,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
@@ -152,8 +155,9 @@ impl Error {
 /// A Postgres that only reads may lag behind, so what it lacks may exist.
 pub(super) const MAY_BE_MISSING: Error =
     Error::Unavailable("the database only reads and may be out of date: try again");
-/// A valid token whose user was deleted.
-pub(super) const USER_GONE: Error = Error::Unauthorized("the token's user is gone: register again");
+/// A valid token whose session has ended, or whose user was deleted.
+pub(super) const USER_GONE: Error =
+    Error::Unauthorized("the token's session has ended, or its user is gone: log in again");
 pub(super) const NO_PEER: Error = Error::NotFound(Cow::Borrowed("there is no user with this peer_id"));
 pub(super) const NO_RECIPIENT: Error =
     Error::NotFound(Cow::Borrowed("there is no user with this recipient_id"));

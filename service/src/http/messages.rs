@@ -90,7 +90,7 @@ pub async fn send(
 )]
 pub async fn list(caller: Caller, query: PageQuery, depot: &mut Depot) -> Result<JsonResponse, Error> {
     let PageQuery { peer, limit, position } = query;
-    let request = PageRequest { reader: caller.id, peer, limit, position };
+    let request = PageRequest { reader: caller.id, session: caller.session, peer, limit, position };
     let Page { messages, next, stale } = app(depot)?.history.page(&request).await?;
     let mut response = JsonResponse::raw(StatusCode::OK, json_array(&messages));
     if let Some(position) = next {
@@ -217,7 +217,13 @@ fn check(caller: Caller, message: SendMessage, req: &Request) -> Result<Outgoing
         }
     };
     faults.check()?;
-    Ok(Outgoing { sender: caller.id, recipient: recipient.map_err(|_| NO_RECIPIENT)?, content, key })
+    Ok(Outgoing {
+        sender: caller.id,
+        session: caller.session,
+        recipient: recipient.map_err(|_| NO_RECIPIENT)?,
+        content,
+        key,
+    })
 }
 
 fn valid_content(content: String) -> Result<String, Cow<'static, str>> {

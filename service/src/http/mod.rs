@@ -17,5 +17,6 @@ mod rate_limit;
 mod request_id;
 mod response;
 pub mod routes;
+mod sessions;
 mod stream;
 mod users;

@@ -36,7 +36,8 @@ pub(super) fn document(router: &Router) -> OpenApi {
     .servers([Server::new(".")])
     .add_security_scheme(SECURITY_SCHEME, SecurityScheme::Http(bearer))
     .tags([
-        Tag::new("users").description("Accounts and access tokens"),
+        Tag::new("users").description("Accounts"),
+        Tag::new("sessions").description("Logging in and out, and the tokens of a session"),
         Tag::new("messages").description("Sending and reading messages"),
         Tag::new("operations").description("Health of the service"),
     ])

@@ -1,4 +1,4 @@
-//! A successful response: a status, rendered JSON and a few headers.
+//! Successful responses: a status, rendered JSON and a few headers, or nothing.
 
 use salvo::http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use salvo::http::{ResBody, StatusCode};
@@ -45,5 +45,21 @@ impl Writer for JsonResponse {
 
 impl EndpointOutRegister for JsonResponse {
     /// The endpoint declares its success itself, with its schema and example.
+    fn register(_components: &mut Components, _operation: &mut Operation) {}
+}
+
+/// 204.
+#[derive(Debug)]
+pub(super) struct NoContent;
+
+#[async_trait]
+impl Writer for NoContent {
+    async fn write(self, _req: &mut Request, _depot: &mut Depot, res: &mut Response) {
+        res.status_code(StatusCode::NO_CONTENT);
+    }
+}
+
+impl EndpointOutRegister for NoContent {
+    /// The endpoint declares its success itself.
     fn register(_components: &mut Components, _operation: &mut Operation) {}
 }

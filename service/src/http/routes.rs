@@ -12,7 +12,7 @@ use salvo_oapi::swagger_ui::SwaggerUi;
 use super::error::Error;
 use super::middleware::{Middleware, app};
 use super::paths::{with_head, with_one_spelling};
-use super::{conversations, cors, health, messages, openapi, page, stream, users};
+use super::{conversations, cors, health, messages, openapi, page, sessions, stream, users};
 use crate::app::App;
 use crate::telemetry::metrics::EndpointName;
 
@@ -74,7 +74,13 @@ fn api() -> Router {
     Router::new()
         .hoop(api_headers)
         .push(Router::with_path("/register").post(users::register))
-        .push(Router::with_path("/login").post(users::login))
+        .push(Router::with_path("/login").post(sessions::login))
+        .push(Router::with_path("/refresh").post(sessions::refresh))
+        .push(Router::with_path("/logout").post(sessions::logout))
+        .push(Router::with_path("/logout-all").post(sessions::logout_all))
+        .push(Router::with_path("/password").post(sessions::change_password))
+        .push(Router::with_path("/sessions").get(sessions::list))
+        .push(Router::with_path("/sessions/{id}").delete(sessions::end))
         .push(Router::with_path("/me").get(users::me))
         .push(Router::with_path("/users/{username}").get(users::find))
         .push(Router::with_path("/send").post(messages::send))

@@ -54,6 +54,7 @@ pub async fn follow(
     let left = Duration::from_secs(caller.expires + 1).saturating_sub(now);
     let request = streams::Request {
         user: caller.id,
+        session: caller.session,
         expires: Instant::now() + left,
         position: position.0,
         connection: req.extensions().get::<ConnectionHandle>().cloned(),

@@ -1,4 +1,4 @@
-//! Users: register, log in, get the caller's user, find another.
+//! Users: register, get the caller's user, find another.
 
 use std::borrow::Cow;
 use std::fmt::Display;
@@ -14,7 +14,7 @@ use super::body::{Body, Faults, Text};
 use super::caller::Caller;
 use super::error::{Error, MAY_BE_MISSING, Problem, USER_GONE};
 use super::middleware::app;
-use super::rate_limit::{LoginPermit, RegisterPermit};
+use super::rate_limit::RegisterPermit;
 use super::response::JsonResponse;
 use crate::app::App;
 use crate::security::passwords::{PASSWORD_LENGTH, password_length};
@@ -41,18 +41,6 @@ pub(super) struct Register {
     password: Text,
 }
 
-#[derive(Deserialize, ToSchema, Debug)]
-#[salvo(schema(name = "Login"))]
-pub(super) struct Login {
-    /// In any case.
-    #[serde(default)]
-    #[salvo(schema(value_type = String, required = true, example = "ana"))]
-    username: Text,
-    #[serde(default)]
-    #[salvo(schema(value_type = String, required = true, example = "correct horse battery"))]
-    password: Text,
-}
-
 #[derive(Serialize, ToSchema, Debug)]
 #[salvo(schema(name = "User"))]
 pub(super) struct User {
@@ -75,19 +63,6 @@ pub(super) struct PublicUser {
     pub id: Uuid,
     #[salvo(schema(example = "ben"))]
     pub username: String,
-}
-
-#[derive(Serialize, ToSchema, Debug)]
-#[salvo(schema(name = "Token"))]
-pub(super) struct Token {
-    /// Send it as `Authorization: Bearer <access_token>`.
-    #[salvo(schema(example = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIwMTkyMGIxZSJ9.c2lnbmF0dXJl"))]
-    pub access_token: String,
-    #[salvo(schema(example = "bearer"))]
-    pub token_type: &'static str,
-    /// Seconds.
-    #[salvo(schema(example = 3600))]
-    pub expires_in: u64,
 }
 
 /// Create a user
@@ -122,39 +97,6 @@ pub async fn register(
     JsonResponse::json(StatusCode::CREATED, &user?)
 }
 
-/// Exchange a username and a password for an access token
-#[endpoint(
-    operation_id = "login",
-    tags("users"),
-    responses(
-        (status_code = 200, description = "The token", body = Token),
-        (status_code = 401, description = "Wrong username or password", body = Problem, content_type = "application/problem+json", headers(("www-authenticate" = String, description = "The scheme to use: Bearer"))),
-    )
-)]
-pub async fn login(
-    _permit: LoginPermit,
-    body: Body<Login>,
-    depot: &mut Depot,
-) -> Result<JsonResponse, Error> {
-    let app = app(depot)?;
-    let Login { username, password } = body.0;
-    let mut faults = Faults::default();
-    // A name or password that no user can have is wrong, not an invalid request.
-    let username = faults.take("username", username, Ok);
-    let password = faults.take("password", password, Ok);
-    faults.check()?;
-    let known = find_credentials(&app.database, &username).await?;
-    let (id, hash) = known.map(|known| (known.id, known.password_hash)).unzip();
-    let matches = app.passwords.verify(password, hash).await?;
-    app.metrics.auth_attempt(AuthKind::Login, matches);
-    let Some(id) = id.filter(|_| matches) else {
-        known_to_be_missing(app)?;
-        return Err(Error::Unauthorized("wrong username or password"));
-    };
-    let (access_token, expires_in) = app.tokens.issue(id)?;
-    JsonResponse::json(StatusCode::OK, &Token { access_token, token_type: "bearer", expires_in })
-}
-
 /// The caller's own user
 #[endpoint(
     operation_id = "me",
@@ -163,7 +105,7 @@ pub async fn login(
 )]
 pub async fn me(caller: Caller, depot: &mut Depot) -> Result<JsonResponse, Error> {
     let app = app(depot)?;
-    let user = find_user(&app.database, caller.id).await?;
+    let user = find_user(&app.database, caller).await?;
     if user.is_none() {
         known_to_be_missing(app)?;
     }
@@ -185,7 +127,7 @@ pub async fn me(caller: Caller, depot: &mut Depot) -> Result<JsonResponse, Error
 pub async fn find(caller: Caller, req: &mut Request, depot: &mut Depot) -> Result<JsonResponse, Error> {
     let username = req.param::<String>("username").unwrap_or_default();
     let app = app(depot)?;
-    let (caller_exists, user) = find_by_username(&app.database, caller.id, &username).await?;
+    let (caller_exists, user) = find_by_username(&app.database, caller, &username).await?;
     if !caller_exists || user.is_none() {
         known_to_be_missing(app)?;
     }
@@ -198,7 +140,7 @@ pub async fn find(caller: Caller, req: &mut Request, depot: &mut Depot) -> Resul
 
 /// A Postgres that only reads may lag behind, so a user that it lacks may exist: then this is 503 and not the answer that the
 /// client would take as final.
-fn known_to_be_missing(app: &App) -> Result<(), Error> {
+pub(super) fn known_to_be_missing(app: &App) -> Result<(), Error> {
     match app.health.postgres_only_reads() {
         true => Err(MAY_BE_MISSING),
         false => Ok(()),
@@ -247,18 +189,13 @@ fn valid_email(email: String) -> Result<String, Cow<'static, str>> {
     }
 }
 
-fn valid_password(password: String) -> Result<String, Cow<'static, str>> {
+pub(super) fn valid_password(password: String) -> Result<String, Cow<'static, str>> {
     let length = password_length(&password);
     if PASSWORD_LENGTH.contains(&length) {
         Ok(password)
     } else {
         Err(format!("has {length} characters: use 8 to 128").into())
     }
-}
-
-struct Credentials {
-    id: Uuid,
-    password_hash: String,
 }
 
 async fn find_taken(database: &Database, username: &str, email: &str) -> Result<Option<Error>, Error> {
@@ -308,38 +245,33 @@ async fn insert_user(
     }
 }
 
-async fn find_credentials(database: &Database, username: &str) -> Result<Option<Credentials>, sqlx::Error> {
-    // Postgres refuses NUL in a text; no username has one.
-    if username.contains('\0') {
-        return Ok(None);
-    }
+async fn find_user(database: &Database, caller: Caller) -> Result<Option<User>, sqlx::Error> {
     let mut connection = database.acquire().await?;
     let query = sqlx::query_as!(
-        Credentials,
-        "SELECT id, password_hash FROM users WHERE username_key = $1",
-        username.to_ascii_lowercase()
+        User,
+        "SELECT id, username, email, created_at FROM users
+         WHERE id = $1 AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $2)",
+        caller.id,
+        caller.session,
     );
-    database.run(Operation::FindCredentials, query.fetch_optional(&mut *connection)).await
-}
-
-async fn find_user(database: &Database, id: Uuid) -> Result<Option<User>, sqlx::Error> {
-    let mut connection = database.acquire().await?;
-    let query = sqlx::query_as!(User, "SELECT id, username, email, created_at FROM users WHERE id = $1", id);
     database.run(Operation::FindUser, query.fetch_optional(&mut *connection)).await
 }
 
-/// Whether the caller still exists, and the user of that name.
+/// Whether the caller's token is still good, and the user of that name.
 async fn find_by_username(
     database: &Database,
-    caller: Uuid,
+    caller: Caller,
     username: &str,
 ) -> Result<(bool, Option<PublicUser>), sqlx::Error> {
     let mut connection = database.acquire().await?;
     let query = sqlx::query!(
-        r#"SELECT EXISTS (SELECT FROM users WHERE id = $1) AS "caller!", u.id AS "id?", u.username AS "username?"
+        r#"SELECT EXISTS (SELECT FROM users WHERE id = $1)
+                  AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $3) AS "caller!",
+                  u.id AS "id?", u.username AS "username?"
            FROM (VALUES (1)) AS one LEFT JOIN users u ON u.username_key = $2"#,
-        caller,
+        caller.id,
         username.to_ascii_lowercase().replace('\0', "?"),
+        caller.session,
     );
     let found = database.run(Operation::FindUser, query.fetch_one(&mut *connection)).await?;
     let user = found.id.zip(found.username).map(|(id, username)| PublicUser { id, username });

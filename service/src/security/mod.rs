@@ -2,4 +2,6 @@
 
 pub(crate) mod limits;
 pub(crate) mod passwords;
+mod refresh;
+pub(crate) mod sessions;
 pub(crate) mod tokens;

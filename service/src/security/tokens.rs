@@ -34,6 +34,8 @@ pub struct Tokens {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verified {
     pub user: Uuid,
+    /// The user's id in a token of a release without sessions.
+    pub session: Uuid,
     /// Seconds since 1970.
     pub expires: u64,
 }
@@ -41,6 +43,8 @@ pub struct Verified {
 #[derive(Serialize, Deserialize, Clone, Copy)]
 struct Claims {
     sub: Uuid,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sid: Option<Uuid>,
     iat: u64,
     exp: u64,
 }
@@ -59,15 +63,15 @@ impl Tokens {
                 .map(key)
                 .collect(),
             validation,
-            lifetime_seconds: u64::from(config.access_token_exp_minutes) * 60,
+            lifetime_seconds: config.access_token_lifetime().as_secs(),
             verified: Cache::new(VERIFIED_MAX),
         }
     }
 
-    /// A token for the user, and its lifetime in seconds.
-    pub fn issue(&self, user: Uuid) -> Result<(String, u64), TokenError> {
-        let iat = now();
-        let claims = Claims { sub: user, iat, exp: iat + self.lifetime_seconds };
+    /// A token of the session, and its lifetime in seconds. `issued_at` is in seconds since 1970.
+    pub fn issue(&self, user: Uuid, session: Uuid, issued_at: u64) -> Result<(String, u64), TokenError> {
+        let (sid, iat) = (Some(session), issued_at);
+        let claims = Claims { sub: user, sid, iat, exp: iat + self.lifetime_seconds };
         let token = jsonwebtoken::encode(&Header::default(), &claims, &self.signing)?;
         Ok((token, self.lifetime_seconds))
     }
@@ -91,7 +95,7 @@ impl Tokens {
 
 impl Claims {
     fn verified(self) -> Verified {
-        Verified { user: self.sub, expires: self.exp }
+        Verified { user: self.sub, session: self.sid.unwrap_or(self.sub), expires: self.exp }
     }
 }
 
@@ -131,7 +135,8 @@ mod tests {
     #[test]
     fn a_token_names_its_user_under_the_key_it_was_signed_with() {
         let user = Uuid::now_v7();
-        let (token, lifetime) = tokens(&[("SECRET_KEY", "one")]).issue(user).expect("issued");
+        let (token, lifetime) =
+            tokens(&[("SECRET_KEY", "one")]).issue(user, Uuid::now_v7(), now()).expect("issued");
         assert_eq!(lifetime, 3600);
         let user_of = |verified: Option<Verified>| verified.map(|verified| verified.user);
         assert_eq!(user_of(tokens(&[("SECRET_KEY", "one")]).verify(&token)), Some(user));
@@ -146,14 +151,17 @@ mod tests {
     fn only_a_verified_token_is_remembered_and_only_until_it_expires() {
         let tokens = tokens(&[("SECRET_KEY", "one")]);
         let user = Uuid::now_v7();
-        let (token, lifetime) = tokens.issue(user).expect("issued");
+        let (token, lifetime) = tokens.issue(user, Uuid::now_v7(), now()).expect("issued");
         assert_eq!(tokens.recall(&token, now()), None);
         let verified = tokens.verify(&token).expect("verified");
         assert_eq!(verified.user, user);
+        assert_ne!(verified.session, user);
         assert!(verified.expires.abs_diff(now() + lifetime) <= 1);
         assert_eq!(tokens.recall(&token, now()), Some(verified));
         assert_eq!(tokens.recall(&token, now() + lifetime + 1), None);
-        let (other, _) = super::tests::tokens(&[("SECRET_KEY", "two")]).issue(user).expect("issued");
+        let (other, _) = super::tests::tokens(&[("SECRET_KEY", "two")])
+            .issue(user, Uuid::now_v7(), now())
+            .expect("issued");
         assert_eq!(tokens.verify(&other), None);
         assert_eq!(tokens.recall(&other, now()), None);
         // The same claims under another signature.
@@ -167,7 +175,9 @@ mod tests {
         let tokens = tokens(&[("SECRET_KEY", "one")]);
         let claims = |exp| serde_json::json!({"sub": Uuid::now_v7(), "iat": 0, "exp": exp});
         let hs256 = jsonwebtoken::Algorithm::HS256;
-        assert!(tokens.verify(&forge(&claims(now() + 60), hs256, "one")).is_some());
+        let old =
+            tokens.verify(&forge(&claims(now() + 60), hs256, "one")).expect("of a release without sessions");
+        assert_eq!(old.session, old.user);
         assert!(tokens.verify(&forge(&claims(now() - 2), hs256, "one")).is_none(), "expired");
         let hs384 = jsonwebtoken::Algorithm::HS384;
         assert!(tokens.verify(&forge(&claims(now() + 60), hs384, "one")).is_none(), "another algorithm");
@@ -176,7 +186,7 @@ mod tests {
         let nobody = serde_json::json!({"sub": "admin", "iat": 0, "exp": now() + 60});
         assert!(tokens.verify(&forge(&nobody, hs256, "one")).is_none(), "no user id");
         // {"alg":"none"} and a valid body, without a signature.
-        let (token, _) = tokens.issue(Uuid::now_v7()).expect("issued");
+        let (token, _) = tokens.issue(Uuid::now_v7(), Uuid::now_v7(), now()).expect("issued");
         let body = token.split('.').nth(1).expect("three parts");
         assert!(tokens.verify(&format!("eyJhbGciOiJub25lIn0.{body}.")).is_none(), "unsigned");
     }

@@ -7,7 +7,7 @@ use std::fmt;
 use sqlx::PgConnection;
 
 /// The tables of the service, and what its statements need on each.
-pub const NEEDED: [(&str, &[&str]); 8] = [
+pub const NEEDED: [(&str, &[&str]); 10] = [
     ("_sqlx_migrations", &["SELECT"]),
     // UPDATE, because a start corrects the keys of addresses.
     ("users", &["SELECT", "INSERT", "UPDATE"]),
@@ -18,6 +18,8 @@ pub const NEEDED: [(&str, &[&str]); 8] = [
     ("idempotency_keys", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("window_suspension", &["SELECT", "INSERT", "UPDATE"]),
     ("deleted_users", &["SELECT", "DELETE"]),
+    ("sessions", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("ended_sessions", &["SELECT", "INSERT", "DELETE"]),
     ("position_server", &["SELECT", "INSERT", "UPDATE"]),
 ];
 

@@ -1,6 +1,7 @@
 //! Postgres and Redis: connections, migrations, and whether they answer.
 
 pub mod access;
+pub(crate) mod barrier;
 mod email_keys;
 pub(crate) mod health;
 pub mod migrations;

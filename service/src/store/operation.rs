@@ -18,6 +18,14 @@ pub enum Operation {
     /// Whether a username or an email address is taken.
     CheckTaken,
     InsertUser,
+    BeginSession,
+    FindSession,
+    RotateRefreshToken,
+    ListSessions,
+    EndSessions,
+    ChangePassword,
+    /// Waits for the statements that may not have seen a change.
+    AwaitWriters,
     /// What readiness depends on.
     CheckSchema,
     /// What the permission to use the windows depends on: an epoch, a suspension, deleted users.
@@ -36,6 +44,8 @@ pub enum Operation {
     ReadMissedMessages,
     DeleteExpiredKeys,
     DeleteOldDeletions,
+    DeleteUnusedSessions,
+    DeleteEndedSessions,
     /// Counts a request against a rate limit.
     CountAttempt,
     /// Which Redis it is.
@@ -70,6 +80,13 @@ impl Operation {
             | Self::FindCredentials
             | Self::CheckTaken
             | Self::InsertUser
+            | Self::BeginSession
+            | Self::FindSession
+            | Self::RotateRefreshToken
+            | Self::ListSessions
+            | Self::EndSessions
+            | Self::ChangePassword
+            | Self::AwaitWriters
             | Self::CheckSchema
             | Self::ReadPermission
             | Self::ChangePermission
@@ -79,7 +96,9 @@ impl Operation {
             | Self::ReadNewMessages
             | Self::ReadMissedMessages
             | Self::DeleteExpiredKeys
-            | Self::DeleteOldDeletions => "postgresql",
+            | Self::DeleteOldDeletions
+            | Self::DeleteUnusedSessions
+            | Self::DeleteEndedSessions => "postgresql",
             Self::CountAttempt
             | Self::IdentifyRedis
             | Self::LookUpWindow

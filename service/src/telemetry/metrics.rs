@@ -158,6 +158,9 @@ pub enum SendOutcome {
 pub enum AuthKind {
     Login,
     Register,
+    Refresh,
+    /// A password that is asked for again.
+    Confirm,
 }
 
 #[derive(Clone, Copy, Debug, strum::IntoStaticStr, strum::VariantArray)]
@@ -184,6 +187,7 @@ pub enum StreamOpened {
 #[strum(serialize_all = "snake_case")]
 pub enum StreamEnd {
     Expired,
+    Revoked,
     Deleted,
     Draining,
     Lifetime,
@@ -230,7 +234,7 @@ impl Metrics {
             auth_attempts: counters(
                 &registry,
                 "chat_auth_attempts_total",
-                "Logins and registrations, by outcome",
+                "Logins, registrations, refreshed tokens and passwords asked for again, by outcome",
                 &["kind", "outcome"],
             )?,
             rate_limited: counters(

@@ -12,6 +12,7 @@ const EX_CONFIG: i32 = 78;
 const BAD_VALUES: &[(&str, &str, &str)] = &[
     ("ACCESS_TOKEN_EXP_MINUTES", "an hour", "ACCESS_TOKEN_EXP_MINUTES=60"),
     ("ACCESS_TOKEN_EXP_MINUTES", "0", "ACCESS_TOKEN_EXP_MINUTES=60"),
+    ("REFRESH_TOKEN_EXP_DAYS", "0", "REFRESH_TOKEN_EXP_DAYS=30"),
     ("DB_PORT", "postgres", "DB_PORT=5432"),
     ("DB_PORT", "0", "DB_PORT=5432"),
     ("DATABASE_URL", "mysql://localhost/chat", "DATABASE_URL=postgres://"),

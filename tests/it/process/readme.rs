@@ -12,6 +12,7 @@ const DEFAULTS: &[(&str, Option<&str>)] = &[
     ("SECRET_KEY", Some("please-change")),
     ("SECRET_KEY_PREVIOUS", None),
     ("ACCESS_TOKEN_EXP_MINUTES", Some("60")),
+    ("REFRESH_TOKEN_EXP_DAYS", Some("30")),
     ("DB_USER", Some("postgres")),
     ("DB_PASSWORD", Some("postgres")),
     ("DB_HOST", Some("localhost")),

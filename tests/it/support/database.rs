@@ -65,6 +65,14 @@ impl Database {
         TableLock(connection)
     }
 
+    /// A number.
+    pub(crate) async fn count(&self, sql: &str) -> i64 {
+        sqlx::query_scalar(sqlx::AssertSqlSafe(sql))
+            .fetch_one(&mut self.connect().await)
+            .await
+            .expect("a number")
+    }
+
     pub(crate) async fn execute(&self, sql: &str) {
         execute(&mut self.connect().await, sql.to_owned()).await;
     }

@@ -139,15 +139,28 @@ impl TestApp {
         User { id, name: name.to_owned(), token }
     }
 
+    /// A user with a unique name who has logged in.
+    pub(crate) async fn member(&self) -> User {
+        let name = format!("member.{}", &Uuid::new_v4().simple().to_string()[..12]);
+        let user = self.user(&name).await;
+        let token = text(&self.login(&name, PASSWORD).await.json(200), "access_token");
+        User { token, ..user }
+    }
+
     /// Two users with unique names.
     pub(crate) async fn pair(&self) -> (User, User) {
         let tag = &Uuid::new_v4().simple().to_string()[..12];
         (self.user(&format!("ana.{tag}")).await, self.user(&format!("ben.{tag}")).await)
     }
 
+    /// A token of a session of its own, which no list shows.
     pub(crate) fn token(&self, id: &str) -> String {
+        self.token_of(id, Uuid::new_v4())
+    }
+
+    pub(crate) fn token_of(&self, id: &str, session: Uuid) -> String {
         let id = Uuid::parse_str(id).expect("an id");
-        self.running.app.tokens.issue(id).expect("a token").0
+        self.running.app.tokens.issue(id, session, now_seconds()).expect("a token").0
     }
 
     pub(crate) async fn register(&self, username: &str, email: &str, password: &str) -> Response {
@@ -251,4 +264,9 @@ pub(crate) fn claims(token: &str, key: &str) -> Value {
 /// The value of a variable that `cargo xtask test` sets.
 fn given(variable: &str) -> String {
     std::env::var(variable).unwrap_or_else(|_| panic!("{variable} is not set: run cargo xtask test"))
+}
+
+/// The session that an access token names.
+pub(crate) fn session(token: &str) -> String {
+    text(&claims(token, SECRET_KEY), "sid")
 }

@@ -6,7 +6,7 @@ use std::fmt::{self, Display};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use super::{PASSWORD, Request, TestApp, User, document};
+use super::{PASSWORD, Request, TestApp, User, document, session};
 
 #[derive(Debug)]
 pub(crate) struct Operation {
@@ -51,6 +51,17 @@ impl Operation {
                 (path, Some(json!({"username": name, "email": email, "password": PASSWORD})))
             }
             "POST /login" => (path, Some(json!({"username": ben.name, "password": PASSWORD}))),
+            // The name is a refresh token here.
+            "POST /refresh" => (path, Some(json!({"refresh_token": name}))),
+            "POST /logout" | "POST /logout-all" => (path, None),
+            "POST /password" => {
+                (path, Some(json!({"current_password": PASSWORD, "new_password": format!("new {name}")})))
+            }
+            // Of the caller's sessions the one of this token.
+            "DELETE /sessions/{id}" => {
+                let session = (!ben.token.is_empty()).then(|| session(&ben.token));
+                (format!("/sessions/{}", session.unwrap_or_else(|| ben.id.clone())), None)
+            }
             "POST /send" => (path, Some(json!({"recipient_id": ben.id, "content": name}))),
             "GET /messages" => (format!("{path}?peer_id={}", ben.id), None),
             "GET /users/{username}" => (format!("/users/{}", ben.name), None),

@@ -24,6 +24,8 @@ const WRITE_LIMIT: Duration = Duration::from_secs(5);
 pub enum EndReason {
     /// The token has expired.
     Expired,
+    /// The session has ended.
+    Revoked,
     /// The user was deleted.
     Deleted,
     /// The process stops.
@@ -38,6 +40,7 @@ impl From<EndReason> for StreamEnd {
     fn from(reason: EndReason) -> Self {
         match reason {
             EndReason::Expired => Self::Expired,
+            EndReason::Revoked => Self::Revoked,
             EndReason::Deleted => Self::Deleted,
             EndReason::Draining => Self::Draining,
             EndReason::Lifetime | EndReason::TooMany => Self::Lifetime,
@@ -81,15 +84,17 @@ struct State {
 
 #[derive(Debug)]
 pub(super) struct Mailbox {
+    /// Of the token that opened the stream.
+    pub(super) session: Uuid,
     state: Mutex<State>,
     /// To close it when the client does not read.
     connection: Option<ConnectionHandle>,
 }
 
 impl Mailbox {
-    pub(super) fn new(connection: Option<ConnectionHandle>, missed: bool) -> Self {
+    pub(super) fn new(session: Uuid, connection: Option<ConnectionHandle>, missed: bool) -> Self {
         let mail = Mail { missed, ..Mail::default() };
-        Self { state: Mutex::new(State { mail, ..State::default() }), connection }
+        Self { session, state: Mutex::new(State { mail, ..State::default() }), connection }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -119,6 +119,25 @@ impl Streams {
         }
     }
 
+    /// Ends the streams of users who were deleted and of sessions that have ended, until the process ends. A stream that begins
+    /// asks Postgres after it was registered, so it misses nothing.
+    pub(crate) async fn watch_refused(self: Arc<Self>) {
+        let mut refused = self.permission.watch_refused();
+        while refused.changed().await.is_ok() {
+            let now = Instant::now();
+            for (user, mailboxes) in &self.state().mailboxes {
+                let is_deleted = self.permission.is_deleted(*user);
+                for mailbox in mailboxes {
+                    if is_deleted {
+                        mailbox.end(EndReason::Deleted, now);
+                    } else if self.permission.has_ended(mailbox.session) {
+                        mailbox.end(EndReason::Revoked, now);
+                    }
+                }
+            }
+        }
+    }
+
     /// Ends all streams, spread over this time, and refuses new ones.
     pub fn drain(&self, over: Duration) {
         let now = Instant::now();
@@ -142,6 +161,7 @@ impl Streams {
     pub(super) fn register(
         self: &Arc<Self>,
         user: Uuid,
+        session: Uuid,
         connection: Option<ConnectionHandle>,
     ) -> Result<Registered, EndReason> {
         let mut state = self.state();
@@ -153,7 +173,7 @@ impl Streams {
             return Err(EndReason::TooMany);
         }
         // Without a snapshot of the tail nothing says what will come into the mailbox.
-        let mailbox = Arc::new(Mailbox::new(connection, state.seen.is_none()));
+        let mailbox = Arc::new(Mailbox::new(session, connection, state.seen.is_none()));
         state.open += 1;
         self.wake_ups.want();
         state.mailboxes.entry(user).or_default().push(Arc::clone(&mailbox));

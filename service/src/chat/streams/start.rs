@@ -28,6 +28,7 @@ pub(super) enum ReadError {
 
 /// What a stream needs to begin.
 pub(super) struct Start {
+    /// And the session has not ended.
     pub(super) user_exists: bool,
     pub(super) seen: Seen,
 }
@@ -40,21 +41,23 @@ struct Row {
 }
 
 pub(super) async fn current(database: &Database) -> Result<Seen, ReadError> {
-    Ok(of_user(database, Uuid::nil()).await?.seen)
+    Ok(of_session(database, Uuid::nil(), Uuid::nil()).await?.seen)
 }
 
-pub(super) async fn of_user(database: &Database, user: Uuid) -> Result<Start, ReadError> {
-    let mut session = database.acquire().await?;
+pub(super) async fn of_session(database: &Database, user: Uuid, session: Uuid) -> Result<Start, ReadError> {
+    let mut connection = database.acquire().await?;
     let query = sqlx::query_as!(
         Row,
         r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
-                  EXISTS (SELECT FROM users WHERE id = $1) AS "user_exists!",
+                  EXISTS (SELECT FROM users WHERE id = $1)
+                      AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $2) AS "user_exists!",
                   position_epoch() AS "epoch!",
                   pg_current_snapshot()::text AS "snapshot!""#,
         user,
+        session,
     );
-    let row = database.run(Operation::ReadPosition, query.fetch_one(&mut *session)).await?;
-    session.give_back();
+    let row = database.run(Operation::ReadPosition, query.fetch_one(&mut *connection)).await?;
+    connection.give_back();
     if row.read_only {
         return Err(ReadError::OnlyReads);
     }

@@ -55,6 +55,7 @@ impl From<ReadError> for StreamError {
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) user: Uuid,
+    pub(crate) session: Uuid,
     /// When its token expires.
     pub(crate) expires: Instant,
     /// Where it stands.
@@ -123,14 +124,14 @@ impl Stream {
     /// Begins a stream. Its first event says where it stands, or why it ends at once.
     pub(crate) async fn open(streams: &Arc<Streams>, request: Request) -> Result<Self, StreamError> {
         let user = request.user;
-        let mailbox = match streams.register(user, request.connection) {
+        let mailbox = match streams.register(user, request.session, request.connection) {
             Ok(mailbox) => mailbox,
             Err(reason) => {
                 streams.metrics.stream_opened(StreamOpened::Refused);
                 return Ok(Self(State::Refused(reason)));
             }
         };
-        let start = start::of_user(&streams.database, user).await?;
+        let start = start::of_session(&streams.database, user, request.session).await?;
         if !start.user_exists {
             return Err(StreamError::UserGone);
         }
@@ -323,9 +324,6 @@ impl Open {
             }
             if self.heartbeat_at <= now {
                 self.heartbeat_at = now + HEARTBEAT;
-                if self.mailbox.streams.permission.is_deleted(self.mailbox.user) {
-                    return Some(self.end(EndReason::Deleted));
-                }
                 return Some(Event::Heartbeat);
             }
             self.retry_at = self.retry_at.filter(|at| *at > now);
