@@ -146,7 +146,7 @@ fn tools() -> Vec<Finding> {
     };
     vec![
         finding("browser", "test (the chat page)", browser),
-        finding("Go", "test (the chart's linters), cluster, e2e", go),
+        finding("Go", "test (the chart's linters, a generated client), cluster, e2e", go),
         finding("image engine", "image, e2e, release", engine),
         finding("Docker", "kind", docker),
         program(

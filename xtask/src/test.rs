@@ -5,6 +5,7 @@ mod chart;
 mod commands;
 mod count;
 mod dev;
+mod generated_client;
 mod tiltfile;
 mod traces;
 
@@ -122,10 +123,12 @@ fn build_and_test(tally: &mut Tally, servers: Option<&Servers>, args: &[String])
     let mut command = test_command(servers)?;
     command.args(args);
     traces::prepare(tally, &mut command, args);
+    generated_client::prepare(tally, &mut command, args);
     browser::prepare(tally, args);
     count::run(tally, "tests", "cargo xtask test -- NAME runs one alone", command);
     if args.is_empty() {
         traces::check(tally, servers);
+        generated_client::check(tally, servers);
         browser::check(tally, servers);
     }
     Ok(())

@@ -43,7 +43,7 @@ pub(crate) struct Message {
     #[salvo(schema(value_type = String, example = "Hello, Ben!"))]
     pub content: String,
     #[serde(serialize_with = "timestamp::serialize")]
-    #[salvo(schema(value_type = String, example = "2026-01-31T12:00:00.123456Z"))]
+    #[salvo(schema(value_type = String, format = DateTime, example = "2026-01-31T12:00:00.123456Z"))]
     pub created_at: OffsetDateTime,
 }
 

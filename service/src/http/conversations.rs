@@ -16,7 +16,7 @@ use super::body::Faults;
 use super::caller::Caller;
 use super::error::{self, Error};
 use super::middleware::app;
-use super::query::{document_query, query_number, query_text};
+use super::query::{document_query, query_integer, query_number, query_text};
 use super::response::JsonResponse;
 use crate::chat::conversations::{self, Conversations, Cursor};
 use crate::chat::message::Message;
@@ -33,7 +33,7 @@ struct Peer {
     #[salvo(schema(value_type = String, example = "01920b1e-9f6a-7c7e-8f4e-0f6c1f4f2a12"))]
     id: Uuid,
     /// `null` once the user was deleted.
-    #[salvo(schema(value_type = Option<String>, example = "ben"))]
+    #[salvo(schema(value_type = Option<String>, required = true, example = "ben"))]
     username: Option<String>,
 }
 
@@ -120,10 +120,7 @@ impl<'ex> Extractible<'ex> for ListQuery {
 
 impl EndpointArgRegister for ListQuery {
     fn register(components: &mut Components, operation: &mut Operation, _arg: &str) {
-        let limit = Object::with_type(BasicType::Integer)
-            .minimum(1)
-            .maximum(PAGE_MAX)
-            .default_value(PAGE_DEFAULT.into());
+        let limit = query_integer(1).maximum(PAGE_MAX).default_value(PAGE_DEFAULT.into());
         document_query(operation, "limit", false, limit, "Conversations in a page");
         let cursor = Object::with_type(BasicType::String);
         document_query(operation, "before", false, cursor, "The cursor in the `Link` of the page before");

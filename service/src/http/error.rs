@@ -7,7 +7,7 @@ use std::time::Duration;
 use salvo::http::header::{CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use salvo::http::{ResBody, StatusCode};
 use salvo::{Depot, Request, Response, Writer, async_trait};
-use salvo_oapi::{Components, EndpointOutRegister, Operation, ToSchema};
+use salvo_oapi::{Components, EndpointOutRegister, Header, Operation, ToSchema};
 use serde::Serialize;
 
 use super::request_id::RequestId;
@@ -336,21 +336,17 @@ pub(super) fn document(
     let mut response =
         salvo_oapi::Response::new(description).add_content(PROBLEM_JSON, salvo_oapi::Content::new(schema));
     for name in headers {
-        response = response.add_header(name.as_str(), header(header_meaning(name)));
+        response = response.add_header(name.as_str(), header(components, name));
     }
     operation.responses.insert(status.as_str(), response);
 }
 
 /// A response header of the OpenAPI document.
-pub(super) fn header(description: &str) -> salvo_oapi::Header {
-    let text = salvo_oapi::schema::Object::with_type(salvo_oapi::BasicType::String);
-    salvo_oapi::Header::new(salvo_oapi::schema::Schema::Object(Box::new(text))).description(description)
-}
-
-fn header_meaning(name: &HeaderName) -> &'static str {
-    match *name {
-        RETRY_AFTER => "Seconds to wait before the next try",
-        WWW_AUTHENTICATE => "The scheme to use: Bearer",
-        _ => "See the response's description",
-    }
+fn header(components: &mut Components, name: &HeaderName) -> Header {
+    let (schema, description) = match *name {
+        RETRY_AFTER => (u32::to_schema(components), "Seconds to wait before the next try"),
+        WWW_AUTHENTICATE => (String::to_schema(components), "The scheme to use: Bearer"),
+        _ => (String::to_schema(components), "See the response's description"),
+    };
+    Header::new(schema).description(description)
 }

@@ -56,7 +56,7 @@ pub(super) struct Liveness {
     tags("operations"),
     responses(
         (status_code = 200, description = "Ready", body = Readiness),
-        (status_code = 503, description = "Not ready: send no requests", body = Readiness, headers(("retry-after" = String, description = "Seconds to wait before the next try"))),
+        (status_code = 503, description = "Not ready: send no requests", body = Readiness, headers(("retry-after" = u32, description = "Seconds to wait before the next try"))),
     )
 )]
 pub async fn readiness(depot: &mut Depot) -> Result<JsonResponse, Error> {

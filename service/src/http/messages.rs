@@ -14,7 +14,7 @@ use super::body::{Body, Faults, Text};
 use super::caller::Caller;
 use super::error::{self, Error, NO_PEER, NO_RECIPIENT, Problem};
 use super::middleware::app;
-use super::query::{document_query, query_number, query_text};
+use super::query::{document_query, query_integer, query_number, query_text};
 use super::rate_limit::SendPermit;
 use super::response::JsonResponse;
 use crate::chat::history::Page;
@@ -179,14 +179,18 @@ impl<'ex> Extractible<'ex> for PageQuery {
 
 impl EndpointArgRegister for PageQuery {
     fn register(components: &mut Components, operation: &mut Operation, _arg: &str) {
-        let number = |minimum: i64| Object::with_type(BasicType::Integer).minimum(minimum);
         let id = Object::with_type(BasicType::String).example("01920b1e-9f6a-7c7e-8f4e-0f6c1f4f2a12");
         document_query(operation, "peer_id", true, id, "The other user of the conversation");
-        let limit = number(1).maximum(PAGE_MAX).default_value(PAGE_DEFAULT.into());
+        let limit = query_integer(1).maximum(PAGE_MAX).default_value(PAGE_DEFAULT.into());
         document_query(operation, "limit", false, limit, "Messages in a page");
-        document_query(operation, "offset", false, number(0).default_value(0.into()), "Skip the newest");
-        document_query(operation, "before", false, number(0), "Only messages with a smaller seq");
-        document_query(operation, "after", false, number(0), "The messages that follow this seq directly");
+        // Without a default, which some generated clients would send: the three exclude one another.
+        for (name, description) in [
+            ("offset", "Skip this many of the newest; not together with `before` or `after`"),
+            ("before", "Only messages with a smaller seq"),
+            ("after", "The messages that follow this seq directly; not together with `before`"),
+        ] {
+            document_query(operation, name, false, query_integer(0), description);
+        }
         for (status, description) in [
             (StatusCode::BAD_REQUEST, "A query parameter does not parse"),
             (

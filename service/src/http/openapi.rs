@@ -2,11 +2,15 @@
 
 use salvo::Router;
 use salvo::http::StatusCode;
+use salvo::http::header::{HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
 use salvo_oapi::security::{Http, HttpAuthScheme};
-use salvo_oapi::{Info, License, OpenApi, PathItemType, RefOr, Response, SecurityScheme, Server, Tag};
+use salvo_oapi::{
+    Header, Info, License, OpenApi, PathItemType, RefOr, Response, SecurityScheme, Server, Tag,
+};
 
 use super::caller::SECURITY_SCHEME;
-use super::error::{self, PROBLEM_JSON, Problem};
+use super::conversations::STREAM_POSITION;
+use super::error::{PROBLEM_JSON, Problem};
 use super::request_id::X_REQUEST_ID;
 use crate::telemetry::metrics::EndpointName;
 
@@ -51,9 +55,18 @@ pub(super) fn document(router: &Router) -> OpenApi {
     document
 }
 
-/// Adds what every response has: the id's header, and an example to an error.
+/// Where a response declares one of these, it has it: a generated client need not ask whether it is there.
+const ALWAYS_SENT: [HeaderName; 4] = [X_REQUEST_ID, STREAM_POSITION, RETRY_AFTER, WWW_AUTHENTICATE];
+
+/// Adds what every response has: the id's header, which headers are always there, and an example to an error.
 fn complete(status: &str, response: &mut Response) {
-    response.headers.insert(X_REQUEST_ID.to_string(), error::header("The request's id, as in the log"));
+    let id = Header::default().description("The request's id, as in the log");
+    response.headers.insert(X_REQUEST_ID.to_string(), id);
+    for name in ALWAYS_SENT {
+        if let Some(header) = response.headers.get_mut(name.as_str()) {
+            header.required = Some(true);
+        }
+    }
     if let Some(content) = response.contents.get_mut(PROBLEM_JSON) {
         content.example = Some(Problem::example(status, &response.description));
     }

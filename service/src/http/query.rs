@@ -1,7 +1,7 @@
 //! Query parameters. One that does not parse is an error and never silently the default.
 
 use salvo::Request;
-use salvo_oapi::{Object, Operation, Parameter, ParameterIn};
+use salvo_oapi::{BasicType, KnownFormat, Object, Operation, Parameter, ParameterIn, SchemaFormat};
 
 use super::error::Error;
 
@@ -23,6 +23,12 @@ pub(super) fn query_text<'r>(req: &'r Request, name: &'static str) -> Result<Opt
         Some([text]) => Ok(Some(text)),
         Some(_) => Err(Error::BadRequest(format!("the query parameter {name} is given twice").into())),
     }
+}
+
+/// The schema of a number of the query. Clients generated without the format would have 32 bits for a `seq`.
+pub(super) fn query_integer(minimum: i64) -> Object {
+    let format = SchemaFormat::KnownFormat(KnownFormat::Int64);
+    Object::with_type(BasicType::Integer).format(format).minimum(minimum)
 }
 
 /// Describes a query parameter in the OpenAPI document.

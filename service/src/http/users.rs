@@ -51,7 +51,7 @@ pub(super) struct User {
     #[salvo(schema(example = "ana@example.com"))]
     pub email: String,
     #[serde(serialize_with = "timestamp::serialize")]
-    #[salvo(schema(value_type = String, example = "2026-01-31T12:00:00.123456Z"))]
+    #[salvo(schema(value_type = String, format = DateTime, example = "2026-01-31T12:00:00.123456Z"))]
     pub created_at: OffsetDateTime,
 }
 

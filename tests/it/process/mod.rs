@@ -7,6 +7,7 @@ mod connections;
 mod dotenv;
 mod examples;
 mod faults;
+mod generated_client;
 mod installation;
 mod jobs;
 mod lifecycle;

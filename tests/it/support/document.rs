@@ -37,6 +37,10 @@ pub(super) fn check(method: &Method, path: &str, response: &Response) {
         let body: Value = serde_json::from_slice(&response.body).expect("a JSON body");
         check_schema(&body, &content["schema"], &place);
     }
+    for (name, header) in documented["headers"].as_object().into_iter().flatten() {
+        let is_missing = header["required"] == true && !response.headers.contains_key(name);
+        assert!(!is_missing, "{place}: the header {name} is missing");
+    }
     for name in
         ["link", "stream-position", "warning", "idempotency-replayed", "www-authenticate", "retry-after"]
     {
