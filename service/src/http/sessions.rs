@@ -85,11 +85,11 @@ pub(super) struct Session {
     pub id: Uuid,
     /// The login.
     #[serde(serialize_with = "timestamp::serialize")]
-    #[salvo(schema(value_type = String, example = "2026-01-31T12:00:00.123456Z"))]
+    #[salvo(schema(value_type = String, format = DateTime, example = "2026-01-31T12:00:00.123456Z"))]
     pub created_at: OffsetDateTime,
     /// The login or the last refresh.
     #[serde(serialize_with = "timestamp::serialize")]
-    #[salvo(schema(value_type = String, example = "2026-02-01T12:00:00.123456Z"))]
+    #[salvo(schema(value_type = String, format = DateTime, example = "2026-02-01T12:00:00.123456Z"))]
     pub last_used_at: OffsetDateTime,
     /// The address that logged in.
     #[salvo(schema(example = "203.0.113.7"))]
