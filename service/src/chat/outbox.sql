@@ -15,8 +15,11 @@ WITH input AS (
     FROM input i
     JOIN users s ON s.id = i.sender
     JOIN users r ON r.id = i.recipient
-    WHERE NOT EXISTS (SELECT FROM replayed p WHERE p.n = i.n)
-      AND NOT EXISTS (SELECT FROM ended_sessions e WHERE e.session_id = i.session)
+    -- These are no NOT EXISTS, because the planner may expect those to leave one row, and then joins all that follows in
+    -- nested loops: with 200 messages that takes half as much time again.
+    WHERE (SELECT p.n FROM replayed p WHERE p.n = i.n) IS DISTINCT FROM i.n
+      AND (SELECT e.session_id FROM ended_sessions e WHERE e.session_id = i.session LIMIT 1)
+          IS DISTINCT FROM i.session
 ), touched AS (
     -- Locks the conversations, always in this order, and continues their seq.
     INSERT INTO conversations AS held (low_user, high_user, id, last_seq, last_at)
