@@ -1,7 +1,7 @@
 //! Refresh tokens: random, kept as hashes, each good for one use.
 //!
-//! A token names its family, by which the session is found, and has a secret. Whoever presents the current one gets its
-//! successor. Whoever presents the one before gets the same successor for a few seconds, because the answer may have been lost.
+//! A token names its family, by which the session is found, and has a secret. The current one is exchanged for its
+//! successor. For a few seconds the one before is exchanged for the same successor, because the answer may have been lost.
 //! The server does not keep tokens, so it derives the successor from the secret key, a random salt of this rotation, which the
 //! session keeps, and the token itself: nobody can who lacks one of the three.
 
