@@ -205,7 +205,9 @@ pub async fn logout_all(caller: Caller, depot: &mut Depot) -> Result<NoContent, 
     responses((status_code = 200, description = "The sessions", body = Vec<Session>))
 )]
 pub async fn list(caller: Caller, depot: &mut Depot) -> Result<JsonResponse, Error> {
-    let sessions = app(depot)?.sessions.list(caller.id, caller.session).await?.ok_or(USER_GONE)?;
+    let app = app(depot)?;
+    check_caller(app, caller).await?;
+    let sessions = app.sessions.list(caller.id).await?;
     let sessions: Vec<Session> = sessions
         .into_iter()
         .map(|session| Session {
@@ -232,12 +234,12 @@ pub async fn list(caller: Caller, depot: &mut Depot) -> Result<JsonResponse, Err
 )]
 pub async fn end(caller: Caller, req: &mut Request, depot: &mut Depot) -> Result<NoContent, Error> {
     let app = app(depot)?;
-    let id = req.param::<String>("id").and_then(|id| Uuid::parse_str(&id).ok());
-    let sessions = app.sessions.list(caller.id, caller.session).await?.ok_or(USER_GONE)?;
-    let known = id.filter(|id| sessions.iter().any(|session| session.id == *id));
-    let id =
-        known.ok_or(Error::NotFound(Cow::Borrowed("you have no such session: GET /sessions lists them")))?;
-    app.sessions.end(caller.id, Ending::Listed(id)).await?;
+    check_caller(app, caller).await?;
+    // What is no id is no session's: the nil id is not, either.
+    let id = req.param::<&str>("id").and_then(|id| Uuid::parse_str(id).ok()).unwrap_or_default();
+    if app.sessions.end(caller.id, Ending::Listed(id)).await? == 0 {
+        return Err(Error::NotFound(Cow::Borrowed("you have no such session: GET /sessions lists them")));
+    }
     Ok(NoContent)
 }
 
