@@ -149,6 +149,7 @@ impl App {
         tasks.supervisors.spawn(sweep::old_endings(self.database.clone(), kept));
         let lifetime = self.config.refresh_token_lifetime();
         tasks.supervisors.spawn(sweep::unused_sessions(self.database.clone(), lifetime));
+        tasks.supervisors.spawn(sweep::active_hours(self.database.clone()));
     }
 
     /// Numbers that the metrics read at each scrape.

@@ -1,9 +1,14 @@
 //! A user's conversations, most recently active first.
 //!
-//! No index has them in this order: it would change with each message. The statement reads all of the user's conversations,
-//! which are narrow rows, and sorts them; their histories do not matter to it, and a message costs nothing more to send.
+//! An index on the time of the last message would change with each message. So the indexes have the hour of it, which a trigger
+//! notes: a message costs nothing more to send, but for the first one of an hour. The statement looks for the hour in which the
+//! page ends, and sorts the conversations of that hour and later ones.
+//!
+//! A conversation from before that column, and one with a single message, have no hour yet, which is -1, until [`super::sweep`]
+//! notes it. The statement sorts all that the user has of these. The sweep's index is on those with `active_hour = -1`; the
+//! condition `< 0` here keeps the planner from it, because it has those of all users.
 
-use time::OffsetDateTime;
+use time::{Date, OffsetDateTime};
 use uuid::Uuid;
 
 use super::message::{Message, RenderedMessage};
@@ -16,6 +21,11 @@ use crate::store::postgres::Database;
 pub(crate) struct Cursor {
     pub(crate) last_at: OffsetDateTime,
     pub(crate) conversation: Uuid,
+}
+
+impl Cursor {
+    /// The first page follows it.
+    const BEFORE_ALL: Self = Self { last_at: Date::MAX.midnight().assume_utc(), conversation: Uuid::max() };
 }
 
 #[derive(Debug)]
@@ -74,18 +84,32 @@ pub(crate) async fn list(
     after: Option<Cursor>,
     limit: i64,
 ) -> Result<Conversations, ConversationsError> {
-    let (last_at, conversation) = after.map(|cursor| (cursor.last_at, cursor.conversation)).unzip();
+    let Cursor { last_at, conversation } = after.unwrap_or(Cursor::BEFORE_ALL);
     let mut connection = database.acquire().await?;
     let query = sqlx::query_as!(
         Row,
-        r#"WITH own AS (
-               SELECT id, high_user AS peer, last_seq, last_at FROM conversations WHERE low_user = $1
+        r#"WITH low AS (
+               SELECT min(active_hour) AS oldest_hour FROM (
+                   SELECT active_hour FROM conversations
+                   WHERE low_user = $1 AND active_hour <= hour_of($2) AND (last_at, id) < ($2, $3)
+                   ORDER BY active_hour DESC LIMIT $4
+               ) AS newest
+           ), high AS (
+               SELECT min(active_hour) AS oldest_hour FROM (
+                   SELECT active_hour FROM conversations
+                   WHERE high_user = $1 AND active_hour <= hour_of($2) AND (last_at, id) < ($2, $3)
+                   ORDER BY active_hour DESC LIMIT $4
+               ) AS newest
+           ), own AS (
+               SELECT id, high_user AS peer, last_seq, last_at FROM conversations
+               WHERE low_user = $1 AND (last_at, id) < ($2, $3)
+                 AND (active_hour BETWEEN (SELECT oldest_hour FROM low) AND hour_of($2) OR active_hour < 0)
                UNION ALL
-               SELECT id, low_user AS peer, last_seq, last_at FROM conversations WHERE high_user = $1
+               SELECT id, low_user AS peer, last_seq, last_at FROM conversations
+               WHERE high_user = $1 AND (last_at, id) < ($2, $3)
+                 AND (active_hour BETWEEN (SELECT oldest_hour FROM high) AND hour_of($2) OR active_hour < 0)
            ), page AS MATERIALIZED (
-               SELECT * FROM own
-               WHERE $2::timestamptz IS NULL OR (last_at, id) < ($2, $3)
-               ORDER BY last_at DESC, id DESC LIMIT $4
+               SELECT * FROM own ORDER BY last_at DESC, id DESC LIMIT $4
            )
            SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
                   EXISTS (SELECT FROM users WHERE id = $1)

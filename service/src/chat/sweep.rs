@@ -1,5 +1,5 @@
-//! Removes what has expired, in steps so small that no request has to wait. Replicas do not block one another: each skips the
-//! rows that another has locked.
+//! Removes what has expired, and notes what may be noted later, in steps so small that no request has to wait. Replicas do not
+//! block one another: each skips the rows that another has locked.
 
 use std::time::Duration;
 
@@ -31,6 +31,11 @@ pub(crate) async fn unused_sessions(database: Database, lifetime: Duration) {
     repeat(Operation::DeleteUnusedSessions, || remove_sessions(&database, lifetime)).await;
 }
 
+/// Notes in new conversations the hour of their message, until the process ends.
+pub(crate) async fn active_hours(database: Database) {
+    repeat(Operation::NoteActiveHours, || note_hours(&database)).await;
+}
+
 async fn repeat<F>(operation: Operation, step: impl Fn() -> F)
 where
     F: Future<Output = Result<u64, sqlx::Error>>,
@@ -38,9 +43,7 @@ where
     loop {
         match step().await {
             // There may be more: continue after a short pause.
-            Ok(removed) if removed >= STEP_ROWS as u64 => {
-                tokio::time::sleep(Duration::from_millis(100)).await
-            }
+            Ok(done) if done >= STEP_ROWS as u64 => tokio::time::sleep(Duration::from_millis(100)).await,
             Ok(_) => tokio::time::sleep(INTERVAL).await,
             // The health task has already logged that Postgres is unavailable.
             Err(error) => {
@@ -118,4 +121,16 @@ async fn remove_sessions(database: &Database, lifetime: Duration) -> Result<u64,
     let mut connection = database.acquire().await?;
     let removed = database.run(Operation::DeleteUnusedSessions, query.execute(&mut *connection)).await?;
     Ok(removed.rows_affected())
+}
+
+async fn note_hours(database: &Database) -> Result<u64, sqlx::Error> {
+    let query = sqlx::query!(
+        "UPDATE conversations SET active_hour = hour_of(last_at) WHERE id IN (
+             SELECT id FROM conversations WHERE active_hour = -1 LIMIT $1 FOR UPDATE SKIP LOCKED
+         )",
+        STEP_ROWS,
+    );
+    let mut connection = database.acquire().await?;
+    let noted = database.run(Operation::NoteActiveHours, query.execute(&mut *connection)).await?;
+    Ok(noted.rows_affected())
 }

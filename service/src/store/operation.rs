@@ -46,6 +46,8 @@ pub enum Operation {
     DeleteOldDeletions,
     DeleteUnusedSessions,
     DeleteEndedSessions,
+    /// The hours by which conversations are listed.
+    NoteActiveHours,
     /// Counts a request against a rate limit.
     CountAttempt,
     /// Which Redis it is.
@@ -98,7 +100,8 @@ impl Operation {
             | Self::DeleteExpiredKeys
             | Self::DeleteOldDeletions
             | Self::DeleteUnusedSessions
-            | Self::DeleteEndedSessions => "postgresql",
+            | Self::DeleteEndedSessions
+            | Self::NoteActiveHours => "postgresql",
             Self::CountAttempt
             | Self::IdentifyRedis
             | Self::LookUpWindow
