@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
@@ -31,7 +31,7 @@ pub enum Output {
     Stderr,
 }
 
-/// It never blocks: a line that does not fit is lost there.
+/// It never blocks: a line that does not fit is lost there. A file would be written by two processes, each at its own place.
 fn container_log() -> Option<File> {
     let main = fs::read_link("/proc/1/exe").ok()?;
     if std::process::id() == 1 || main != std::env::current_exe().ok()? {
@@ -39,7 +39,8 @@ fn container_log() -> Option<File> {
     }
     let mut options = File::options();
     options.append(true).custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed());
-    options.open("/proc/1/fd/1").ok()
+    let log = options.open("/proc/1/fd/1").ok()?;
+    log.metadata().is_ok_and(|log| log.file_type().is_fifo()).then_some(log)
 }
 
 /// The capacity that an emptied buffer keeps: some thousand lines.

@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::config::Config;
-use crate::store::migrations::{self, Answer as SchemaAnswer};
+use crate::store::migrations::{self, Answer as SchemaAnswer, Schema};
 use crate::store::operation::Operation;
 use crate::store::pooler;
 use crate::store::postgres::{self, Database, connect_fix, installation_fix};
@@ -100,11 +100,11 @@ impl Context {
         }
         let SchemaAnswer { schema, fault, read_only } =
             migrations::schema(&database).await.map_err(|error| failed(&error))?;
-        if let Some(fault) = migrations::version_fault(schema.version()) {
-            bail!("the schema is at {fault}");
-        }
-        if let Some(fault) = fault {
-            bail!("{fault}");
+        match (migrations::version_fault(schema.version()), fault) {
+            (_, Some(fault)) if !matches!(schema, Schema::Behind { .. }) => bail!("{fault}"),
+            (Some(fault), _) => bail!("the schema is at {fault}"),
+            (None, Some(fault)) => bail!("{fault}"),
+            (None, None) => {}
         }
         if let (true, Some(why)) = (changes, read_only) {
             bail!("Postgres only reads, {}, so nothing can be changed: {}", why.reason(), why.fix());

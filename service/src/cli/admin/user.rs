@@ -30,53 +30,60 @@ const STDIN_MAX_BYTES: u64 = 16 * 1024;
 /// Messages that `show` reads at most to count the user's: a second or two.
 const COUNTED_MAX: i64 = 100_000;
 
+#[derive(clap::Args, Debug)]
+pub(super) struct Target {
+    /// An id, or a username in any case
+    user: String,
+}
+
 #[derive(Subcommand, Debug)]
 pub(super) enum Command {
     /// Show the account, its sessions, and how much it has written
     ///
     /// Of the messages in the user's conversations 100000 are looked at; `messages_sent` is exact where those are all, as
     /// `messages_sent_is_exact` says.
-    Show { user: String },
+    Show(Target),
     /// Keep the user from logging in, and end all its sessions
     ///
     /// A login, a refresh and every token of the user are 401 from now on, on every replica, as for a wrong password; its streams
     /// end. Others still find it, read its messages, and may write to it.
-    Disable { user: String },
+    Disable(Target),
     /// Let a disabled user log in again
     ///
     /// Sessions from before stay ended.
-    Enable { user: String },
+    Enable(Target),
     /// Set a new password, and end all sessions
     ///
-    /// The random password is printed once, and stored nowhere. A user who is disabled stays so.
+    /// The random password is printed once; only its hash is stored. A user who is disabled stays so.
     ResetPassword {
-        user: String,
+        #[command(flatten)]
+        target: Target,
         /// Read the new password from stdin instead: 8 to 128 characters, without the line break at its end
         #[arg(long)]
         password_stdin: bool,
     },
     /// End all sessions: every token of the user is 401 from now on
-    Revoke { user: String },
+    Revoke(Target),
 }
 
 impl Command {
     pub(super) fn name(&self) -> &'static str {
         match self {
-            Self::Show { .. } => "user show",
-            Self::Disable { .. } => "user disable",
-            Self::Enable { .. } => "user enable",
+            Self::Show(_) => "user show",
+            Self::Disable(_) => "user disable",
+            Self::Enable(_) => "user enable",
             Self::ResetPassword { .. } => "user reset-password",
-            Self::Revoke { .. } => "user revoke",
+            Self::Revoke(_) => "user revoke",
         }
     }
 
     fn user(&self) -> &str {
         match self {
-            Self::Show { user }
-            | Self::Disable { user }
-            | Self::Enable { user }
-            | Self::ResetPassword { user, .. }
-            | Self::Revoke { user } => user,
+            Self::Show(target)
+            | Self::Disable(target)
+            | Self::Enable(target)
+            | Self::ResetPassword { target, .. }
+            | Self::Revoke(target) => &target.user,
         }
     }
 }
@@ -90,7 +97,7 @@ pub(super) async fn run(config: &Config, options: &Options, command: &Command) -
         },
         _ => Alphanumeric.sample_string(&mut rand::rng(), RANDOM_CHARS),
     };
-    let context = Context::open(config, None, !matches!(command, Command::Show { .. })).await?;
+    let context = Context::open(config, None, !matches!(command, Command::Show(_))).await?;
     let answer = answer(&context, options, command, password).await;
     context.close().await;
     answer
@@ -101,10 +108,10 @@ async fn answer(context: &Context, options: &Options, command: &Command, passwor
         return Ok(Answer::NoSuchUser);
     };
     match command {
-        Command::Show { .. } => show(context, user).await,
-        Command::Disable { .. } => change(context, options, &user, Change::Disable).await,
-        Command::Enable { .. } => change(context, options, &user, Change::Enable).await,
-        Command::Revoke { .. } => change(context, options, &user, Change::Revoke).await,
+        Command::Show(_) => show(context, user).await,
+        Command::Disable(_) => change(context, options, &user, Change::Disable).await,
+        Command::Enable(_) => change(context, options, &user, Change::Enable).await,
+        Command::Revoke(_) => change(context, options, &user, Change::Revoke).await,
         Command::ResetPassword { .. } if options.dry_run => {
             change(context, options, &user, Change::Password("")).await
         }
