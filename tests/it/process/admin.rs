@@ -1,10 +1,13 @@
 //! `chat-service admin`: what it does to a running replica, what it prints, and how it exits.
 
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use tests::servers::daemon::{self, dies_with_us};
+use tests::service_binary;
 use tests::sse::{EventStream, Next};
 
 use super::support::{Database, LIMIT, PASSWORD, Response, Service, Start, User, closed_port, has_none_of};
@@ -324,6 +327,42 @@ fn every_command_leaves_one_line_that_names_nobody() -> Result<()> {
     let failed = logged(&["revoke"]).env("DATABASE_URL", "postgres://me:s3cret@127.0.0.1:1/chat").run()?;
     ensure!(failed.code == 1 && failed.stderr.contains("\"outcome\":\"failed\""), "{failed:?}");
     has_none_of(&failed.said(), ["s3cret"])
+}
+
+/// As in a pod: the service is the first process, and its log is a pipe.
+#[test]
+fn in_a_container_the_line_is_in_the_log_of_the_service_too() -> Result<()> {
+    const SCRIPT: &str = r#"
+        (until [ "$(readlink /proc/1/exe)" = "$0" ]; do sleep 0.1; done
+         "$0" admin user show nobody --reason "from within" >/dev/null 2>&1
+         while sleep 0.5; do kill -TERM 1; done) &
+        exec "$0" serve"#;
+    let isolated = |arguments: &[&str]| {
+        let mut command = dies_with_us(Path::new("unshare"), "KILL");
+        command.args(["--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]);
+        command
+            .args(arguments)
+            .current_dir("/")
+            .env_clear()
+            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+        command
+    };
+    // Linux has such namespaces, and some machines forbid them.
+    if !daemon::run(isolated(&["true"]), LIMIT).is_ok_and(|ran| ran.status.success()) {
+        return Ok(());
+    }
+    let database = Database::create()?;
+    ensure!(Start::on(&database).args(&["migrate"]).run()?.code == 0);
+    let mut command = isolated(&["sh", "-c", SCRIPT]);
+    command.arg(std::fs::canonicalize(service_binary()?)?).env("DATABASE_URL", database.url());
+    command.env("REDIS_URL", format!("redis://127.0.0.1:{}", closed_port()?));
+    command.env("HOST", "127.0.0.1").env("PORT", "0").env("OPS_PORT", "0");
+    let ran = daemon::run(command, LIMIT)?;
+    let log = String::from_utf8_lossy(&ran.stdout);
+    let lines: Vec<_> = log.lines().filter(|line| line.contains(" audit ")).collect();
+    ensure!(lines.len() == 1 && lines[0].contains("no_such_user"), "{log}");
+    ensure!(lines[0].contains("from within") && !lines[0].contains("nobody"), "{log}");
+    Ok(())
 }
 
 /// Both wait for the user's row, in this order.
