@@ -323,7 +323,8 @@ async fn find_credentials(database: &Database, username: &str) -> Result<Option<
     let mut connection = database.acquire().await?;
     let query = sqlx::query_as!(
         Credentials,
-        "SELECT id, password_hash FROM users WHERE username_key = $1",
+        // One who is disabled is as good as unknown, and costs as much.
+        "SELECT id, password_hash FROM users WHERE username_key = $1 AND disabled_at IS NULL",
         username.to_ascii_lowercase()
     );
     database.run(Operation::FindCredentials, query.fetch_optional(&mut *connection)).await
@@ -333,7 +334,8 @@ async fn find_hash(database: &Database, caller: Caller) -> Result<Option<String>
     let mut connection = database.acquire().await?;
     let query = sqlx::query_scalar!(
         "SELECT password_hash FROM users
-         WHERE id = $1 AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $2)",
+         WHERE id = $1 AND disabled_at IS NULL
+               AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $2)",
         caller.id,
         caller.session,
     );

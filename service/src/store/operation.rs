@@ -24,6 +24,8 @@ pub enum Operation {
     ListSessions,
     EndSessions,
     ChangePassword,
+    /// What an operator does to a user.
+    ChangeUser,
     /// Waits for the statements that may not have seen a change.
     AwaitWriters,
     /// What readiness depends on.
@@ -88,6 +90,7 @@ impl Operation {
             | Self::ListSessions
             | Self::EndSessions
             | Self::ChangePassword
+            | Self::ChangeUser
             | Self::AwaitWriters
             | Self::CheckSchema
             | Self::ReadPermission

@@ -1,6 +1,7 @@
 //! The built binary as a process: how it starts and ends, its configuration, and what it does when a dependency is
 //! unavailable.
 
+mod admin;
 mod commands;
 mod configuration;
 mod connections;

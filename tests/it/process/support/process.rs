@@ -23,6 +23,7 @@ pub(crate) struct Start {
     arguments: Vec<String>,
     files: Vec<(String, Vec<u8>)>,
     open_files: Option<u32>,
+    stdin: Option<String>,
 }
 
 impl Start {
@@ -82,6 +83,13 @@ impl Start {
         self
     }
 
+    /// What it reads from stdin; nothing by default.
+    #[must_use]
+    pub(crate) fn stdin(mut self, text: &str) -> Self {
+        self.stdin = Some(text.to_owned());
+        self
+    }
+
     /// Begins with this soft limit of open files.
     #[must_use]
     pub(crate) fn open_files(mut self, limit: u32) -> Self {
@@ -109,6 +117,11 @@ impl Start {
         };
         command.env_clear().envs(self.environment.iter().cloned()).args(&self.arguments);
         command.current_dir(directory.path()).stdin(Stdio::null());
+        if let Some(text) = &self.stdin {
+            let stdin = directory.path().join("stdin");
+            fs::write(&stdin, text)?;
+            command.stdin(File::open(stdin)?);
+        }
         command.stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);
         let child = daemon::spawn(command)?;
         Ok(Process { child, stdout, stderr, _directory: directory })
