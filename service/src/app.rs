@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 
 use crate::chat::check;
 use crate::chat::history::History;
-use crate::chat::outbox::Outbox;
+use crate::chat::outbox::{self, Outbox};
 use crate::chat::permission::Permission;
 use crate::chat::recent::Recent;
 use crate::chat::streams::{self, Streams};
@@ -80,7 +80,7 @@ impl App {
         let metrics = Metrics::new(Known {
             endpoints,
             operations: Operation::names().collect(),
-            limits: Limit::names(),
+            limits: Limit::names().into_iter().chain([outbox::NEW_CONVERSATIONS]).collect(),
             schema_version: migrations::known_version(),
         })?;
         let database = Database::new(&config, connect_options.clone(), Arc::clone(&metrics));
@@ -148,6 +148,7 @@ impl App {
         let kept = Permission::endings_kept(&self.config);
         tasks.supervisors.spawn(sweep::old_endings(self.database.clone(), kept));
         let lifetime = self.config.refresh_token_lifetime();
+        tasks.supervisors.spawn(sweep::old_counts(self.database.clone()));
         tasks.supervisors.spawn(sweep::unused_sessions(self.database.clone(), lifetime));
     }
 

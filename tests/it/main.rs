@@ -2,6 +2,7 @@
 
 mod architecture;
 mod authentication;
+mod blocks;
 mod conversations;
 mod cors;
 mod docs;

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use reqwest::Method;
 use uuid::Uuid;
 
 use crate::support::{Operation, PASSWORD, Request, TestApp, User, operations, text};
@@ -24,6 +25,7 @@ fn requests(
     operation: &Operation,
     ana: &User,
     ben: &User,
+    blocker: &User,
     name: Option<String>,
 ) -> Vec<Request> {
     let app = &apps.usual;
@@ -63,6 +65,8 @@ fn requests(
         send(&apps.limited, &new_name()),
         send(&apps.limited, &new_name()),
         send(&apps.without_postgres, &name),
+        operation.request(app, blocker, &new_name()).by(ana),
+        operation.request(app, ana, &new_name()).by(ana),
     ]
 }
 
@@ -80,6 +84,9 @@ async fn every_documented_status_is_the_response_to_some_request() {
     for operation in operations() {
         // Each begins with sessions, which it may end.
         let (ana, ben) = (apps.usual.member().await, apps.usual.member().await);
+        let blocker = apps.usual.member().await;
+        let block = apps.usual.request(Method::PUT, &format!("/blocks/{}", ana.id)).by(&blocker);
+        assert_eq!(block.response().await.status, 204);
         let is_about_caller = operation.path.starts_with("/sessions");
         let ben = if is_about_caller { &ana } else { &ben };
         let refresh_token = match operation.path.as_str() {
@@ -87,7 +94,7 @@ async fn every_documented_status_is_the_response_to_some_request() {
             _ => None,
         };
         let mut seen = BTreeSet::from([INTERNAL_ERROR]);
-        for request in requests(&apps, &operation, &ana, ben, refresh_token) {
+        for request in requests(&apps, &operation, &ana, ben, &blocker, refresh_token) {
             seen.insert(request.response().await.status);
         }
         if operation.documented.get("requestBody").is_some() {

@@ -46,6 +46,10 @@ pub enum Operation {
     DeleteOldDeletions,
     DeleteUnusedSessions,
     DeleteEndedSessions,
+    DeleteOldCounts,
+    Block,
+    Unblock,
+    ListBlocks,
     /// Counts a request against a rate limit.
     CountAttempt,
     /// Which Redis it is.
@@ -98,7 +102,11 @@ impl Operation {
             | Self::DeleteExpiredKeys
             | Self::DeleteOldDeletions
             | Self::DeleteUnusedSessions
-            | Self::DeleteEndedSessions => "postgresql",
+            | Self::DeleteEndedSessions
+            | Self::DeleteOldCounts
+            | Self::Block
+            | Self::Unblock
+            | Self::ListBlocks => "postgresql",
             Self::CountAttempt
             | Self::IdentifyRedis
             | Self::LookUpWindow

@@ -39,6 +39,7 @@ impl Start {
             .env("LOGIN_RATE_LIMIT_PER_MINUTE", "0")
             .env("SEND_RATE_LIMIT_PER_MINUTE", "0")
             .env("REGISTER_RATE_LIMIT_PER_MINUTE", "0")
+            .env("NEW_CONVERSATIONS_PER_HOUR", "0")
     }
 
     #[must_use]
