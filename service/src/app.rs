@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::chat::check;
+use crate::chat::export::Exports;
 use crate::chat::history::History;
 use crate::chat::outbox::{self, Outbox};
 use crate::chat::permission::Permission;
@@ -41,6 +42,8 @@ pub struct App {
     pub outbox: Outbox,
     /// Reads every page of messages.
     pub history: History,
+    /// Reads everything about a user.
+    pub(crate) exports: Exports,
     /// Follows new messages live.
     pub(crate) streams: Arc<Streams>,
     /// Whether the recent windows may be used, and which users were deleted.
@@ -118,6 +121,12 @@ impl App {
                 database.clone(),
                 recent,
                 Arc::clone(&health),
+                Arc::clone(&metrics),
+            ),
+            exports: Exports::new(
+                database.clone(),
+                Arc::clone(&health),
+                Arc::clone(&permission),
                 Arc::clone(&metrics),
             ),
             streams,

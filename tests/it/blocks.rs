@@ -39,7 +39,8 @@ async fn strangers(app: &TestApp, n: i32) -> Vec<User> {
     .fetch_all(&mut app.database.connect().await)
     .await
     .expect("users");
-    let user = |(id, name): (Uuid, String)| User { id: id.to_string(), name, token: app.token(&id.to_string()) };
+    let user =
+        |(id, name): (Uuid, String)| User { id: id.to_string(), name, token: app.token(&id.to_string()) };
     users.into_iter().map(user).collect()
 }
 
@@ -128,7 +129,8 @@ async fn only_another_user_can_be_blocked_and_1000_at_most() {
     }
     assert_eq!(change(&app, Method::PUT, &ana, &ana.id).await.invalid_fields(), ["user_id"]);
     let many = strangers(&app, 999).await;
-    let fill = format!("INSERT INTO blocks SELECT '{}', id FROM users WHERE username LIKE 'stranger%'", ana.id);
+    let fill =
+        format!("INSERT INTO blocks SELECT '{}', id FROM users WHERE username LIKE 'stranger%'", ana.id);
     app.database.execute(&fill).await;
     block(&app, &ana, &ben).await;
     let cleo = app.user("cleo").await;
@@ -215,7 +217,8 @@ async fn many_first_messages_at_once_begin_exactly_as_many_conversations_as_are_
         for two in statuses.chunks(2) {
             assert_eq!(two[0], two[1], "one conversation, and one answer: {statuses:?}");
         }
-        let sql = format!("SELECT count(*) FROM conversations WHERE '{}' IN (low_user, high_user)", sender.id);
+        let sql =
+            format!("SELECT count(*) FROM conversations WHERE '{}' IN (low_user, high_user)", sender.id);
         assert_eq!(app.database.count(&sql).await, 10);
     }
     let refused = "chat_rate_limited_total{limit=\"new_conversations\"}";

@@ -7,6 +7,7 @@ mod conversations;
 mod cors;
 mod docs;
 mod errors;
+mod export;
 mod harness;
 mod head;
 mod health;

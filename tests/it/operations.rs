@@ -60,12 +60,14 @@ fn requests(
         raw(&format!("{path}{separator}limit=abc"), "application/json", "{}"),
         raw(&format!("{path}{separator}limit=0"), "application/json", "{}"),
         raw(&format!("{path}{separator}after=1&after=2"), "application/json", "{}"),
+        raw(&format!("{path}{separator}after=x"), "application/json", "{}"),
         // Three within a minute or two: at least one is over the limit.
         send(&apps.limited, &new_name()),
         send(&apps.limited, &new_name()),
         send(&apps.limited, &new_name()),
         send(&apps.without_postgres, &name),
         operation.request(app, blocker, &new_name()).by(ana),
+        operation.request(app, ana, &new_name()).by(blocker),
         operation.request(app, ana, &new_name()).by(ana),
     ]
 }
@@ -87,6 +89,12 @@ async fn every_documented_status_is_the_response_to_some_request() {
         let blocker = apps.usual.member().await;
         let block = apps.usual.request(Method::PUT, &format!("/blocks/{}", ana.id)).by(&blocker);
         assert_eq!(block.response().await.status, 204);
+        // Its export runs already.
+        let lease = format!(
+            "INSERT INTO exports VALUES ('{}', gen_random_uuid(), now() + interval '1 minute')",
+            blocker.id
+        );
+        apps.usual.database.execute(&lease).await;
         let is_about_caller = operation.path.starts_with("/sessions");
         let ben = if is_about_caller { &ana } else { &ben };
         let refresh_token = match operation.path.as_str() {

@@ -482,9 +482,9 @@ fn resolve(message: Outgoing, row: Row) -> Result<(RenderedMessage, bool), SendE
     match row {
         Row { sender_exists: false, .. } => Err(SendError::SenderGone),
         Row { stored: None, blocked: true, .. } => Err(SendError::Blocked),
-        Row { stored: None, retry_after: Some(seconds), .. } => {
-            Err(SendError::TooManyNewConversations { retry_after: Duration::from_secs(seconds.unsigned_abs()) })
-        }
+        Row { stored: None, retry_after: Some(seconds), .. } => Err(SendError::TooManyNewConversations {
+            retry_after: Duration::from_secs(seconds.unsigned_abs()),
+        }),
         Row { stored: None, .. } => Err(SendError::NoSuchRecipient),
         Row { replay: Some(false), .. } => Err(SendError::KeyReused),
         Row { stored: Some(Stored { id, seq, created_at }), replay, .. } => {

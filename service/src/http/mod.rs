@@ -7,6 +7,7 @@ mod client_ip;
 mod conversations;
 mod cors;
 mod error;
+mod export;
 mod health;
 mod messages;
 mod middleware;

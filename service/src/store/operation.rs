@@ -50,6 +50,12 @@ pub enum Operation {
     Block,
     Unblock,
     ListBlocks,
+    /// Takes the lease of an export.
+    BeginExport,
+    ExtendExport,
+    EndExport,
+    /// A page of an export, without messages.
+    ReadExport,
     /// Counts a request against a rate limit.
     CountAttempt,
     /// Which Redis it is.
@@ -106,7 +112,11 @@ impl Operation {
             | Self::DeleteOldCounts
             | Self::Block
             | Self::Unblock
-            | Self::ListBlocks => "postgresql",
+            | Self::ListBlocks
+            | Self::BeginExport
+            | Self::ExtendExport
+            | Self::EndExport
+            | Self::ReadExport => "postgresql",
             Self::CountAttempt
             | Self::IdentifyRedis
             | Self::LookUpWindow
