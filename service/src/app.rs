@@ -7,8 +7,9 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::chat::check;
+use crate::chat::export::Exports;
 use crate::chat::history::History;
-use crate::chat::outbox::Outbox;
+use crate::chat::outbox::{self, Outbox};
 use crate::chat::permission::Permission;
 use crate::chat::recent::Recent;
 use crate::chat::streams::{self, Streams};
@@ -41,6 +42,8 @@ pub struct App {
     pub outbox: Outbox,
     /// Reads every page of messages.
     pub history: History,
+    /// Reads everything about a user.
+    pub(crate) exports: Exports,
     /// Follows new messages live.
     pub(crate) streams: Arc<Streams>,
     /// Whether the recent windows may be used, and which users were deleted.
@@ -80,7 +83,7 @@ impl App {
         let metrics = Metrics::new(Known {
             endpoints,
             operations: Operation::names().collect(),
-            limits: Limit::names(),
+            limits: Limit::names().into_iter().chain([outbox::NEW_CONVERSATIONS]).collect(),
             schema_version: migrations::known_version(),
         })?;
         let database = Database::new(&config, connect_options.clone(), Arc::clone(&metrics));
@@ -120,6 +123,12 @@ impl App {
                 Arc::clone(&health),
                 Arc::clone(&metrics),
             ),
+            exports: Exports::new(
+                database.clone(),
+                Arc::clone(&health),
+                Arc::clone(&permission),
+                Arc::clone(&metrics),
+            ),
             streams,
             permission,
             connect_options,
@@ -148,6 +157,7 @@ impl App {
         let kept = Permission::endings_kept(&self.config);
         tasks.supervisors.spawn(sweep::old_endings(self.database.clone(), kept));
         let lifetime = self.config.refresh_token_lifetime();
+        tasks.supervisors.spawn(sweep::old_counts(self.database.clone()));
         tasks.supervisors.spawn(sweep::unused_sessions(self.database.clone(), lifetime));
         tasks.supervisors.spawn(sweep::active_hours(self.database.clone()));
     }

@@ -118,6 +118,9 @@ pub struct Config {
     /// Registrations per client address and minute; 0 switches the limit off
     #[arg(long = "REGISTER_RATE_LIMIT_PER_MINUTE", default_value_t = 30)]
     pub register_rate_limit_per_minute: u32,
+    /// Conversations that a user may begin in an hour; 0 switches the limit off
+    #[arg(long = "NEW_CONVERSATIONS_PER_HOUR", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    pub new_conversations_per_hour: u32,
     /// Networks or addresses whose X-Forwarded-For is believed, comma-separated
     #[arg(long = "TRUSTED_PROXIES", value_delimiter = ',', value_name = "10.0.0.0/8,192.168.0.0/16", value_parser = trusted_proxy)]
     pub trusted_proxies: Vec<IpNet>,

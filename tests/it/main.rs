@@ -2,10 +2,12 @@
 
 mod architecture;
 mod authentication;
+mod blocks;
 mod conversations;
 mod cors;
 mod docs;
 mod errors;
+mod export;
 mod harness;
 mod head;
 mod health;

@@ -36,6 +36,11 @@ pub(crate) async fn active_hours(database: Database) {
     repeat(Operation::NoteActiveHours, || note_hours(&database)).await;
 }
 
+/// Removes the counts of new conversations of past hours, until the process ends.
+pub(crate) async fn old_counts(database: Database) {
+    repeat(Operation::DeleteOldCounts, || remove_counts(&database)).await;
+}
+
 async fn repeat<F>(operation: Operation, step: impl Fn() -> F)
 where
     F: Future<Output = Result<u64, sqlx::Error>>,
@@ -100,6 +105,22 @@ async fn remove_endings(database: &Database, kept: Duration) -> Result<u64, sqlx
     );
     let mut connection = database.acquire().await?;
     let removed = database.run(Operation::DeleteEndedSessions, query.execute(&mut *connection)).await?;
+    Ok(removed.rows_affected())
+}
+
+/// Not those of the hour before: a statement that began in it may still wait.
+async fn remove_counts(database: &Database) -> Result<u64, sqlx::Error> {
+    let query = sqlx::query!(
+        "DELETE FROM new_conversations WHERE user_id IN (
+             SELECT user_id FROM new_conversations
+             WHERE hour < floor(extract(epoch FROM clock_timestamp()) / 3600)::bigint - 1
+             ORDER BY hour LIMIT $1
+             FOR UPDATE SKIP LOCKED
+         )",
+        STEP_ROWS,
+    );
+    let mut connection = database.acquire().await?;
+    let removed = database.run(Operation::DeleteOldCounts, query.execute(&mut *connection)).await?;
     Ok(removed.rows_affected())
 }
 

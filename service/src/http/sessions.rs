@@ -276,7 +276,7 @@ pub async fn change_password(
 }
 
 /// Fails if the token is of no use any more.
-async fn check_caller(app: &App, caller: Caller) -> Result<(), Error> {
+pub(super) async fn check_caller(app: &App, caller: Caller) -> Result<(), Error> {
     if app.sessions.is_valid(caller.id, caller.session).await? {
         return Ok(());
     }

@@ -7,7 +7,7 @@ use std::fmt;
 use sqlx::PgConnection;
 
 /// The tables of the service, and what its statements need on each.
-pub const NEEDED: [(&str, &[&str]); 10] = [
+pub const NEEDED: [(&str, &[&str]); 13] = [
     ("_sqlx_migrations", &["SELECT"]),
     // UPDATE, because a start corrects the keys of addresses.
     ("users", &["SELECT", "INSERT", "UPDATE"]),
@@ -20,6 +20,9 @@ pub const NEEDED: [(&str, &[&str]); 10] = [
     ("deleted_users", &["SELECT", "DELETE"]),
     ("sessions", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("ended_sessions", &["SELECT", "INSERT", "DELETE"]),
+    ("blocks", &["SELECT", "INSERT", "DELETE"]),
+    ("new_conversations", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("exports", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("position_server", &["SELECT", "INSERT", "UPDATE"]),
 ];
 

@@ -50,6 +50,16 @@ pub enum Operation {
     DeleteEndedSessions,
     /// The hours by which conversations are listed.
     NoteActiveHours,
+    DeleteOldCounts,
+    Block,
+    Unblock,
+    ListBlocks,
+    /// Takes the lease of an export.
+    BeginExport,
+    ExtendExport,
+    EndExport,
+    /// A page of an export, without messages.
+    ReadExport,
     /// Counts a request against a rate limit.
     CountAttempt,
     /// Which Redis it is.
@@ -104,7 +114,15 @@ impl Operation {
             | Self::DeleteOldDeletions
             | Self::DeleteUnusedSessions
             | Self::DeleteEndedSessions
-            | Self::NoteActiveHours => "postgresql",
+            | Self::NoteActiveHours
+            | Self::DeleteOldCounts
+            | Self::Block
+            | Self::Unblock
+            | Self::ListBlocks
+            | Self::BeginExport
+            | Self::ExtendExport
+            | Self::EndExport
+            | Self::ReadExport => "postgresql",
             Self::CountAttempt
             | Self::IdentifyRedis
             | Self::LookUpWindow

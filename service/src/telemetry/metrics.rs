@@ -45,6 +45,7 @@ pub struct Metrics {
     outbox_capacity: IntGauge,
     auth_attempts: IntCounterVec,
     rate_limited: IntCounterVec,
+    exports_ended: IntCounterVec,
     cache_lookups: IntCounterVec,
     hashing_waiting: IntGauge,
     hashing_capacity: IntGauge,
@@ -197,6 +198,23 @@ pub enum StreamEnd {
     Client,
 }
 
+#[derive(Clone, Copy, Debug, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum ExportOutcome {
+    Complete,
+    /// Another one of the user runs, or the process runs too many.
+    Refused,
+    /// The client ended it, or its connection broke.
+    Client,
+    /// The client did not read.
+    Slow,
+    TooLong,
+    /// The session has ended.
+    Revoked,
+    Draining,
+    Failed,
+}
+
 /// Counts as one in flight until it is dropped.
 #[derive(Debug)]
 pub struct InFlight(IntGauge);
@@ -242,6 +260,12 @@ impl Metrics {
                 "chat_rate_limited_total",
                 "Requests over a rate limit",
                 &["limit"],
+            )?,
+            exports_ended: counters(
+                &registry,
+                "chat_exports_total",
+                "Exports of a user's data that ended, by outcome",
+                &["outcome"],
             )?,
             cache_lookups: counters(
                 &registry,
@@ -335,6 +359,10 @@ impl Metrics {
         self.cache_lookups.with_label_values(&[<&str>::from(outcome)]).inc();
     }
 
+    pub fn export_ended(&self, outcome: ExportOutcome) {
+        self.exports_ended.with_label_values(&[<&str>::from(outcome)]).inc();
+    }
+
     pub fn stream_opened(&self, outcome: StreamOpened) {
         self.streams.opened.with_label_values(&[<&str>::from(outcome)]).inc();
     }
@@ -394,6 +422,9 @@ impl Metrics {
         }
         for outcome in CacheOutcome::VARIANTS {
             self.cache_lookups.with_label_values(&[<&str>::from(outcome)]);
+        }
+        for outcome in ExportOutcome::VARIANTS {
+            self.exports_ended.with_label_values(&[<&str>::from(outcome)]);
         }
         for outcome in StreamOpened::VARIANTS {
             self.streams.opened.with_label_values(&[<&str>::from(outcome)]);

@@ -54,6 +54,7 @@ impl Replica {
             ("LOGIN_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
             ("SEND_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
             ("REGISTER_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
+            ("NEW_CONVERSATIONS_PER_HOUR", "0".to_owned()),
         ];
         let own = own.map(|(name, value)| (name.to_owned(), value));
         let more = more.into_iter().map(|(name, value)| (name.into(), value));

@@ -7,6 +7,7 @@ mod configuration;
 mod connections;
 mod dotenv;
 mod examples;
+mod export;
 mod faults;
 mod generated_client;
 mod installation;

@@ -31,6 +31,7 @@ const DEFAULTS: &[(&str, Option<&str>)] = &[
     ("LOGIN_RATE_LIMIT_PER_MINUTE", Some("5")),
     ("SEND_RATE_LIMIT_PER_MINUTE", Some("30")),
     ("REGISTER_RATE_LIMIT_PER_MINUTE", Some("30")),
+    ("NEW_CONVERSATIONS_PER_HOUR", Some("30")),
     ("TRUSTED_PROXIES", None),
     ("KEEP_ALIVE_SECONDS", Some("75")),
     ("CORS_ALLOWED_ORIGINS", None),

@@ -33,7 +33,7 @@ pub(super) fn check(method: &Method, path: &str, response: &Response) {
     let content_type = response.header("content-type").unwrap_or_default();
     let content = documented["content"].get(content_type);
     let content = content.unwrap_or_else(|| panic!("{place} is not documented as {content_type}"));
-    if content_type != "text/event-stream" {
+    if !["text/event-stream", "application/x-ndjson"].contains(&content_type) {
         let body: Value = serde_json::from_slice(&response.body).expect("a JSON body");
         check_schema(&body, &content["schema"], &place);
     }

@@ -66,6 +66,7 @@ impl Operation {
                 let session = (!ben.token.is_empty()).then(|| session(&ben.token));
                 (format!("/sessions/{}", session.unwrap_or_else(|| ben.id.clone())), None)
             }
+            "PUT /blocks/{user_id}" | "DELETE /blocks/{user_id}" => (format!("/blocks/{}", ben.id), None),
             "POST /send" => (path, Some(json!({"recipient_id": ben.id, "content": name}))),
             "GET /messages" => (format!("{path}?peer_id={}", ben.id), None),
             "GET /users/{username}" => (format!("/users/{}", ben.name), None),

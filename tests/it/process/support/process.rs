@@ -40,6 +40,7 @@ impl Start {
             .env("LOGIN_RATE_LIMIT_PER_MINUTE", "0")
             .env("SEND_RATE_LIMIT_PER_MINUTE", "0")
             .env("REGISTER_RATE_LIMIT_PER_MINUTE", "0")
+            .env("NEW_CONVERSATIONS_PER_HOUR", "0")
     }
 
     #[must_use]
@@ -191,8 +192,17 @@ pub(crate) struct Process {
 impl Process {
     /// Resident memory in KiB, of which /proc knows.
     pub(crate) fn resident_kib(&self) -> Result<u64> {
+        self.memory_kib("VmRSS:")
+    }
+
+    /// The most that it ever was.
+    pub(crate) fn peak_kib(&self) -> Result<u64> {
+        self.memory_kib("VmHWM:")
+    }
+
+    fn memory_kib(&self, name: &str) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("a line VmRSS")?;
+        let line = status.lines().find(|line| line.starts_with(name)).context("a line of memory")?;
         Ok(line.split_whitespace().nth(1).context("a number")?.parse()?)
     }
 

@@ -144,6 +144,9 @@ fn accounts() -> Row {
                 .from(0.5, "red")
                 .runbook("ChatServiceAuthFailures")
                 .width(8),
+            stack("Exports", "ops", "Exports of a user's data per second by how they ended. `refused` ones met another of the same user, or too many on the replica. All but `complete` can be resumed.")
+                .query("{{outcome}}", "sum by (outcome) (rate(chat_exports_total{OURS}[$__rate_interval]))")
+                .width(24),
         ],
     }
 }
@@ -153,7 +156,7 @@ fn limits() -> Row {
         title: "Refused requests",
         answers: "Which requests are refused, and is a limit too low?",
         panels: vec![
-            stack("Rate limited", "reqps", "Requests per second over a limit, answered with 429. `send` counts per user, the others per client address.")
+            stack("Rate limited", "reqps", "Requests per second over a limit, answered with 429. `send` and `new_conversations` count per user, the others per client address.")
                 .query("{{limit}}", "sum by (limit) (rate(chat_rate_limited_total{OURS}[$__rate_interval]))")
                 .runbook("ChatServiceRateLimitSurge"),
             stack("Client errors (4xx)", "reqps", "Responses per second by status: 401 no valid token, 404 not found, 409 taken, 422 invalid, 429 over a limit.")
