@@ -11,6 +11,7 @@ use crate::chat::history::History;
 use crate::chat::outbox::Outbox;
 use crate::chat::permission::Permission;
 use crate::chat::recent::Recent;
+use crate::chat::retention;
 use crate::chat::streams::{self, Streams};
 use crate::chat::sweep;
 use crate::config::Config;
@@ -39,6 +40,8 @@ pub struct App {
     pub redis: Arc<Redis>,
     /// Stores every message.
     pub outbox: Outbox,
+    /// The newest messages of conversations, in Redis.
+    pub(crate) recent: Arc<Recent>,
     /// Reads every page of messages.
     pub history: History,
     /// Follows new messages live.
@@ -116,10 +119,11 @@ impl App {
             history: History::new(
                 &config,
                 database.clone(),
-                recent,
+                Arc::clone(&recent),
                 Arc::clone(&health),
                 Arc::clone(&metrics),
             ),
+            recent,
             streams,
             permission,
             connect_options,
@@ -149,6 +153,14 @@ impl App {
         tasks.supervisors.spawn(sweep::old_endings(self.database.clone(), kept));
         let lifetime = self.config.refresh_token_lifetime();
         tasks.supervisors.spawn(sweep::unused_sessions(self.database.clone(), lifetime));
+        if let Some(age) = self.config.message_retention() {
+            tasks.supervisors.spawn(retention::old_messages(
+                self.database.clone(),
+                Arc::clone(&self.recent),
+                Arc::clone(&self.metrics),
+                age,
+            ));
+        }
     }
 
     /// Numbers that the metrics read at each scrape.

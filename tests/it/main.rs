@@ -22,6 +22,7 @@ mod paths;
 mod process;
 mod properties;
 mod recent_window;
+mod retention;
 mod send;
 mod sessions;
 mod sse;

@@ -2,6 +2,7 @@
 //!
 //! No index has them in this order: it would change with each message. The statement reads all of the user's conversations,
 //! which are narrow rows, and sorts them; their histories do not matter to it, and a message costs nothing more to send.
+//! Those of which nothing is left are not among them.
 
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -79,9 +80,11 @@ pub(crate) async fn list(
     let query = sqlx::query_as!(
         Row,
         r#"WITH own AS (
-               SELECT id, high_user AS peer, last_seq, last_at FROM conversations WHERE low_user = $1
+               SELECT id, high_user AS peer, last_seq, last_at FROM conversations
+               WHERE low_user = $1 AND first_seq <= last_seq
                UNION ALL
-               SELECT id, low_user AS peer, last_seq, last_at FROM conversations WHERE high_user = $1
+               SELECT id, low_user AS peer, last_seq, last_at FROM conversations
+               WHERE high_user = $1 AND first_seq <= last_seq
            ), page AS MATERIALIZED (
                SELECT * FROM own
                WHERE $2::timestamptz IS NULL OR (last_at, id) < ($2, $3)

@@ -7,13 +7,13 @@ use std::fmt;
 use sqlx::PgConnection;
 
 /// The tables of the service, and what its statements need on each.
-pub const NEEDED: [(&str, &[&str]); 10] = [
+pub const NEEDED: [(&str, &[&str]); 11] = [
     ("_sqlx_migrations", &["SELECT"]),
     // UPDATE, because a start corrects the keys of addresses.
     ("users", &["SELECT", "INSERT", "UPDATE"]),
     ("conversations", &["SELECT", "INSERT", "UPDATE"]),
-    // UPDATE for a database that was restored from another server.
-    ("messages", &["SELECT", "INSERT", "UPDATE"]),
+    // UPDATE for a database that was restored from another server, DELETE for retention.
+    ("messages", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     // UPDATE, because the sweep locks the rows that it deletes.
     ("idempotency_keys", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("window_suspension", &["SELECT", "INSERT", "UPDATE"]),
@@ -21,6 +21,7 @@ pub const NEEDED: [(&str, &[&str]); 10] = [
     ("sessions", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("ended_sessions", &["SELECT", "INSERT", "DELETE"]),
     ("position_server", &["SELECT", "INSERT", "UPDATE"]),
+    ("message_retention", &["SELECT", "UPDATE"]),
 ];
 
 /// The only encoding that holds every text.

@@ -46,6 +46,10 @@ pub enum Operation {
     DeleteOldDeletions,
     DeleteUnusedSessions,
     DeleteEndedSessions,
+    /// Which replica removes old messages, and how far it has come.
+    TakeRetentionTurn,
+    FindOldMessages,
+    DeleteOldMessages,
     /// Counts a request against a rate limit.
     CountAttempt,
     /// Which Redis it is.
@@ -98,7 +102,10 @@ impl Operation {
             | Self::DeleteExpiredKeys
             | Self::DeleteOldDeletions
             | Self::DeleteUnusedSessions
-            | Self::DeleteEndedSessions => "postgresql",
+            | Self::DeleteEndedSessions
+            | Self::TakeRetentionTurn
+            | Self::FindOldMessages
+            | Self::DeleteOldMessages => "postgresql",
             Self::CountAttempt
             | Self::IdentifyRedis
             | Self::LookUpWindow
