@@ -12,6 +12,7 @@ use crate::chat::history::History;
 use crate::chat::outbox::{self, Outbox};
 use crate::chat::permission::Permission;
 use crate::chat::recent::Recent;
+use crate::chat::retention;
 use crate::chat::streams::{self, Streams};
 use crate::chat::sweep;
 use crate::config::Config;
@@ -40,6 +41,8 @@ pub struct App {
     pub redis: Arc<Redis>,
     /// Stores every message.
     pub outbox: Outbox,
+    /// The newest messages of conversations, in Redis.
+    pub(crate) recent: Arc<Recent>,
     /// Reads every page of messages.
     pub history: History,
     /// Reads everything about a user.
@@ -119,7 +122,7 @@ impl App {
             history: History::new(
                 &config,
                 database.clone(),
-                recent,
+                Arc::clone(&recent),
                 Arc::clone(&health),
                 Arc::clone(&metrics),
             ),
@@ -129,6 +132,7 @@ impl App {
                 Arc::clone(&permission),
                 Arc::clone(&metrics),
             ),
+            recent,
             streams,
             permission,
             connect_options,
@@ -160,6 +164,14 @@ impl App {
         tasks.supervisors.spawn(sweep::old_counts(self.database.clone()));
         tasks.supervisors.spawn(sweep::unused_sessions(self.database.clone(), lifetime));
         tasks.supervisors.spawn(sweep::active_hours(self.database.clone()));
+        if let Some(age) = self.config.message_retention() {
+            tasks.supervisors.spawn(retention::old_messages(
+                self.database.clone(),
+                Arc::clone(&self.recent),
+                Arc::clone(&self.metrics),
+                age,
+            ));
+        }
     }
 
     /// Numbers that the metrics read at each scrape.

@@ -138,6 +138,10 @@ pub struct Config {
     #[arg(long = "CACHE_TTL_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     pub cache_ttl_seconds: u32,
 
+    /// After how many days messages are removed; 0 keeps them for ever
+    #[arg(long = "MESSAGE_RETENTION_DAYS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=36_500))]
+    pub message_retention_days: u32,
+
     /// Largest request body
     #[arg(long = "MAX_BODY_BYTES", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1024..=16_777_216))]
     pub max_body_bytes: u32,
@@ -278,6 +282,12 @@ impl Config {
 
     pub fn refresh_token_lifetime(&self) -> Duration {
         Duration::from_secs(u64::from(self.refresh_token_exp_days) * 24 * 3600)
+    }
+
+    /// The age at which messages are removed, if they are: 25 hours at least, so that no Idempotency-Key outlives its message.
+    pub fn message_retention(&self) -> Option<Duration> {
+        let hours = u64::from(self.message_retention_days) * 24;
+        (hours > 0).then(|| Duration::from_secs(hours.max(25) * 3600))
     }
 
     pub fn request_timeout(&self) -> Duration {

@@ -24,6 +24,7 @@ mod paths;
 mod process;
 mod properties;
 mod recent_window;
+mod retention;
 mod send;
 mod sessions;
 mod sse;

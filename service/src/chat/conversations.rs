@@ -7,6 +7,8 @@
 //! A conversation from before that column, and one with a single message, have no hour yet, which is -1, until [`super::sweep`]
 //! notes it. The statement sorts all that the user has of these. The sweep's index is on those with `active_hour = -1`; the
 //! condition `< 0` here keeps the planner from it, because it has those of all users.
+//!
+//! Those of which nothing is left are not among them.
 
 use time::{Date, OffsetDateTime};
 use uuid::Uuid;
@@ -91,22 +93,24 @@ pub(crate) async fn list(
         r#"WITH low AS (
                SELECT min(active_hour) AS oldest_hour FROM (
                    SELECT active_hour FROM conversations
-                   WHERE low_user = $1 AND active_hour <= hour_of($2) AND (last_at, id) < ($2, $3)
+                   WHERE low_user = $1 AND active_hour <= hour_of($2)
+                     AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
                    ORDER BY active_hour DESC LIMIT $4
                ) AS newest
            ), high AS (
                SELECT min(active_hour) AS oldest_hour FROM (
                    SELECT active_hour FROM conversations
-                   WHERE high_user = $1 AND active_hour <= hour_of($2) AND (last_at, id) < ($2, $3)
+                   WHERE high_user = $1 AND active_hour <= hour_of($2)
+                     AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
                    ORDER BY active_hour DESC LIMIT $4
                ) AS newest
            ), own AS (
                SELECT id, high_user AS peer, last_seq, last_at FROM conversations
-               WHERE low_user = $1 AND (last_at, id) < ($2, $3)
+               WHERE low_user = $1 AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
                  AND (active_hour BETWEEN (SELECT oldest_hour FROM low) AND hour_of($2) OR active_hour < 0)
                UNION ALL
                SELECT id, low_user AS peer, last_seq, last_at FROM conversations
-               WHERE high_user = $1 AND (last_at, id) < ($2, $3)
+               WHERE high_user = $1 AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
                  AND (active_hour BETWEEN (SELECT oldest_hour FROM high) AND hour_of($2) OR active_hour < 0)
            ), page AS MATERIALIZED (
                SELECT * FROM own ORDER BY last_at DESC, id DESC LIMIT $4

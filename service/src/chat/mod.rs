@@ -9,5 +9,6 @@ pub(crate) mod outbox;
 pub(crate) mod pages;
 pub(crate) mod permission;
 pub(crate) mod recent;
+pub(crate) mod retention;
 pub(crate) mod streams;
 pub(crate) mod sweep;

@@ -7,13 +7,13 @@ use std::fmt;
 use sqlx::PgConnection;
 
 /// The tables of the service, and what its statements need on each.
-pub const NEEDED: [(&str, &[&str]); 13] = [
+pub const NEEDED: [(&str, &[&str]); 14] = [
     ("_sqlx_migrations", &["SELECT"]),
     // UPDATE, because a start corrects the keys of addresses.
     ("users", &["SELECT", "INSERT", "UPDATE"]),
     ("conversations", &["SELECT", "INSERT", "UPDATE"]),
-    // UPDATE for a database that was restored from another server.
-    ("messages", &["SELECT", "INSERT", "UPDATE"]),
+    // UPDATE for a database that was restored from another server, DELETE for retention.
+    ("messages", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     // UPDATE, because the sweep locks the rows that it deletes.
     ("idempotency_keys", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("window_suspension", &["SELECT", "INSERT", "UPDATE"]),
@@ -24,6 +24,7 @@ pub const NEEDED: [(&str, &[&str]); 13] = [
     ("new_conversations", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("exports", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("position_server", &["SELECT", "INSERT", "UPDATE"]),
+    ("message_retention", &["SELECT", "UPDATE"]),
 ];
 
 /// The only encoding that holds every text.

@@ -60,6 +60,10 @@ pub enum Operation {
     EndExport,
     /// A page of an export, without messages.
     ReadExport,
+    /// Which replica removes old messages, and how far it has come.
+    TakeRetentionTurn,
+    FindOldMessages,
+    DeleteOldMessages,
     /// Counts a request against a rate limit.
     CountAttempt,
     /// Which Redis it is.
@@ -122,7 +126,10 @@ impl Operation {
             | Self::BeginExport
             | Self::ExtendExport
             | Self::EndExport
-            | Self::ReadExport => "postgresql",
+            | Self::ReadExport
+            | Self::TakeRetentionTurn
+            | Self::FindOldMessages
+            | Self::DeleteOldMessages => "postgresql",
             Self::CountAttempt
             | Self::IdentifyRedis
             | Self::LookUpWindow

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus::{
-    Histogram, HistogramOpts, HistogramTimer, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry, TextEncoder,
+    Gauge, Histogram, HistogramOpts, HistogramTimer, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 use salvo::http::{Method, StatusCode};
 use strum::VariantArray;
@@ -50,6 +50,7 @@ pub struct Metrics {
     hashing_waiting: IntGauge,
     hashing_capacity: IntGauge,
     streams: StreamMetrics,
+    retention: RetentionMetrics,
     pool: PoolMetrics,
     /// By [`OperationName::index`].
     operations: Vec<Histogram>,
@@ -116,6 +117,14 @@ struct StreamMetrics {
     delivery: Histogram,
     gaps: IntCounter,
     catch_ups: IntCounter,
+}
+
+/// Of the removal of old messages.
+#[derive(Debug)]
+struct RetentionMetrics {
+    removed: IntCounter,
+    swept: Gauge,
+    completed: Gauge,
 }
 
 /// Of the Postgres connection pool.
@@ -284,6 +293,7 @@ impl Metrics {
                 "Passwords that may be hashed or wait at once",
             )?,
             streams: StreamMetrics::new(&registry)?,
+            retention: RetentionMetrics::new(&registry)?,
             pool: PoolMetrics::new(&registry)?,
             operations: operation_durations(&registry, &known.operations)?,
             dependency_up: gauges(
@@ -385,6 +395,16 @@ impl Metrics {
 
     pub fn stream_catches_up(&self) {
         self.streams.catch_ups.inc();
+    }
+
+    pub fn messages_removed(&self, messages: u64) {
+        self.retention.removed.inc_by(messages);
+    }
+
+    /// How much of a sweep of old messages is done, and when the last one was, in seconds since 1970.
+    pub fn retention_progress(&self, swept: f64, completed: f64) {
+        self.retention.swept.set(swept);
+        self.retention.completed.set(completed);
     }
 
     pub fn hashing_started(&self) -> InFlight {
@@ -499,6 +519,26 @@ impl StreamMetrics {
             catch_ups: counter(
                 "chat_stream_catch_ups_total",
                 "Times that a stream read from Postgres what it had missed",
+            )?,
+        })
+    }
+}
+
+impl RetentionMetrics {
+    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let gauge = |name, help| add(registry, Gauge::new(name, help)?);
+        Ok(Self {
+            removed: add(
+                registry,
+                IntCounter::new("chat_messages_removed_total", "Messages that were removed for their age")?,
+            )?,
+            swept: gauge(
+                "chat_message_retention_sweep_ratio",
+                "Share of the conversations that the sweep of old messages has done",
+            )?,
+            completed: gauge(
+                "chat_message_retention_completed_timestamp_seconds",
+                "When the last sweep of old messages was through; 0 before the first",
             )?,
         })
     }

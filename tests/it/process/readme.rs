@@ -37,6 +37,7 @@ const DEFAULTS: &[(&str, Option<&str>)] = &[
     ("CORS_ALLOWED_ORIGINS", None),
     ("CACHE_WINDOW", Some("50")),
     ("CACHE_TTL_SECONDS", Some("30")),
+    ("MESSAGE_RETENTION_DAYS", Some("0")),
     ("MAX_BODY_BYTES", Some("65536")),
     ("REQUEST_TIMEOUT_MS", Some("10000")),
     ("SHUTDOWN_GRACE_SECONDS", Some("20")),

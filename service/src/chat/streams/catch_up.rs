@@ -21,11 +21,14 @@ pub(super) struct Missed {
     pub(super) position: Position,
     /// False if there is more.
     pub(super) is_all: bool,
+    /// Messages were removed that belong here.
+    pub(super) has_lost: bool,
 }
 
 /// A message, or none, and what the statement saw.
 struct Row {
     snapshot: String,
+    has_lost: bool,
     conversation: Option<Uuid>,
     low: Option<Uuid>,
     high: Option<Uuid>,
@@ -49,13 +52,17 @@ pub(super) async fn read(database: &Database, from: Position) -> Result<Missed, 
     let query = sqlx::query_as!(
         Row,
         r#"WITH touched AS MATERIALIZED (
-               SELECT id, low_user, high_user FROM conversations
+               SELECT id, low_user, high_user, first_seq, removed_xact FROM conversations
                WHERE low_user = $1 AND NOT pg_visible_in_snapshot(last_xact, $2::text::pg_snapshot)
                UNION ALL
-               SELECT id, low_user, high_user FROM conversations
+               SELECT id, low_user, high_user, first_seq, removed_xact FROM conversations
                WHERE high_user = $1 AND NOT pg_visible_in_snapshot(last_xact, $2::text::pg_snapshot)
            )
-           SELECT pg_current_snapshot()::text AS "snapshot!", m.conversation_id AS "conversation?",
+           SELECT pg_current_snapshot()::text AS "snapshot!",
+                  EXISTS (SELECT FROM touched
+                          WHERE id >= $4 AND NOT pg_visible_in_snapshot(removed_xact, $2::text::pg_snapshot)
+                            AND first_seq - 1 > CASE WHEN id = $4 THEN $5::bigint ELSE 0 END) AS "has_lost!",
+                  m.conversation_id AS "conversation?",
                   m.low_user AS "low?", m.high_user AS "high?", m.id AS "id?", m.seq AS "seq?",
                   m.sender_id AS "sender?", m.content AS "content?", m.created_at AS "created_at?"
            FROM (VALUES (1)) AS one
@@ -94,6 +101,7 @@ fn missed(mut rows: Vec<Row>, from: Position) -> Option<Missed> {
         Some(within) => within.until.clone(),
         None => rows.first()?.snapshot.parse::<Snapshot>().ok()?,
     };
+    let has_lost = rows.first().is_some_and(|row| row.has_lost);
     let is_all = rows.len() as i64 <= PAGE;
     rows.truncate(PAGE as usize);
     let messages: Vec<(Position, Vec<u8>)> =
@@ -104,7 +112,7 @@ fn missed(mut rows: Vec<Row>, from: Position) -> Option<Missed> {
     };
     // What was committed after `until` is still to come.
     let is_all = is_all && from.within.is_none();
-    Some(Missed { messages, position, is_all })
+    Some(Missed { messages, position, is_all, has_lost })
 }
 
 impl Row {

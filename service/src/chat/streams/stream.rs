@@ -131,18 +131,20 @@ impl Stream {
                 return Ok(Self(State::Refused(reason)));
             }
         };
-        let start = start::of_session(&streams.database, user, request.session).await?;
+        let given = request.position.map(|text| Position::decode(&text, user));
+        let position = given.as_ref().and_then(|given| given.as_ref().ok());
+        let start = start::of_session(&streams.database, user, request.session, position).await?;
         if !start.user_exists {
             return Err(StreamError::UserGone);
         }
         let Seen { epoch, snapshot } = start.seen;
         let now = Position { user, epoch, seen: (*snapshot).clone(), within: None };
-        let (opened, position, refused) = match request.position {
+        let (opened, position, refused) = match given {
             None => (StreamOpened::New, now, None),
-            Some(text) => match Position::decode(&text, user, epoch) {
-                Ok(position) => (StreamOpened::Resumed, position, None),
-                Err(refused) => (StreamOpened::Reset, now, Some(refused)),
-            },
+            Some(Err(refused)) => (StreamOpened::Reset, now, Some(refused)),
+            Some(Ok(position)) if position.epoch != epoch => (StreamOpened::Reset, now, Some(Refused::Epoch)),
+            Some(Ok(_)) if start.has_lost => (StreamOpened::Reset, now, Some(Refused::TooOld)),
+            Some(Ok(position)) => (StreamOpened::Resumed, position, None),
         };
         streams.metrics.stream_opened(opened);
         Ok(Self::begin(mailbox, position, opened == StreamOpened::Resumed, refused, request.expires))
@@ -304,6 +306,8 @@ impl Open {
         let outcome = ready!(reading.as_mut().poll(context));
         self.catching_up = None;
         match outcome {
+            // The client comes back, and is told that its position is too old.
+            Ok(missed) if missed.has_lost => self.ends = (EndReason::Lifetime, Instant::now()),
             Ok(missed) => self.missed = Some(missed),
             Err(error) => {
                 tracing::debug!(error = error.to_string(), "a stream could not read what it missed");

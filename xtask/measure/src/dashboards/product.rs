@@ -7,7 +7,7 @@ pub(super) fn dashboard() -> Dashboard {
         name: "product",
         title: "chat-service / Product",
         description: "Registrations, logins, messages, reads, streams, and refused requests.",
-        rows: vec![totals(), messages(), reading(), streams(), accounts(), limits()],
+        rows: vec![totals(), messages(), reading(), streams(), retention(), accounts(), limits()],
     }
 }
 
@@ -114,6 +114,26 @@ fn streams() -> Row {
             lines("Messages not announced", "ops", "Messages for open streams that no replica announced, so that they came seconds late. Expected while Redis is unavailable; otherwise see whether Redis refuses PUBLISH or SUBSCRIBE.")
                 .query("gaps", "sum(rate(chat_stream_gaps_total{OURS}[$__rate_interval]))")
                 .runbook("ChatServiceStreamGaps")
+                .width(8),
+        ],
+    }
+}
+
+fn retention() -> Row {
+    Row {
+        title: "Retention",
+        answers: "Are old messages removed, and is the sweep through?",
+        panels: vec![
+            lines("Messages removed", "ops", "Messages per second that were removed for their age. One replica at a time removes 1000 at most.")
+                .query("removed", "sum(rate(chat_messages_removed_total{OURS}[$__rate_interval]))")
+                .width(8),
+            lines("Progress of the sweep", "percentunit", "Share of the conversations that the sweep of old messages has done. It stays at 100 % for an hour, then the next one begins. 0 where MESSAGE_RETENTION_DAYS is 0.")
+                .query("done", "max(chat_message_retention_sweep_ratio{OURS})")
+                .max(1.0)
+                .width(8),
+            stat("Last complete sweep", "dateTimeFromNow", "When all conversations had been looked at last. Decades ago before the first, or where MESSAGE_RETENTION_DAYS is 0.")
+                .query("completed", "1000 * max(chat_message_retention_completed_timestamp_seconds{OURS})")
+                .base("blue")
                 .width(8),
         ],
     }
