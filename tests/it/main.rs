@@ -19,6 +19,7 @@ mod migrations;
 mod operations;
 mod page;
 mod paths;
+mod privacy;
 mod process;
 mod properties;
 mod recent_window;
