@@ -21,6 +21,7 @@ mod migrations;
 mod operations;
 mod page;
 mod paths;
+mod privacy;
 mod process;
 mod properties;
 mod recent_window;
