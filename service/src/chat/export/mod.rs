@@ -281,9 +281,9 @@ impl Export {
             if !page.reader_exists {
                 return Err(Interrupted::Revoked);
             }
-            let is_last = page.messages.len() < PAGE_ROWS as usize;
+            let is_last = page.newest.messages.len() < PAGE_ROWS as usize;
             // They are newest first.
-            for message in page.messages.iter().rev() {
+            for message in page.newest.messages.iter().rev() {
                 if let Some(conversation) = conversation.take() {
                     self.line("conversation", Place::Conversation { peer, seq: 0 }, conversation).await?;
                 }

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use clap::Subcommand;
 
-use self::context::{Answer, Context, Options};
+use self::context::{Answer, Options};
 use crate::config::Config;
 use crate::telemetry::AUDIT;
 
