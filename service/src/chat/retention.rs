@@ -87,7 +87,7 @@ async fn turn(
     let progress = take(database, replica, age).await?;
     metrics.retention_progress(progress.ratio(), progress.completed.unwrap_or_default());
     let Some(older_than) = progress.older_than else { return Ok(None) };
-    let step = step(database, recent, older_than, progress.reached).await?;
+    let step = step(database, Some(recent), older_than, progress.reached).await?;
     metrics.messages_removed(step.removed);
     advance(database, replica, step.next).await?;
     Ok(Some(step))
@@ -157,9 +157,10 @@ pub(crate) struct Step {
 }
 
 /// Removes some of the messages that are older, of this conversation and those behind it. The first step begins with the nil id.
+/// Without `recent` it is `check.rs` that finds the windows.
 pub(crate) async fn step(
     database: &Database,
-    recent: &Recent,
+    recent: Option<&Recent>,
     older_than: OffsetDateTime,
     from: Uuid,
 ) -> Result<Step, sqlx::Error> {
@@ -171,7 +172,9 @@ pub(crate) async fn step(
     let removed = rows.first().map_or(0, |row| row.removed.unsigned_abs());
     let windows: Vec<(Pair, i64)> =
         rows.iter().map(|row| (Pair::new(row.low_user, row.high_user), row.next_seq - 1)).collect();
-    if let Err(error) = recent.drop_removed(&windows).await {
+    if let Some(recent) = recent
+        && let Err(error) = recent.drop_removed(&windows).await
+    {
         tracing::debug!(
             error = error.to_string(),
             "windows may have removed messages until they are compared"

@@ -10,7 +10,9 @@ use tests::servers::daemon::{self, dies_with_us};
 use tests::service_binary;
 use tests::sse::{EventStream, Next};
 
-use super::support::{Database, LIMIT, PASSWORD, Response, Service, Start, User, closed_port, has_none_of};
+use super::support::{
+    Database, LIMIT, PASSWORD, Response, Service, Start, User, closed_port, eventually, has_none_of,
+};
 use crate::support::{FUTURE_MIGRATION, TestApp};
 
 const NEW_PASSWORD: &str = "staple of another battery";
@@ -195,6 +197,71 @@ fn a_user_and_the_largest_conversations_are_shown() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn an_export_is_that_of_the_user() -> Result<()> {
+    let database = Database::create()?;
+    let service = Start::on(&database).ready()?;
+    let (ana, _) = service.conversation()?;
+    let export = ["user", "export", "ana"];
+    let printed = admin(&database, &export).run()?;
+    let own = Response::of(service.get("/me/export").bearer_auth(&ana.token))?.expect(200)?.body;
+    // Whose session it is depends on who asks.
+    let lines = |text: &str| {
+        text.lines()
+            .filter(|line| !line.contains(r#""type":"session""#))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!((printed.code, lines(&printed.stdout)), (0, lines(&own)));
+    let last = printed.stdout.lines().rev().nth(1).context("two lines")?;
+    let cursor = serde_json::from_str::<Value>(last)?["cursor"].as_str().context("a cursor")?.to_owned();
+    let rest = admin(&database, &[&export[..], &["--after", &cursor]].concat()).run()?;
+    assert_eq!(rest.stdout.lines().collect::<Vec<_>>(), [printed.stdout.lines().last().context("a line")?]);
+    fails(&admin(&database, &[&export[..], &["--after", "x"]].concat()), 2, &["--after 'x' is no cursor"])?;
+    database.query(&format!(
+        "INSERT INTO exports VALUES ('{}', gen_random_uuid(), now() + interval '1 minute')",
+        ana.id
+    ))?;
+    fails(&admin(&database, &export), 1, &["another export of this user runs: repeat the command in"])
+}
+
+#[test]
+fn a_purge_removes_what_is_old_and_no_more() -> Result<()> {
+    let database = Database::create()?;
+    let service = Start::on(&database).ready()?;
+    let (ana, ben) = service.conversation()?;
+    let seqs = || -> Result<Vec<Value>> {
+        let page = service.get(&format!("/messages?peer_id={}&limit=100", ben.id)).bearer_auth(&ana.token);
+        let page = Response::of(page)?.expect(200)?.json()?;
+        Ok(page.as_array().context("an array")?.iter().map(|message| message["seq"].clone()).collect())
+    };
+    let all = seqs()?;
+    ensure!(all.len() == 3, "{all:?}");
+    database.query("UPDATE messages SET created_at = created_at - interval '3 days' WHERE seq < 3")?;
+    let purge = |days: &str, more: &[&str]| {
+        ask(&database, &[&["messages", "purge", "--older-than", days], more].concat())
+    };
+    let said = purge("2", &["--dry-run"])?;
+    assert_eq!(
+        (&said["outcome"], &said["messages"], &said["dry_run"]),
+        (&json!("purged"), &json!(2), &json!(true))
+    );
+    assert_eq!(database.value("SELECT count(*) FROM messages")?, "3");
+    for (days, outcome, messages) in
+        [("4", "nothing_to_purge", 0), ("2", "purged", 2), ("2", "nothing_to_purge", 0)]
+    {
+        let said = purge(days, &[])?;
+        assert_eq!((&said["outcome"], &said["messages"]), (&json!(outcome), &json!(messages)), "{days}");
+    }
+    assert_eq!(database.value("SELECT string_agg(seq::text, ' ') FROM messages")?, "3");
+    // A replica had them in a window.
+    eventually("the window to lose them", || (seqs().ok()? == [json!(3)]).then_some(()))?;
+    service.send(&ana, &ben, "next")?.expect(201)?;
+    assert_eq!(seqs()?, [json!(4), json!(3)]);
+    fails(&admin(&database, &["messages", "purge"]), 2, &["--older-than"])?;
+    fails(&admin(&database, &["messages", "purge", "--older-than", "0"]), 2, &["--older-than"])
+}
+
 /// Every row of every table.
 fn dump(database: &Database) -> Result<Vec<String>> {
     let tables = database.query("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")?;
@@ -233,7 +300,12 @@ fn a_dry_run_says_what_would_be_done_and_changes_nothing() -> Result<()> {
         ensure!(text.code == 0 && text.stdout.contains("nothing was changed"), "{text:?}");
         assert_eq!(dump(&database)?, before, "{command:?}");
     }
-    for command in [&["user", "show", "ana"][..], &["conversations", "largest"]] {
+    for command in [
+        &["user", "show", "ana"][..],
+        &["user", "export", "ana", "--dry-run"],
+        &["conversations", "largest"],
+        &["messages", "purge", "--older-than", "1", "--dry-run"],
+    ] {
         ask(&database, command)?;
         assert_eq!(dump(&database)?, before, "{command:?}");
     }
@@ -260,7 +332,7 @@ fn the_exit_code_says_why_a_command_failed() -> Result<()> {
     fails(&show, 1, &["version 0", "chat-service migrate"])?;
     ensure!(Start::on(&database).args(&["migrate"]).run()?.code == 0);
     for nobody in ["ana", "", "0192", "01920b1e-9f6a-7c7e-8f4e-0f6c1f4f2a11", "ana@example.com", "ä"] {
-        for command in ["show", "disable", "enable", "revoke", "reset-password"] {
+        for command in ["show", "disable", "enable", "revoke", "reset-password", "export"] {
             fails(&admin(&database, &["user", command, nobody]), 3, &["no such user"])?;
         }
     }

@@ -60,6 +60,7 @@ pub(super) struct Done {
     pub(super) outcome: &'static str,
     pub(super) user: Option<Uuid>,
     pub(super) json: Value,
+    /// Empty if it is on stdout already.
     pub(super) text: String,
     /// What is left to be done, and how.
     pub(super) fault: Option<String>,

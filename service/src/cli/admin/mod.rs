@@ -2,6 +2,7 @@
 
 mod context;
 mod conversations;
+mod messages;
 mod user;
 
 use std::io::Write as _;
@@ -32,7 +33,9 @@ Examples:
   chat-service admin user show ana
   chat-service admin user disable ana --reason 'ticket 4711' --dry-run
   chat-service admin user revoke 01920b1e-9f6a-7c7e-8f4e-0f6c1f4f2a11 --json
+  chat-service admin user export ana > ana.ndjson
   chat-service admin conversations largest --limit 20
+  chat-service admin messages purge --older-than 730 --dry-run
   kubectl -n chat exec deployment/chat-chat-service -- /chat-service admin user show ana";
 
 #[derive(clap::Args, Debug)]
@@ -46,12 +49,15 @@ pub struct Args {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Show a user, disable it, set its password, end its sessions
+    /// Show a user, export its data, disable it, set its password, end its sessions
     #[command(subcommand)]
     User(user::Command),
     /// Find the conversations with the most messages
     #[command(subcommand)]
     Conversations(conversations::Command),
+    /// Remove old messages
+    #[command(subcommand)]
+    Messages(messages::Command),
 }
 
 /// Carries out a command, prints its answer, and leaves a line in the log.
@@ -59,6 +65,7 @@ pub async fn run(config: &Config, args: &Args) -> anyhow::Result<ExitCode> {
     let (name, answer) = match &args.command {
         Command::User(command) => (command.name(), user::run(config, &args.options, command).await),
         Command::Conversations(command) => (command.name(), conversations::run(config, command).await),
+        Command::Messages(command) => (command.name(), messages::run(config, &args.options, command).await),
     };
     audit(&args.options, name, &answer);
     let answer = match answer? {
@@ -73,8 +80,10 @@ pub async fn run(config: &Config, args: &Args) -> anyhow::Result<ExitCode> {
         }
     };
     // What was done must be said even where something is left to do.
-    let shown = if args.options.json { answer.json.to_string() } else { answer.text };
-    writeln!(std::io::stdout(), "{shown}")?;
+    if !answer.text.is_empty() {
+        let shown = if args.options.json { answer.json.to_string() } else { answer.text };
+        writeln!(std::io::stdout(), "{shown}")?;
+    }
     answer.fault.map_or(Ok(ExitCode::SUCCESS), |fault| Err(anyhow::anyhow!(fault)))
 }
 

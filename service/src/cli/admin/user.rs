@@ -1,22 +1,26 @@
 //! `chat-service admin user`.
 
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, bail};
 use clap::Subcommand;
 use rand::distr::{Alphanumeric, SampleString as _};
-use serde_json::json;
+use serde_json::{Value, json};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::context::{Answer, Context, Done, Options, failed, time_text};
+use crate::chat::export::{ExportError, Exports, Place};
+use crate::chat::permission::Permission;
 use crate::config::Config;
 use crate::security::accounts::{Change, Changed};
 use crate::security::passwords::{PASSWORD_LENGTH, Passwords, password_length};
 use crate::security::sessions::Sessions;
+use crate::store::health::Health;
 use crate::store::operation::Operation;
 use crate::store::postgres;
+use crate::store::redis::Redis;
 
 /// The length of an id; usernames are shorter.
 const ID_CHARS: usize = 36;
@@ -43,6 +47,17 @@ pub(super) enum Command {
     /// Of the messages in the user's conversations 100000 are looked at; `messages_sent` is exact where those are all, as
     /// `messages_sent_is_exact` says.
     Show(Target),
+    /// Print everything that the service has of the user, as `GET /me/export` does
+    ///
+    /// Lines of JSON on stdout, also without --json. Each has a `cursor`: --after goes on behind the last whole line of an export that
+    /// was interrupted. One export of a user runs at a time.
+    Export {
+        #[command(flatten)]
+        target: Target,
+        /// Go on behind the line with this cursor
+        #[arg(long, value_name = "CURSOR")]
+        after: Option<String>,
+    },
     /// Keep the user from logging in, and end all its sessions
     ///
     /// A login, a refresh and every token of the user are 401 from now on, on every replica, as for a wrong password; its streams
@@ -70,6 +85,7 @@ impl Command {
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Show(_) => "user show",
+            Self::Export { .. } => "user export",
             Self::Disable(_) => "user disable",
             Self::Enable(_) => "user enable",
             Self::ResetPassword { .. } => "user reset-password",
@@ -82,6 +98,7 @@ impl Command {
             Self::Show(target)
             | Self::Disable(target)
             | Self::Enable(target)
+            | Self::Export { target, .. }
             | Self::ResetPassword { target, .. }
             | Self::Revoke(target) => &target.user,
         }
@@ -109,6 +126,7 @@ async fn answer(context: &Context, options: &Options, command: &Command, passwor
     };
     match command {
         Command::Show(_) => show(context, user).await,
+        Command::Export { after, .. } => export(context, options, &user, after.as_deref()).await,
         Command::Disable(_) => change(context, options, &user, Change::Disable).await,
         Command::Enable(_) => change(context, options, &user, Change::Enable).await,
         Command::Revoke(_) => change(context, options, &user, Change::Revoke).await,
@@ -233,6 +251,54 @@ async fn written(context: &Context, user: Uuid) -> Result<Written, sqlx::Error> 
         COUNTED_MAX,
     );
     context.database.run(Operation::FindUser, query.fetch_one(&mut *connection)).await
+}
+
+/// Prints the lines as they come.
+async fn export(context: &Context, options: &Options, user: &User, after: Option<&str>) -> Result<Answer> {
+    let after = match after.map(|text| Place::decode(text, user.id).ok_or(text)) {
+        Some(Err(text)) => {
+            return Ok(Answer::Invalid(format!(
+                "--after '{text}' is no cursor of the user's export: take the one of its last whole line"
+            )));
+        }
+        after => after.and_then(Result::ok),
+    };
+    let mut done = Done {
+        outcome: "exported",
+        user: Some(user.id),
+        json: Value::Null,
+        text: String::new(),
+        fault: None,
+    };
+    if options.dry_run {
+        done.text = format!("dry run, nothing was exported: {} ({})", user.username, user.id);
+        done.json = json!({"user_id": user.id, "outcome": done.outcome, "dry_run": true});
+        return Ok(Answer::Done(done));
+    }
+    let Context { config, database, metrics } = context;
+    // Nothing connects to it.
+    let redis = Redis::new(config, Vec::new(), Vec::new(), Arc::clone(metrics))?;
+    let health = Health::new();
+    let permission = Permission::new(config, redis, database.clone(), Arc::clone(&health));
+    let exports = Exports::new(database.clone(), health, permission, Arc::clone(metrics));
+    // No session of the user: it has not ended.
+    let mut lines = match exports.start(user.id, Uuid::new_v4(), after).await {
+        Ok(lines) => lines,
+        Err(ExportError::UserGone) => return Ok(Answer::NoSuchUser),
+        Err(ExportError::Database(error)) => return Err(failed(&error)),
+        Err(ExportError::Running { retry_after }) => {
+            bail!("another export of this user runs: repeat the command in {} s", retry_after.as_secs())
+        }
+        Err(error @ ExportError::TooMany) => return Err(error.into()),
+    };
+    let mut stdout = std::io::stdout();
+    while let Some(chunk) = lines.recv().await {
+        let chunk =
+            chunk.context("the export is not whole: go on with --after and the cursor of its last line")?;
+        stdout.write_all(&chunk)?;
+    }
+    stdout.flush()?;
+    Ok(Answer::Done(done))
 }
 
 /// Makes the change, or says what it would do.
