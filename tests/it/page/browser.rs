@@ -84,6 +84,8 @@ impl Person {
 
     /// Logs in as a user with the password of all tests.
     pub(super) async fn logs_in(&self, name: &str) {
+        // The entrance may know it from before.
+        self.acts("#username", async |element| element.clear().await).await;
         self.types("#username", name).await;
         self.types("#password", &format!("{}{}", super::chat::PASSWORD, char::from(Key::Enter))).await;
         self.sees("#connection", "Connected").await;

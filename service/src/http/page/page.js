@@ -59,6 +59,7 @@ function beginSession() {
   stateTimer = null;
   wasConnected = false;
   delete part('connection').dataset.state;
+  part('connection').textContent = '';
 }
 
 // ---- Tokens
@@ -297,7 +298,7 @@ async function erased({ peer_id: peerId }) {
   if (open?.peer.id !== peerId) return;
   const peer = conversations.get(peerId)?.peer ?? open.peer;
   Object.assign(open, { peer, messages: new Map(), isLoaded: false });
-  part('peer').textContent = nameOf(peer);
+  showPeer();
   await loadNewest(open);
 }
 
@@ -437,15 +438,20 @@ function showConversation(conversation) {
   if (open) drafts.set(open.peer.id, part('content').value);
   open = conversation;
   part('chat').dataset.shows = conversation ? 'conversation' : 'list';
-  part('peer').textContent = conversation ? nameOf(conversation.peer) : 'No conversation is open';
-  part('write-form').hidden = !conversation;
+  showPeer();
   part('content').value = drafts.get(conversation?.peer.id) ?? '';
   show('notice', null);
   part('messages').replaceChildren();
   atEnd = true;
   showMessages();
   showConversations();
-  if (conversation) part('content').focus();
+  if (conversation) part(part('write-form').hidden ? 'peer' : 'content').focus();
+}
+
+function showPeer() {
+  part('peer').textContent = open ? nameOf(open.peer) : 'No conversation is open';
+  // Nobody reads what is written to a deleted user.
+  part('write-form').hidden = !open || open.peer.username === null;
 }
 
 part('back').addEventListener('click', () => {
