@@ -4,6 +4,7 @@ mod architecture;
 mod authentication;
 mod conversations;
 mod cors;
+mod deletion;
 mod docs;
 mod errors;
 mod harness;

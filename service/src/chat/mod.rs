@@ -2,6 +2,7 @@
 
 pub(crate) mod check;
 pub(crate) mod conversations;
+pub(crate) mod erasure;
 pub(crate) mod history;
 pub(crate) mod message;
 pub(crate) mod outbox;

@@ -1,5 +1,6 @@
 //! Who a client is, and how much it may do.
 
+pub(crate) mod deletion;
 pub(crate) mod limits;
 pub(crate) mod passwords;
 mod refresh;

@@ -24,6 +24,7 @@ pub enum Operation {
     ListSessions,
     EndSessions,
     ChangePassword,
+    DeleteUser,
     /// Waits for the statements that may not have seen a change.
     AwaitWriters,
     /// What readiness depends on.
@@ -46,6 +47,15 @@ pub enum Operation {
     DeleteOldDeletions,
     DeleteUnusedSessions,
     DeleteEndedSessions,
+    DeleteReservedNames,
+    DeleteErasedConversations,
+    /// A deleted user of whom something is left.
+    FindErasure,
+    DeleteKeysOfUser,
+    /// In which conversations a deleted user's messages are.
+    ListErasure,
+    EraseMessages,
+    FinishErasure,
     /// Counts a request against a rate limit.
     CountAttempt,
     /// Which Redis it is.
@@ -57,6 +67,8 @@ pub enum Operation {
     AppendWindow,
     /// Gives windows that lack nothing another while.
     ExtendWindow,
+    /// Deletes a window whose messages were erased.
+    ForgetWindow,
     /// Tells other replicas of new messages.
     Announce,
 }
@@ -86,6 +98,7 @@ impl Operation {
             | Self::ListSessions
             | Self::EndSessions
             | Self::ChangePassword
+            | Self::DeleteUser
             | Self::AwaitWriters
             | Self::CheckSchema
             | Self::ReadPermission
@@ -98,7 +111,14 @@ impl Operation {
             | Self::DeleteExpiredKeys
             | Self::DeleteOldDeletions
             | Self::DeleteUnusedSessions
-            | Self::DeleteEndedSessions => "postgresql",
+            | Self::DeleteEndedSessions
+            | Self::DeleteReservedNames
+            | Self::DeleteErasedConversations
+            | Self::FindErasure
+            | Self::DeleteKeysOfUser
+            | Self::ListErasure
+            | Self::EraseMessages
+            | Self::FinishErasure => "postgresql",
             Self::CountAttempt
             | Self::IdentifyRedis
             | Self::LookUpWindow
@@ -106,6 +126,7 @@ impl Operation {
             | Self::SettleWindow
             | Self::AppendWindow
             | Self::ExtendWindow
+            | Self::ForgetWindow
             | Self::Announce => "redis",
         }
     }
