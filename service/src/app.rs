@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::chat::check;
+use crate::chat::erasure::Erasures;
 use crate::chat::export::Exports;
 use crate::chat::history::History;
 use crate::chat::outbox::{self, Outbox};
@@ -16,6 +17,7 @@ use crate::chat::retention;
 use crate::chat::streams::{self, Streams};
 use crate::chat::sweep;
 use crate::config::Config;
+use crate::security::deletion::Deletion;
 use crate::security::limits::{Limit, Limits};
 use crate::security::passwords::Passwords;
 use crate::security::sessions::Sessions;
@@ -57,6 +59,10 @@ pub struct App {
     pub tokens: Tokens,
     /// Begins and ends sessions.
     pub sessions: Sessions,
+    /// Deletes accounts.
+    pub deletion: Deletion,
+    /// Removes in the background what is left of them.
+    pub(crate) erasures: Arc<Erasures>,
     /// Hashes passwords, on dedicated threads.
     pub passwords: Passwords,
     /// Whether Postgres answers and its schema is current.
@@ -118,6 +124,14 @@ impl App {
             limits: Limits::new(&config, Arc::clone(&redis), Arc::clone(&metrics)),
             tokens: Tokens::new(&config),
             sessions: Sessions::new(&config, database.clone()),
+            deletion: Deletion::new(&config, database.clone()),
+            erasures: Erasures::new(
+                &config,
+                database.clone(),
+                Arc::clone(&recent),
+                Arc::clone(&streams),
+                Arc::clone(&metrics),
+            ),
             passwords: Passwords::start(Arc::clone(&metrics))?,
             history: History::new(
                 &config,
@@ -172,6 +186,9 @@ impl App {
                 age,
             ));
         }
+        tasks.supervisors.spawn(sweep::reserved_names(self.database.clone()));
+        tasks.supervisors.spawn(sweep::erased_conversations(self.database.clone()));
+        tasks.supervisors.spawn(Arc::clone(&self.erasures).work());
     }
 
     /// Numbers that the metrics read at each scrape.

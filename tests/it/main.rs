@@ -5,6 +5,7 @@ mod authentication;
 mod blocks;
 mod conversations;
 mod cors;
+mod deletion;
 mod docs;
 mod errors;
 mod export;

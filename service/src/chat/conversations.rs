@@ -158,14 +158,9 @@ pub(crate) async fn list(
 impl Row {
     fn conversation(self, user: Uuid) -> Option<(Cursor, Conversation)> {
         let (peer, sender_id) = (self.peer?, self.sender?);
-        let message = Message {
-            id: self.id?,
-            seq: self.seq?,
-            sender_id,
-            recipient_id: if sender_id == user { peer } else { user },
-            content: self.content?,
-            created_at: self.created_at?,
-        };
+        let recipient_id = if sender_id == user { peer } else { user };
+        let users = [sender_id, recipient_id];
+        let message = Message::new(self.id?, self.seq?, users, self.content?, self.created_at?);
         let cursor = Cursor { last_at: self.last_at?, conversation: self.conversation? };
         let conversation =
             Conversation { peer, peer_username: self.username, last_message: message.render() };

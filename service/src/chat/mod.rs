@@ -2,6 +2,7 @@
 
 pub(crate) mod check;
 pub(crate) mod conversations;
+pub(crate) mod erasure;
 pub(crate) mod export;
 pub(crate) mod history;
 pub(crate) mod message;

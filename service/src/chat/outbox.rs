@@ -489,7 +489,7 @@ fn resolve(message: Outgoing, row: Row) -> Result<(RenderedMessage, bool), SendE
         Row { replay: Some(false), .. } => Err(SendError::KeyReused),
         Row { stored: Some(Stored { id, seq, created_at }), replay, .. } => {
             let Outgoing { sender: sender_id, recipient: recipient_id, content, .. } = message;
-            let message = Message { id, seq, sender_id, recipient_id, content, created_at };
+            let message = Message::new(id, seq, [sender_id, recipient_id], content, created_at);
             Ok((message.render(), replay.is_some()))
         }
     }

@@ -38,6 +38,7 @@ pub(super) struct Loaded {
     pub(super) read_only: bool,
     /// And the session has not ended.
     pub(super) reader_exists: bool,
+    /// Or there is a conversation with somebody who was deleted.
     pub(super) peer_exists: bool,
     pub(super) last_seq: i64,
     /// Newest first, and where history begins.
@@ -58,8 +59,8 @@ struct Row {
     created_at: Option<OffsetDateTime>,
 }
 
-/// Whether Postgres takes writes, whether both users exist, where the conversation begins and ends, and the page. Whatever its
-/// position, the page is one range of the primary key, read in order up to its limit.
+/// Whether Postgres takes writes, whether both users exist or have existed, where the conversation begins and ends, and the page.
+/// Whatever its position, the page is one range of the primary key, read in order up to its limit.
 pub(super) async fn load(
     database: &Database,
     request: &PageRequest,
@@ -76,7 +77,7 @@ pub(super) async fn load(
                 r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
                           EXISTS (SELECT FROM users WHERE id = $1)
                               AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $7) AS "reader_exists!",
-                          EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
+                          c.id IS NOT NULL OR EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
                           coalesce(c.last_seq, 0) AS "last_seq!", coalesce(c.first_seq, 1) - 1 AS "removed!",
                           m.id AS "id?", m.seq AS "seq?", m.sender_id AS "sender_id?", m.content AS "content?",
                           m.created_at AS "created_at?"
@@ -111,7 +112,7 @@ pub(super) async fn load(
                 r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
                           EXISTS (SELECT FROM users WHERE id = $1)
                               AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $8) AS "reader_exists!",
-                          EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
+                          c.id IS NOT NULL OR EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
                           coalesce(c.last_seq, 0) AS "last_seq!", coalesce(c.first_seq, 1) - 1 AS "removed!",
                           m.id AS "id?", m.seq AS "seq?", m.sender_id AS "sender_id?", m.content AS "content?",
                           m.created_at AS "created_at?"
@@ -157,7 +158,8 @@ impl Loaded {
                 continue;
             };
             let recipient_id = if sender_id == reader { peer } else { reader };
-            messages.push(Message { id, seq, sender_id, recipient_id, content, created_at }.render());
+            let message = Message::new(id, seq, [sender_id, recipient_id], content, created_at);
+            messages.push(message.render());
         }
         messages.sort_unstable_by_key(|message| std::cmp::Reverse(message.seq));
         loaded.newest.messages = messages;

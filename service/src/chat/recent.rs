@@ -42,6 +42,9 @@
 //! removed, and the token. Until then a list may show a message that another reader already misses in Postgres. So [`SETTLE`]
 //! drops such a list, too, before that reader returns. If the process that removes messages dies before it has dropped the
 //! lists, `check.rs` finds them.
+//! *What was erased is in no list.* The past of a conversation changes only when one of its users was deleted. From then on no
+//! replica uses its list, for an hour; nothing is erased before all know it, and the hour begins anew while it goes on:
+//! `erasure.rs`.
 //!
 //! # What remains
 //!
@@ -227,9 +230,7 @@ impl Recent {
 
     /// Looks for the `wanted` newest messages, for this session. After a miss the caller asks Postgres.
     pub(super) async fn look_up(&self, pair: Pair, session: Uuid, wanted: usize) -> Lookup {
-        let is_deleted = [pair.low(), pair.high()].into_iter().any(|user| self.permission.is_deleted(user));
-        let is_refused = is_deleted || self.permission.has_ended(session);
-        if wanted > self.window || is_refused {
+        if wanted > self.window {
             return Lookup::Miss(Miss::default());
         }
         let (live, epoch, is_permitted) = match self.permission.windows() {
@@ -237,6 +238,11 @@ impl Recent {
             Windows::Unsettled(Some((live, epoch))) => (live, epoch, false),
             Windows::Unsettled(None) | Windows::Suspended => return Lookup::Miss(Miss::default()),
         };
+        // After the permission: what came with it counts, too.
+        let is_deleted = [pair.low(), pair.high()].into_iter().any(|user| self.permission.is_deleted(user));
+        if is_deleted || self.permission.has_ended(session) {
+            return Lookup::Miss(Miss::default());
+        }
         let [list, token] = keys(&epoch, pair);
         let mut pipeline = Pipeline::with_capacity(2);
         pipeline.cmd("PTTL").arg(&list);
@@ -392,6 +398,19 @@ impl Recent {
                 return Ok(());
             }
         }
+    }
+
+    /// Deletes the list of a conversation, and withdraws the right to fill it. No replica uses it any more: it would expire. A
+    /// Redis that does not answer therefore does no harm.
+    pub(super) async fn forget(&self, pair: Pair) {
+        let (Windows::Usable(live, epoch) | Windows::Unsettled(Some((live, epoch)))) =
+            self.permission.windows()
+        else {
+            return;
+        };
+        let mut pipeline = Pipeline::with_capacity(1);
+        pipeline.cmd("DEL").arg(&keys(&epoch, pair)).ignore();
+        self.redis.run::<()>(&live, Operation::ForgetWindow, &pipeline).await.ok();
     }
 
     /// Lets the lists of these conversations live on, which lack nothing.

@@ -6,6 +6,9 @@ use std::time::Duration;
 use crate::store::operation::Operation;
 use crate::store::postgres::{Database, reason};
 
+/// No position of a stream is taken up that is older: its week, and a day.
+const ERASED_KEPT: Duration = Duration::from_secs(8 * 24 * 3600);
+
 const INTERVAL: Duration = Duration::from_secs(60);
 
 /// Rows in one statement: a few milliseconds, and a few locks.
@@ -19,6 +22,16 @@ pub(crate) async fn expired_idempotency_keys(database: Database) {
 /// Removes what replicas no longer need to know of deleted users, until the process ends.
 pub(crate) async fn old_deletions(database: Database, kept: Duration) {
     repeat(Operation::DeleteOldDeletions, || remove_deletions(&database, kept)).await;
+}
+
+/// Sets the names and addresses of deleted users free again, until the process ends.
+pub(crate) async fn reserved_names(database: Database) {
+    repeat(Operation::DeleteReservedNames, || remove_reservations(&database)).await;
+}
+
+/// Removes what streams no longer need to know of erased messages, until the process ends.
+pub(crate) async fn erased_conversations(database: Database) {
+    repeat(Operation::DeleteErasedConversations, || remove_erased_conversations(&database)).await;
 }
 
 /// Removes what replicas no longer need to know of ended sessions, until the process ends.
@@ -84,12 +97,43 @@ async fn remove_deletions(database: &Database, kept: Duration) -> Result<u64, sq
              SELECT user_id FROM deleted_users
              WHERE deleted_at < clock_timestamp() - make_interval(secs => $1)
              ORDER BY xact LIMIT $2
-         )",
+         ) AND deleted_at < clock_timestamp() - make_interval(secs => $1)",
         kept.as_secs_f64(),
         STEP_ROWS,
     );
     let mut connection = database.acquire().await?;
     let removed = database.run(Operation::DeleteOldDeletions, query.execute(&mut *connection)).await?;
+    Ok(removed.rows_affected())
+}
+
+async fn remove_reservations(database: &Database) -> Result<u64, sqlx::Error> {
+    let query = sqlx::query!(
+        "DELETE FROM reserved_names WHERE hash IN (
+             SELECT hash FROM reserved_names
+             WHERE reserved_until < clock_timestamp()
+             ORDER BY reserved_until LIMIT $1
+             FOR UPDATE SKIP LOCKED
+         )",
+        STEP_ROWS,
+    );
+    let mut connection = database.acquire().await?;
+    let removed = database.run(Operation::DeleteReservedNames, query.execute(&mut *connection)).await?;
+    Ok(removed.rows_affected())
+}
+
+async fn remove_erased_conversations(database: &Database) -> Result<u64, sqlx::Error> {
+    let query = sqlx::query!(
+        "DELETE FROM erased_conversations WHERE (conversation_id, user_id) IN (
+             SELECT conversation_id, user_id FROM erased_conversations
+             WHERE erased_at < clock_timestamp() - make_interval(secs => $1) AND xact IS NOT NULL
+             ORDER BY erased_at LIMIT $2
+             FOR UPDATE SKIP LOCKED
+         )",
+        ERASED_KEPT.as_secs_f64(),
+        STEP_ROWS,
+    );
+    let mut connection = database.acquire().await?;
+    let removed = database.run(Operation::DeleteErasedConversations, query.execute(&mut *connection)).await?;
     Ok(removed.rows_affected())
 }
 

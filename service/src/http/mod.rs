@@ -1,5 +1,6 @@
 //! The HTTP API: routes, extractors, errors, and a file of handlers for each topic.
 
+mod account;
 mod blocks;
 mod body;
 mod caller;

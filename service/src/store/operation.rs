@@ -26,6 +26,7 @@ pub enum Operation {
     ChangePassword,
     /// What an operator does to a user.
     ChangeUser,
+    DeleteUser,
     /// Waits for the statements that may not have seen a change.
     AwaitWriters,
     /// What readiness depends on.
@@ -64,6 +65,15 @@ pub enum Operation {
     TakeRetentionTurn,
     FindOldMessages,
     DeleteOldMessages,
+    DeleteReservedNames,
+    DeleteErasedConversations,
+    /// A deleted user of whom something is left.
+    FindErasure,
+    DeleteKeysOfUser,
+    /// In which conversations a deleted user's messages are.
+    ListErasure,
+    EraseMessages,
+    FinishErasure,
     /// Counts a request against a rate limit.
     CountAttempt,
     /// Which Redis it is.
@@ -75,6 +85,8 @@ pub enum Operation {
     AppendWindow,
     /// Gives windows that lack nothing another while.
     ExtendWindow,
+    /// Deletes a window whose messages were erased.
+    ForgetWindow,
     /// Tells other replicas of new messages.
     Announce,
 }
@@ -105,6 +117,7 @@ impl Operation {
             | Self::EndSessions
             | Self::ChangePassword
             | Self::ChangeUser
+            | Self::DeleteUser
             | Self::AwaitWriters
             | Self::CheckSchema
             | Self::ReadPermission
@@ -129,7 +142,14 @@ impl Operation {
             | Self::ReadExport
             | Self::TakeRetentionTurn
             | Self::FindOldMessages
-            | Self::DeleteOldMessages => "postgresql",
+            | Self::DeleteOldMessages
+            | Self::DeleteReservedNames
+            | Self::DeleteErasedConversations
+            | Self::FindErasure
+            | Self::DeleteKeysOfUser
+            | Self::ListErasure
+            | Self::EraseMessages
+            | Self::FinishErasure => "postgresql",
             Self::CountAttempt
             | Self::IdentifyRedis
             | Self::LookUpWindow
@@ -137,6 +157,7 @@ impl Operation {
             | Self::SettleWindow
             | Self::AppendWindow
             | Self::ExtendWindow
+            | Self::ForgetWindow
             | Self::Announce => "redis",
         }
     }

@@ -39,6 +39,10 @@ pub(super) async fn adopt(connection: &mut PgConnection) -> Result<(), sqlx::Err
         "UPDATE conversations SET removed_xact = NULL WHERE removed_xact >= pg_snapshot_xmax(pg_current_snapshot())"
     );
     removed.execute(&mut *connection).await?;
+    let erased = sqlx::query!(
+        "DELETE FROM erased_conversations WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())"
+    );
+    erased.execute(&mut *connection).await?;
     let note = sqlx::query!(
         "INSERT INTO position_server (system_identifier) SELECT system_identifier FROM pg_control_system()
          ON CONFLICT (only_row) DO UPDATE SET system_identifier = excluded.system_identifier"

@@ -54,6 +54,8 @@ pub struct Metrics {
     pool: PoolMetrics,
     /// By [`OperationName::index`].
     operations: Vec<Histogram>,
+    erasures_pending: IntGauge,
+    erased_messages: IntCounter,
     dependency_up: IntGaugeVec,
     ready: IntGauge,
     schema_version: IntGauge,
@@ -296,6 +298,18 @@ impl Metrics {
             retention: RetentionMetrics::new(&registry)?,
             pool: PoolMetrics::new(&registry)?,
             operations: operation_durations(&registry, &known.operations)?,
+            erasures_pending: gauge(
+                &registry,
+                "chat_erasures_pending",
+                "Deleted users of whom something is left to remove, all replicas together",
+            )?,
+            erased_messages: add(
+                &registry,
+                IntCounter::new(
+                    "chat_erased_messages_total",
+                    "Messages of deleted users that lost their content",
+                )?,
+            )?,
             dependency_up: gauges(
                 &registry,
                 "chat_dependency_up",
@@ -405,6 +419,15 @@ impl Metrics {
     pub fn retention_progress(&self, swept: f64, completed: f64) {
         self.retention.swept.set(swept);
         self.retention.completed.set(completed);
+    }
+
+    /// As of now, in the whole installation.
+    pub fn erasures_pending(&self, users: i64) {
+        self.erasures_pending.set(users);
+    }
+
+    pub fn messages_erased(&self, messages: u64) {
+        self.erased_messages.inc_by(messages);
     }
 
     pub fn hashing_started(&self) -> InFlight {

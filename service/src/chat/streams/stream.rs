@@ -11,7 +11,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use uuid::Uuid;
 
 use super::catch_up::{self, Missed};
-use super::mailbox::{Delivery, EndReason, Mail};
+use super::mailbox::{Delivery, EndReason, Kind, Mail};
 use super::position::{Position, Refused, Within};
 use super::registry::{Registered, Streams, fraction};
 use super::start::{self, ReadError, Seen};
@@ -76,6 +76,11 @@ pub(crate) enum Event {
         reason: &'static str,
     },
     Message {
+        position: String,
+        json: Vec<u8>,
+    },
+    /// Messages lost their content.
+    Erased {
         position: String,
         json: Vec<u8>,
     },
@@ -235,15 +240,15 @@ impl Open {
     /// Of those that were read for this stream alone.
     fn missed_message(&mut self) -> Option<Event> {
         let missed = self.missed.as_mut()?;
-        let Some((position, json)) = (!missed.messages.is_empty()).then(|| missed.messages.remove(0)) else {
+        let Some((position, kind, json)) = (!missed.messages.is_empty()).then(|| missed.messages.remove(0))
+        else {
             self.position = missed.position.clone();
             self.mail.missed = !missed.is_all;
             self.missed = None;
             return None;
         };
         self.position = position;
-        self.mailbox.streams.metrics.stream_message(None);
-        Some(Event::Message { position: self.position.encode(), json })
+        Some(self.event(kind, json, None))
     }
 
     /// Of those that the tail has read.
@@ -258,10 +263,21 @@ impl Open {
             let Delivery { conversation, seq, until, .. } = &*message;
             let until = (**until).clone();
             self.position.within = Some(Within { until, conversation: *conversation, seq: *seq });
-            self.mailbox.streams.metrics.stream_message(Some(message.committed.elapsed()));
-            return Some(Event::Message { position: self.position.encode(), json: message.json.clone() });
+            return Some(self.event(message.kind, message.json.clone(), Some(message.committed)));
         }
         None
+    }
+
+    /// What was committed at this time, unless the stream had missed it.
+    fn event(&self, kind: Kind, json: Vec<u8>, committed: Option<Instant>) -> Event {
+        let position = self.position.encode();
+        match kind {
+            Kind::Message => {
+                self.mailbox.streams.metrics.stream_message(committed.map(|at| at.elapsed()));
+                Event::Message { position, json }
+            }
+            Kind::Erased => Event::Erased { position, json },
+        }
     }
 
     /// False for what this stream has delivered before. Moves the position to the step that the message belongs to.
