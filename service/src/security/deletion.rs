@@ -32,11 +32,26 @@ impl Deletion {
         verified_hash: &str,
         erase_messages: bool,
     ) -> Result<bool, sqlx::Error> {
+        let deleted = self.remove(user, Some(verified_hash), erase_messages).await?;
+        if deleted {
+            barrier::writers_before_now_have_ended(&self.database, self.writers_limit).await?;
+        }
+        Ok(deleted)
+    }
+
+    /// Deletes the user, whose password an operator need not know. Statements that began before may still store its messages.
+    pub(crate) async fn remove(
+        &self,
+        user: Uuid,
+        verified_hash: Option<&str>,
+        erase_messages: bool,
+    ) -> Result<bool, sqlx::Error> {
         let mut connection = self.database.acquire().await?;
         // A trigger notes the user in deleted_users, from which all replicas learn of it.
         let query = sqlx::query_scalar!(
             r#"WITH gone AS (
-                   DELETE FROM users WHERE id = $1 AND password_hash = $2 RETURNING id, username_key, email_key
+                   DELETE FROM users WHERE id = $1 AND password_hash = coalesce($2, password_hash)
+                   RETURNING id, username_key, email_key
                ), reserved AS (
                    INSERT INTO reserved_names (hash, reserved_until)
                    SELECT reserved_name(kind, folded), clock_timestamp() + make_interval(secs => $4)
@@ -56,11 +71,6 @@ impl Deletion {
             RESERVED.as_secs_f64(),
         );
         let deleted = self.database.run(Operation::DeleteUser, query.fetch_one(&mut *connection)).await?;
-        drop(connection);
-        if deleted == 0 {
-            return Ok(false);
-        }
-        barrier::writers_before_now_have_ended(&self.database, self.writers_limit).await?;
-        Ok(true)
+        Ok(deleted > 0)
     }
 }

@@ -226,6 +226,38 @@ fn an_export_is_that_of_the_user() -> Result<()> {
 }
 
 #[test]
+fn a_deleted_user_is_gone_and_its_messages_are_erased() -> Result<()> {
+    let database = Database::create()?;
+    let service = Start::on(&database).ready()?;
+    let (ana, ben) = service.conversation()?;
+    service.send(&ben, &ana, "fourth")?.expect(201)?;
+    let delete = ["user", "delete", "ana"];
+    let said = ask(&database, &delete)?;
+    assert_eq!(
+        said,
+        json!({"user_id": ana.id, "outcome": "deleted", "erase_messages": true, "dry_run": false})
+    );
+    assert_eq!(service.me(&ana.token)?.status, 401);
+    assert_eq!(log_in(&service, PASSWORD)?.status, 401);
+    assert_eq!(service.send(&ben, &ana, "hello")?.status, 404);
+    let page = || {
+        let path = format!("/messages?peer_id={}&limit=100", ana.id);
+        Response::of(service.get(&path).bearer_auth(&ben.token))?.expect(200)?.contents()
+    };
+    eventually("its messages to be erased", || (page().ok()? == ["fourth", "", "", ""]).then_some(()))?;
+    fails(&admin(&database, &delete), 3, &["no such user"])?;
+    // Another, whose messages stay.
+    ask(&database, &["user", "delete", &ben.id, "--keep-messages"])?;
+    assert_eq!(database.value("SELECT count(*) FROM users")?, "0");
+    eventually("the end of the erasure", || {
+        (database.value("SELECT count(*) FROM erasures").ok()? == "0").then_some(())
+    })?;
+    let left = database.value("SELECT string_agg(content, ' ' ORDER BY seq) FROM messages")?;
+    assert_eq!(left, "   fourth");
+    Ok(())
+}
+
+#[test]
 fn a_purge_removes_what_is_old_and_no_more() -> Result<()> {
     let database = Database::create()?;
     let service = Start::on(&database).ready()?;
@@ -303,6 +335,7 @@ fn a_dry_run_says_what_would_be_done_and_changes_nothing() -> Result<()> {
     for command in [
         &["user", "show", "ana"][..],
         &["user", "export", "ana", "--dry-run"],
+        &["user", "delete", "ana", "--dry-run"],
         &["conversations", "largest"],
         &["messages", "purge", "--older-than", "1", "--dry-run"],
     ] {
@@ -332,7 +365,7 @@ fn the_exit_code_says_why_a_command_failed() -> Result<()> {
     fails(&show, 1, &["version 0", "chat-service migrate"])?;
     ensure!(Start::on(&database).args(&["migrate"]).run()?.code == 0);
     for nobody in ["ana", "", "0192", "01920b1e-9f6a-7c7e-8f4e-0f6c1f4f2a11", "ana@example.com", "ä"] {
-        for command in ["show", "disable", "enable", "revoke", "reset-password", "export"] {
+        for command in ["show", "disable", "enable", "revoke", "reset-password", "export", "delete"] {
             fails(&admin(&database, &["user", command, nobody]), 3, &["no such user"])?;
         }
     }

@@ -49,7 +49,7 @@ pub struct Args {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Show a user, export its data, disable it, set its password, end its sessions
+    /// Show a user, export its data, delete it, disable it, set its password, end its sessions
     #[command(subcommand)]
     User(user::Command),
     /// Find the conversations with the most messages

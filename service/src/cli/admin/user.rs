@@ -15,6 +15,7 @@ use crate::chat::export::{ExportError, Exports, Place};
 use crate::chat::permission::Permission;
 use crate::config::Config;
 use crate::security::accounts::{Change, Changed};
+use crate::security::deletion::Deletion;
 use crate::security::passwords::{PASSWORD_LENGTH, Passwords, password_length};
 use crate::security::sessions::Sessions;
 use crate::store::health::Health;
@@ -58,6 +59,17 @@ pub(super) enum Command {
         #[arg(long, value_name = "CURSOR")]
         after: Option<String>,
     },
+    /// Delete the account, as `DELETE /me` does
+    ///
+    /// From now on every token of the user is 401, and its name and address are taken for 30 days. A replica of the service erases its
+    /// messages in the background; `chat_erasures_pending` is 0 when that is done. It cannot be undone.
+    Delete {
+        #[command(flatten)]
+        target: Target,
+        /// Leave its messages as they are
+        #[arg(long)]
+        keep_messages: bool,
+    },
     /// Keep the user from logging in, and end all its sessions
     ///
     /// A login, a refresh and every token of the user are 401 from now on, on every replica, as for a wrong password; its streams
@@ -86,6 +98,7 @@ impl Command {
         match self {
             Self::Show(_) => "user show",
             Self::Export { .. } => "user export",
+            Self::Delete { .. } => "user delete",
             Self::Disable(_) => "user disable",
             Self::Enable(_) => "user enable",
             Self::ResetPassword { .. } => "user reset-password",
@@ -99,6 +112,7 @@ impl Command {
             | Self::Disable(target)
             | Self::Enable(target)
             | Self::Export { target, .. }
+            | Self::Delete { target, .. }
             | Self::ResetPassword { target, .. }
             | Self::Revoke(target) => &target.user,
         }
@@ -127,6 +141,7 @@ async fn answer(context: &Context, options: &Options, command: &Command, passwor
     match command {
         Command::Show(_) => show(context, user).await,
         Command::Export { after, .. } => export(context, options, &user, after.as_deref()).await,
+        Command::Delete { keep_messages, .. } => delete(context, options, &user, !keep_messages).await,
         Command::Disable(_) => change(context, options, &user, Change::Disable).await,
         Command::Enable(_) => change(context, options, &user, Change::Enable).await,
         Command::Revoke(_) => change(context, options, &user, Change::Revoke).await,
@@ -299,6 +314,35 @@ async fn export(context: &Context, options: &Options, user: &User, after: Option
     }
     stdout.flush()?;
     Ok(Answer::Done(done))
+}
+
+async fn delete(context: &Context, options: &Options, user: &User, erase_messages: bool) -> Result<Answer> {
+    let mut fault = None;
+    if !options.dry_run {
+        let deletion = Deletion::new(&context.config, context.database.clone());
+        if !deletion.remove(user.id, None, erase_messages).await.map_err(|error| failed(&error))? {
+            return Ok(Answer::NoSuchUser);
+        }
+        let sessions = Sessions::new(&context.config, context.database.clone());
+        fault = sessions.settle().await.err().map(|error| {
+            let reason = postgres::reason(&error);
+            format!("it is done, but statements that began before still run, and may store messages of the user ({reason})")
+        });
+    }
+    let left = if erase_messages { "its messages will be erased" } else { "its messages stay" };
+    let dry_run = if options.dry_run { "dry run, nothing was changed: " } else { "" };
+    Ok(Answer::Done(Done {
+        outcome: "deleted",
+        user: Some(user.id),
+        json: json!({
+            "user_id": user.id,
+            "outcome": "deleted",
+            "erase_messages": erase_messages,
+            "dry_run": options.dry_run,
+        }),
+        text: format!("{dry_run}{} ({}): deleted, {left}", user.username, user.id),
+        fault,
+    }))
 }
 
 /// Makes the change, or says what it would do.
