@@ -134,13 +134,19 @@ async fn peers_keep_the_conversation_without_the_contents_of_the_deleted_user() 
     let start = followers[0].last_id.clone();
     deleted(&app, &ana, "?erase_messages=true").await;
     erased(&app).await;
-    let expected: Vec<Value> = before.as_array().expect("an array").iter().cloned().map(|mut message| {
-        if message["sender_id"] == *ana.id {
-            message["content"] = json!("");
-            message["erased"] = json!(true);
-        }
-        message
-    }).collect();
+    let expected: Vec<Value> = before
+        .as_array()
+        .expect("an array")
+        .iter()
+        .cloned()
+        .map(|mut message| {
+            if message["sender_id"] == *ana.id {
+                message["content"] = json!("");
+                message["erased"] = json!(true);
+            }
+            message
+        })
+        .collect();
     for replica in [&app, &other] {
         assert_eq!(replica.messages(&ben, &ana, "limit=10").await.json(200), json!(expected));
         assert_eq!(replica.messages(&ben, &ana, "limit=2&before=3").await.json(200), json!(expected[5..]));
@@ -162,7 +168,8 @@ async fn peers_keep_the_conversation_without_the_contents_of_the_deleted_user() 
     let mut later = app.follow(&ben, Some(&resumed.last_id)).await;
     assert!(later.ready().await);
     later.nothing_more().await;
-    let counted = app.metric("chat_erased_messages_total").await + other.metric("chat_erased_messages_total").await;
+    let counted =
+        app.metric("chat_erased_messages_total").await + other.metric("chat_erased_messages_total").await;
     assert_eq!(counted, 5.0);
 }
 
@@ -251,16 +258,21 @@ async fn the_name_and_the_address_are_reserved_for_thirty_days() {
     // As a release does that knows nothing of it.
     let insert = |name: &str, email: &str| {
         let columns = "id, username, username_key, email, email_key, password_hash";
-        format!("INSERT INTO users ({columns}) VALUES (gen_random_uuid(), '{name}', lower('{name}'), '{email}', lower('{email}'), 'x')")
+        format!(
+            "INSERT INTO users ({columns}) VALUES (gen_random_uuid(), '{name}', lower('{name}'), '{email}', lower('{email}'), 'x')"
+        )
     };
     let mut connection = app.database.connect().await;
     for (sql, constraint) in
         [(insert(&name, &free), "users_username_taken"), (insert("free", &email), "users_email_taken")]
     {
-        let error = sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut connection).await.expect_err("taken");
+        let error =
+            sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut connection).await.expect_err("taken");
         assert_eq!(error.as_database_error().and_then(|error| error.constraint()), Some(constraint));
     }
-    app.database.execute("UPDATE reserved_names SET reserved_until = reserved_until - interval '30 days 1 s'").await;
+    app.database
+        .execute("UPDATE reserved_names SET reserved_until = reserved_until - interval '30 days 1 s'")
+        .await;
     others(&name, &email).await.json(201);
     // The sweep of a replica that starts.
     let _other = app.replica(&[]).await;
@@ -297,14 +309,16 @@ async fn another_replica_continues_an_erasure_whose_replica_is_gone() {
         app.sent(&ana, peer, "1").await;
     }
     // Every fourth message is the peer's.
-    app.database.execute(&format!(
-        "INSERT INTO messages (conversation_id, seq, id, sender_id, content, created_at)
+    app.database
+        .execute(&format!(
+            "INSERT INTO messages (conversation_id, seq, id, sender_id, content, created_at)
          SELECT c.id, n, gen_random_uuid(), CASE WHEN n % 4 = 0 THEN peer ELSE '{0}' END, 'text ' || n, now()
          FROM generate_series(2, {MESSAGES}) n, conversations c,
               LATERAL (SELECT CASE WHEN low_user = '{0}' THEN high_user ELSE low_user END) p (peer);
          UPDATE conversations SET last_seq = {MESSAGES}",
-        ana.id
-    )).await;
+            ana.id
+        ))
+        .await;
     let mut follower = app.follow(&ben, None).await;
     follower.ready().await;
     let position = follower.last_id.clone();
@@ -329,7 +343,8 @@ async fn another_replica_continues_an_erasure_whose_replica_is_gone() {
     holding.rollback().await.expect("a rollback");
     erased(&other).await;
     assert_eq!(other.database.count(&left).await, 0);
-    let kept = format!("SELECT count(*) FROM messages WHERE content LIKE 'text %' AND sender_id <> '{}'", ana.id);
+    let kept =
+        format!("SELECT count(*) FROM messages WHERE content LIKE 'text %' AND sender_id <> '{}'", ana.id);
     assert_eq!(other.database.count(&kept).await, MESSAGES / 4 * 2);
     let counted = other.metric("chat_erased_messages_total").await;
     assert!(counted > 0.0 && counted < own as f64, "{counted}: the other replica did it all, or nothing");
@@ -379,7 +394,10 @@ async fn race(replicas: &[&TestApp; 2], ben: &User, connection: &mut PgConnectio
             }
         }
     };
-    let sending = together([(ana, ben, 0), (ana, ben, 1), (ben, ana, 0), (ben, ana, 1)].map(|(from, to, task)| send(from, to, task)));
+    let sending = together(
+        [(ana, ben, 0), (ana, ben, 1), (ben, ana, 0), (ben, ana, 1)]
+            .map(|(from, to, task)| send(from, to, task)),
+    );
     let deletion = async {
         sleep(Duration::from_micros(700 * (round as u64 % 20))).await;
         deleted(replicas[round % 2], ana, "").await;
@@ -424,7 +442,8 @@ async fn read(app: &TestApp, reader: &User, peer: &User) {
             assert!(seq > erased_up_to || is_erased(message), "{message} was erased before");
         }
         let erased = of_peer.iter().filter(|message| is_erased(message));
-        erased_up_to = erased.filter_map(|message| message["seq"].as_i64()).max().unwrap_or(0).max(erased_up_to);
+        erased_up_to =
+            erased.filter_map(|message| message["seq"].as_i64()).max().unwrap_or(0).max(erased_up_to);
         if of_peer.first().is_some_and(|message| is_erased(message)) {
             return;
         }

@@ -230,11 +230,7 @@ impl Erasures {
                 HELD.as_secs_f64(),
                 STEP_ROWS
             );
-            match self
-                .database
-                .run(Operation::EraseMessages, query.fetch_optional(&mut *connection))
-                .await
-            {
+            match self.database.run(Operation::EraseMessages, query.fetch_optional(&mut *connection)).await {
                 Err(error) if is_conflict(&error) => sleep(PAUSE).await,
                 outcome => return outcome,
             }

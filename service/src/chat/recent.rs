@@ -357,7 +357,8 @@ impl Recent {
     /// Deletes the list of a conversation, and withdraws the right to fill it. No replica uses it any more: it would expire. A
     /// Redis that does not answer therefore does no harm.
     pub(super) async fn forget(&self, pair: Pair) {
-        let (Windows::Usable(live, epoch) | Windows::Unsettled(Some((live, epoch)))) = self.permission.windows()
+        let (Windows::Usable(live, epoch) | Windows::Unsettled(Some((live, epoch)))) =
+            self.permission.windows()
         else {
             return;
         };

@@ -3,7 +3,9 @@
 use salvo::extract::{Extractible, Metadata};
 use salvo::http::StatusCode;
 use salvo::{Depot, Request, Writer};
-use salvo_oapi::{BasicType, Components, EndpointArgRegister, Object, Operation as Documented, ToSchema, endpoint};
+use salvo_oapi::{
+    BasicType, Components, EndpointArgRegister, Object, Operation as Documented, ToSchema, endpoint,
+};
 use serde::Deserialize;
 
 use super::body::{Body, Faults, Text};

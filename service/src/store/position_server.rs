@@ -35,7 +35,9 @@ pub(super) async fn adopt(connection: &mut PgConnection) -> Result<(), sqlx::Err
         "UPDATE conversations SET last_xact = NULL WHERE last_xact >= pg_snapshot_xmax(pg_current_snapshot())"
     );
     conversations.execute(&mut *connection).await?;
-    let erased = sqlx::query!("DELETE FROM erased_conversations WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())");
+    let erased = sqlx::query!(
+        "DELETE FROM erased_conversations WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())"
+    );
     erased.execute(&mut *connection).await?;
     let note = sqlx::query!(
         "INSERT INTO position_server (system_identifier) SELECT system_identifier FROM pg_control_system()

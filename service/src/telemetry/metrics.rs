@@ -271,7 +271,10 @@ impl Metrics {
             )?,
             erased_messages: add(
                 &registry,
-                IntCounter::new("chat_erased_messages_total", "Messages of deleted users that lost their content")?,
+                IntCounter::new(
+                    "chat_erased_messages_total",
+                    "Messages of deleted users that lost their content",
+                )?,
             )?,
             dependency_up: gauges(
                 &registry,

@@ -4,6 +4,7 @@
 mod commands;
 mod configuration;
 mod connections;
+mod deletion;
 mod dotenv;
 mod examples;
 mod faults;

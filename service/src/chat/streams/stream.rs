@@ -238,7 +238,8 @@ impl Open {
     /// Of those that were read for this stream alone.
     fn missed_message(&mut self) -> Option<Event> {
         let missed = self.missed.as_mut()?;
-        let Some((position, kind, json)) = (!missed.messages.is_empty()).then(|| missed.messages.remove(0)) else {
+        let Some((position, kind, json)) = (!missed.messages.is_empty()).then(|| missed.messages.remove(0))
+        else {
             self.position = missed.position.clone();
             self.mail.missed = !missed.is_all;
             self.missed = None;

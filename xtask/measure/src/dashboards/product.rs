@@ -144,6 +144,10 @@ fn accounts() -> Row {
                 .from(0.5, "red")
                 .runbook("ChatServiceAuthFailures")
                 .width(8),
+            lines("Deleted users", "short", "Users who were deleted and of whom something is left to remove. It falls to 0 within minutes; the log names each of them at the beginning and the end.")
+                .query("pending", "max(chat_erasures_pending{OURS})"),
+            lines("Erased messages", "ops", "Messages of deleted users per second that lost their content.")
+                .query("erased", "sum(rate(chat_erased_messages_total{OURS}[$__rate_interval]))"),
         ],
     }
 }
