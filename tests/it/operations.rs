@@ -99,6 +99,7 @@ async fn every_documented_status_is_the_response_to_some_request() {
         let ben = if is_about_caller { &ana } else { &ben };
         let refresh_token = match operation.path.as_str() {
             "/refresh" => Some(text(&apps.usual.login(&ana.name, PASSWORD).await.json(200), "refresh_token")),
+            "/me" => Some(PASSWORD.to_owned()),
             _ => None,
         };
         let mut seen = BTreeSet::from([INTERNAL_ERROR]);

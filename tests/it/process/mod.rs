@@ -5,6 +5,7 @@ mod admin;
 mod commands;
 mod configuration;
 mod connections;
+mod deletion;
 mod dotenv;
 mod examples;
 mod export;

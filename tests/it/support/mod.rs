@@ -25,6 +25,7 @@ pub(crate) use document::document;
 pub(crate) use operations::{Operation, operations};
 pub(crate) use prefix_proxy::PrefixProxy;
 pub(crate) use redis::RedisIndex;
+pub(crate) use stream::Follower;
 pub(crate) use tests::{PASSWORD, User};
 
 /// The signing key of the tests' services.

@@ -61,6 +61,8 @@ impl Operation {
             "POST /password" => {
                 (path, Some(json!({"current_password": PASSWORD, "new_password": format!("new {name}")})))
             }
+            // The name is the password here.
+            "DELETE /me" => (path, Some(json!({"password": name}))),
             // Of the caller's sessions the one of this token.
             "DELETE /sessions/{id}" => {
                 let session = (!ben.token.is_empty()).then(|| session(&ben.token));

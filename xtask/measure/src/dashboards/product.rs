@@ -167,6 +167,10 @@ fn accounts() -> Row {
             stack("Exports", "ops", "Exports of a user's data per second by how they ended. `refused` ones met another of the same user, or too many on the replica. All but `complete` can be resumed.")
                 .query("{{outcome}}", "sum by (outcome) (rate(chat_exports_total{OURS}[$__rate_interval]))")
                 .width(24),
+            lines("Deleted users", "short", "Users who were deleted and of whom something is left to remove. It falls to 0 within minutes; the log names each of them at the beginning and the end.")
+                .query("pending", "max(chat_erasures_pending{OURS})"),
+            lines("Erased messages", "ops", "Messages of deleted users per second that lost their content.")
+                .query("erased", "sum(rate(chat_erased_messages_total{OURS}[$__rate_interval]))"),
         ],
     }
 }
