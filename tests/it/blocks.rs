@@ -220,6 +220,11 @@ async fn many_first_messages_at_once_begin_exactly_as_many_conversations_as_are_
         let sql =
             format!("SELECT count(*) FROM conversations WHERE '{}' IN (low_user, high_user)", sender.id);
         assert_eq!(app.database.count(&sql).await, 10);
+        // Those that are found new twice count once.
+        let sender = app.user(&format!("other{round}")).await;
+        let sends = (0..20).map(|n| replicas[n % 2].send(&sender, &strangers[n / 2], "hello").response());
+        let answers = together(sends).await;
+        assert!(answers.iter().all(|answer| answer.status == 201), "{answers:?}");
     }
     let refused = "chat_rate_limited_total{limit=\"new_conversations\"}";
     assert_eq!(app.metric(refused).await + other.metric(refused).await, 150.0);
@@ -278,6 +283,8 @@ async fn each_hour_counts_anew_and_a_past_one_is_swept() {
     // A statement that comes from the hour before counts in the one that has begun.
     app.database.execute("UPDATE new_conversations SET hour = hour + 1").await;
     app.send(&ana, &strangers[2], "hello").response().await.problem(429);
+    let ahead = "SELECT hour - floor(extract(epoch FROM now()) / 3600)::bigint FROM new_conversations";
+    assert_eq!(app.database.count(ahead).await, 1);
     app.database.execute("UPDATE new_conversations SET hour = hour - 2").await;
     app.sent(&ana, &strangers[2], "hello").await;
     app.sent(&ana, &strangers[3], "hello").await;
