@@ -780,8 +780,9 @@ fn a_stream_may_show_a_message_as_erased_after_the_deletion_alone() {
         if deleted {
             made.change("ana", Action::Delete, Outcome::Done);
         }
-        made.shows(erased(1, "a"));
-        made.history.stored = Some(vec![vec![made.history.intern(erased(1, "a"))]]);
+        let message = made.history.intern(erased(1, "a"));
+        made.told(Told::Message { position: "a".to_owned(), message });
+        made.history.stored = Some(vec![vec![message]]);
         let early = if deleted { &[][..] } else { &[check::ERASED_EARLY] };
         assert_eq!(made.broken(), early);
     }

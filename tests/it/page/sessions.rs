@@ -253,9 +253,9 @@ const GONE: &str = "
     const erased = (one) => (one.sender_id === peer ? { ...one, content: '', erased: true } : one);
     const gone = (one) => ({ peer: { id: peer, username: null }, last_message: erased(one.last_message), last_seq: one.last_seq });
     window.fetch = async (url, options) => {
-        const answer = await answered(url, options);
         const { pathname } = new URL(url);
         if (pathname === '/send') return new Response('{}', { status: 403 });
+        const answer = await answered(url, options);
         const change = { '/messages': erased, '/conversations': gone }[pathname];
         if (change) return new Response(JSON.stringify((await answer.json()).map(change)), answer);
         if (pathname !== '/stream') return answer;

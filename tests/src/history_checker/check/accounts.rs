@@ -184,7 +184,7 @@ impl<'a> Checker<'a> {
             let message = self.history.message(shown);
             let known = erased.get(&(operation.conversation, message.seq));
             if let Some(known) = known.filter(|known| !message.erased && known.end < operation.start) {
-                let lines = [known, operation].map(|operation| self.describe(operation)).join("\n");
+                let lines = [*known, operation].map(|operation| self.describe(operation)).join("\n");
                 self.broken(UNERASED, format!("{lines}\n  {}", brief(message)));
             }
         }
