@@ -59,7 +59,7 @@ async fn seed(app: &TestApp, conversations: u32, messages: u32) {
 }
 
 async fn listed(app: &TestApp, user: &User) -> Vec<String> {
-    let page = app.get("/conversations").by(user).response().await.json(200);
+    let page = app.get("/conversations?limit=2").by(user).response().await.json(200);
     page.as_array().expect("an array").iter().map(|listed| text(&listed["peer"], "id")).collect()
 }
 
@@ -140,12 +140,15 @@ async fn a_conversation_of_which_nothing_is_left_is_not_listed_and_goes_on_with_
     let without = app.replica(&[("CACHE_WINDOW", "0")]).await;
     let (ana, ben) = app.pair().await;
     let cleo = app.member().await;
-    app.sent_many(&ana, &ben, 3).await;
+    // The one that goes was active last.
     app.sent(&cleo, &ana, "new").await;
+    app.sent_many(&ana, &ben, 3).await;
     age(&app, "content <> 'new'", "31 days").await;
     let _replica = swept(&app, "30").await;
     for app in [&app, &without] {
         assert_eq!(listed(app, &ana).await, [&*cleo.id]);
+        let page = app.get("/conversations?limit=1").by(&ana).response().await;
+        assert_eq!((page.json(200)[0]["last_message"]["content"].as_str(), page.next()), (Some("new"), None));
         assert_eq!(listed(app, &ben).await, Vec::<String>::new());
         for query in ["", "before=3", "after=0", "after=2", "offset=1"] {
             assert_eq!(shown(&app.messages(&ana, &ben, query).await), (vec![], false), "{query}");
