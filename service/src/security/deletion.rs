@@ -61,6 +61,8 @@ impl Deletion {
                ), told AS (
                    -- The user has no stream any more that could lack them.
                    DELETE FROM erased_conversations WHERE peer_id IN (SELECT id FROM gone) AND xact IS NOT NULL
+               ), counted AS (
+                   DELETE FROM new_conversations WHERE user_id IN (SELECT id FROM gone)
                ), begun AS (
                    INSERT INTO erasures (user_id, erase_messages) SELECT id, $3 FROM gone
                )
