@@ -356,8 +356,9 @@ async fn sends_to_a_conversation_go_on_while_it_is_swept() {
         )
         .await;
     let replica = app.replica(&[("MESSAGE_RETENTION_DAYS", "30")]).await;
-    let (mut sent, mut slowest) = (4000, Duration::ZERO);
+    let (mut sent, mut slowest, begun) = (4000, Duration::ZERO, Instant::now());
     while app.database.count("SELECT first_seq FROM conversations").await <= 4000 {
+        assert!(begun.elapsed() < LIMIT, "the old messages are not removed");
         for app in [&app, &replica] {
             let started = Instant::now();
             sent += 1;
