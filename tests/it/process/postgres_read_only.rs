@@ -169,7 +169,7 @@ fn a_database_that_was_set_to_read_only_is_noticed_by_the_first_session_that_mee
     let lock = database.handle().hold("SET TRANSACTION READ WRITE; LOCK TABLE users")?;
     thread::scope(|scope| -> Result<()> {
         let calls: Vec<_> = (0..12).map(|_| scope.spawn(|| service.me(&ana.token))).collect();
-        database.blocks(6)?;
+        database.blocks(12)?;
         lock.release();
         calls.into_iter().try_for_each(|call| call.join().expect("no panic").map(drop))
     })?;
