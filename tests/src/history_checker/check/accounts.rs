@@ -71,8 +71,8 @@ impl<'a> Changes<'a> {
         let mut deletions = self.deletions.iter();
         match status {
             401 => {
-                self.ends.get(&refused.session).into_iter().flatten().any(|end| began(end))
-                    || self.deletions.get(&*refused.user).into_iter().flatten().any(|end| began(end))
+                self.ends.get(&refused.session).into_iter().flatten().any(began)
+                    || self.deletions.get(&*refused.user).into_iter().flatten().any(began)
             }
             403 => {
                 let all = self.blocks.get(&refused.conversation).into_iter().flatten();
