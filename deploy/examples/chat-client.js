@@ -319,7 +319,7 @@ export class ChatClient {
 
   /** Exchanges these tokens for new ones, unless they were already. One exchange at a time: a token works once. */
   async #renew(tokens) {
-    if (this.#tokens?.access !== tokens.access) return;
+    if (this.#tokens?.refresh !== tokens.refresh) return;
     this.#renewing ??= this.#alone(tokens, () => this.#exchange(tokens)).finally(() => {
       this.#renewing = null;
     });
@@ -336,8 +336,8 @@ export class ChatClient {
 
   async #exchange(tokens) {
     const newer = await this.#store?.load?.();
-    if (newer?.id === tokens.id && newer.access !== tokens.access) this.#tokens = newer;
-    if (this.#tokens?.access !== tokens.access) return;
+    if (newer?.id === tokens.id && newer.refresh !== tokens.refresh) this.#tokens = newer;
+    if (this.#tokens?.refresh !== tokens.refresh) return;
     const asked = this.#now();
     for (let attempt = 1; ; attempt += 1) {
       try {

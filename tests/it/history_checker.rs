@@ -4,6 +4,7 @@
 //! `cargo xtask soak --self-check` shows that the checker finds the fault of builds that are broken on purpose.
 
 use std::env;
+use std::slice::from_ref;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -596,6 +597,8 @@ impl MadeUp {
     }
 }
 
+type Act<'a> = &'a dyn Fn(&mut MadeUp);
+
 const UNANSWERED: Outcome = Outcome::Unknown("503");
 
 fn erased(seq: i64, content: &str) -> Message {
@@ -666,7 +669,7 @@ fn nothing_is_taken_from_a_blocked_user_after_the_blocks_answer() {
     let maybe_not = ("ben", Action::Unblock, UNANSWERED);
     let sends = |made: &mut MadeUp| _ = made.acknowledged(2, "b");
     let refused = |made: &mut MadeUp| made.refused("b", 403);
-    assert_eq!(after(&[block.clone()], &sends), [check::AFTER_BLOCK]);
+    assert_eq!(after(from_ref(&block), &sends), [check::AFTER_BLOCK]);
     assert_eq!(after(&[block.clone(), unblock.clone(), block.clone()], &sends), [check::AFTER_BLOCK]);
     for taken in [
         vec![],
@@ -682,14 +685,14 @@ fn nothing_is_taken_from_a_blocked_user_after_the_blocks_answer() {
         assert_eq!(after(&refusing, &refused), [""; 0], "{refusing:?}");
     }
     // What was sent before is answered as it was, and may have been stored.
-    assert_eq!(after(&[block.clone()], &|made| made.replayed(1, "a")), [""; 0]);
-    assert_eq!(after(&[block.clone()], &|made| made.replayed(2, "tried")), [""; 0]);
-    assert_eq!(after(&[block.clone()], &|made| _ = made.acknowledged(2, "tried")), [check::AFTER_BLOCK]);
+    assert_eq!(after(from_ref(&block), &|made| made.replayed(1, "a")), [""; 0]);
+    assert_eq!(after(from_ref(&block), &|made| made.replayed(2, "tried")), [""; 0]);
+    assert_eq!(after(from_ref(&block), &|made| _ = made.acknowledged(2, "tried")), [check::AFTER_BLOCK]);
     let unanswered = |made: &mut MadeUp| {
         made.send("b", UNANSWERED);
         made.read(NEWEST, &[(2, "b"), (1, "a")], false);
     };
-    assert_eq!(after(&[block], &unanswered), [check::AFTER_BLOCK]);
+    assert_eq!(after(from_ref(&block), &unanswered), [check::AFTER_BLOCK]);
     assert_eq!(after(&[unblock], &unanswered), [""; 0]);
 }
 
@@ -814,7 +817,7 @@ fn messages_are_removed_from_the_low_end_and_do_not_come_back() {
     // Without retention nothing may vanish.
     let broken = history(false, &sound);
     assert!(broken.contains(&check::TORN_PAGE) && broken.contains(&check::GAP), "{broken:?}");
-    let faulty: [(&dyn Fn(&mut MadeUp), &str); 7] = [
+    let faulty: [(Act<'_>, &str); 7] = [
         (
             &|made| {
                 made.read(newest(4), &[(4, "d"), (3, "c")], false);

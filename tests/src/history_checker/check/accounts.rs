@@ -71,8 +71,8 @@ impl<'a> Changes<'a> {
         let mut deletions = self.deletions.iter();
         match status {
             401 => {
-                self.ends.get(&refused.session).into_iter().flatten().any(|end| began(&end))
-                    || self.deletions.get(&*refused.user).into_iter().flatten().any(|end| began(&end))
+                self.ends.get(&refused.session).into_iter().flatten().any(began)
+                    || self.deletions.get(&*refused.user).into_iter().flatten().any(began)
             }
             403 => {
                 let all = self.blocks.get(&refused.conversation).into_iter().flatten();
@@ -89,7 +89,7 @@ impl<'a> Changes<'a> {
                 all.clone().any(|block| {
                     matches!(block.action, Action::Block)
                         && block.user != refused.user
-                        && began(&block)
+                        && began(block)
                         && !is_lifted(block)
                 })
             }
@@ -154,7 +154,7 @@ impl<'a> Checker<'a> {
                 && sent.acknowledged().next().is_none()
             {
                 let lines = [why, &sent.attempts[0]].map(|operation| self.describe(operation)).join("\n");
-                self.broken(*rule, format!("{lines}\n  {}", brief(self.history.message(*index))));
+                self.broken(rule, format!("{lines}\n  {}", brief(self.history.message(*index))));
             }
         }
     }
