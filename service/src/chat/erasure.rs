@@ -48,7 +48,7 @@ const HELD: Duration = Duration::from_secs(10);
 /// A replica works for this long before it takes the user up anew: far below the hour for which replicas know a deleted user.
 const HELD_MAX: Duration = Duration::from_secs(600);
 
-pub struct Erasures {
+pub(crate) struct Erasures {
     database: Database,
     recent: Arc<Recent>,
     streams: Arc<Streams>,
