@@ -52,8 +52,7 @@ pub struct Metrics {
     pool: PoolMetrics,
     /// By [`OperationName::index`].
     operations: Vec<Histogram>,
-    erasures_pending: IntGauge,
-    erased_messages: IntCounter,
+    erasures: ErasureMetrics,
     dependency_up: IntGaugeVec,
     ready: IntGauge,
     schema_version: IntGauge,
@@ -117,6 +116,13 @@ struct StreamMetrics {
     delivery: Histogram,
     gaps: IntCounter,
     catch_ups: IntCounter,
+}
+
+/// Of what is removed of deleted users.
+#[derive(Debug)]
+struct ErasureMetrics {
+    pending: IntGauge,
+    messages: IntCounter,
 }
 
 /// Of the Postgres connection pool.
@@ -264,18 +270,7 @@ impl Metrics {
             streams: StreamMetrics::new(&registry)?,
             pool: PoolMetrics::new(&registry)?,
             operations: operation_durations(&registry, &known.operations)?,
-            erasures_pending: gauge(
-                &registry,
-                "chat_erasures_pending",
-                "Deleted users of whom something is left to remove, all replicas together",
-            )?,
-            erased_messages: add(
-                &registry,
-                IntCounter::new(
-                    "chat_erased_messages_total",
-                    "Messages of deleted users that lost their content",
-                )?,
-            )?,
+            erasures: ErasureMetrics::new(&registry)?,
             dependency_up: gauges(
                 &registry,
                 "chat_dependency_up",
@@ -375,11 +370,11 @@ impl Metrics {
 
     /// As of now, in the whole installation.
     pub fn erasures_pending(&self, users: i64) {
-        self.erasures_pending.set(users);
+        self.erasures.pending.set(users);
     }
 
     pub fn messages_erased(&self, messages: u64) {
-        self.erased_messages.inc_by(messages);
+        self.erasures.messages.inc_by(messages);
     }
 
     pub fn hashing_started(&self) -> InFlight {
@@ -493,6 +488,16 @@ impl StreamMetrics {
                 "Times that a stream read from Postgres what it had missed",
             )?,
         })
+    }
+}
+
+impl ErasureMetrics {
+    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let help = "Deleted users of whom something is left to remove, all replicas together";
+        let pending = gauge(registry, "chat_erasures_pending", help)?;
+        let help = "Messages of deleted users that lost their content";
+        let messages = add(registry, IntCounter::new("chat_erased_messages_total", help)?)?;
+        Ok(Self { pending, messages })
     }
 }
 
