@@ -163,7 +163,7 @@ fn a_role_without_grants_is_unready_until_it_has_those_that_doctor_prints() -> R
     // What used to be all that was asked for.
     roles.database.query("GRANT SELECT ON _sqlx_migrations TO serving")?;
     let warnings =
-        service.process.logs(&["WARN", "GRANT SELECT, INSERT, UPDATE ON public.users TO serving;"])?;
+        service.process.logs(&["WARN", "GRANT SELECT, INSERT, UPDATE, DELETE ON public.users TO serving;"])?;
     ensure!(warnings.iter().all(|line| line.contains("serving may not use all")), "{warnings:#?}");
     thread::sleep(Duration::from_secs(3));
     becomes_unready(&service, "forbidden")?;
