@@ -231,6 +231,7 @@ pub enum ExportOutcome {
 pub struct InFlight(IntGauge);
 
 impl Metrics {
+    #[expect(clippy::too_many_lines, reason = "a line or two for each metric")]
     pub fn new(known: Known) -> Result<Arc<Self>, prometheus::Error> {
         let registry = Registry::new();
         describe_process(&registry, known.schema_version)?;
