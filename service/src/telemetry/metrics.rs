@@ -3,17 +3,23 @@
 //! Every series that an alert may read exists from the first scrape on, at 0. Numbers that another part of the service
 //! keeps anyway, such as the pool's size, are passed in when Prometheus scrapes.
 
+mod removals;
+mod streams;
+
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, HistogramTimer, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder,
+    Histogram, HistogramOpts, HistogramTimer, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 use salvo::http::{Method, StatusCode};
 use strum::VariantArray;
 
+use self::removals::RemovalMetrics;
+use self::streams::StreamMetrics;
+pub(crate) use self::streams::{StreamEnd, StreamOpened};
 use super::span_metrics::SPANS;
 
 /// The pool's name in the metrics.
@@ -50,12 +56,10 @@ pub struct Metrics {
     hashing_waiting: IntGauge,
     hashing_capacity: IntGauge,
     streams: StreamMetrics,
-    retention: RetentionMetrics,
+    removals: RemovalMetrics,
     pool: PoolMetrics,
     /// By [`OperationName::index`].
     operations: Vec<Histogram>,
-    erasures_pending: IntGauge,
-    erased_messages: IntCounter,
     dependency_up: IntGaugeVec,
     ready: IntGauge,
     schema_version: IntGauge,
@@ -106,27 +110,6 @@ pub struct Gauges {
     pub redis_up: bool,
     pub ready: bool,
     pub schema_version: i64,
-}
-
-/// Of the streams.
-#[derive(Debug)]
-struct StreamMetrics {
-    clients: IntGauge,
-    clients_max: IntGauge,
-    opened: IntCounterVec,
-    ended: IntCounterVec,
-    messages: IntCounter,
-    delivery: Histogram,
-    gaps: IntCounter,
-    catch_ups: IntCounter,
-}
-
-/// Of the removal of old messages.
-#[derive(Debug)]
-struct RetentionMetrics {
-    removed: IntCounter,
-    swept: Gauge,
-    completed: Gauge,
 }
 
 /// Of the Postgres connection pool.
@@ -184,31 +167,6 @@ pub enum CacheOutcome {
     Bypass,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
-#[strum(serialize_all = "snake_case")]
-pub enum StreamOpened {
-    New,
-    Resumed,
-    /// The position could not be taken up.
-    Reset,
-    /// There were too many, or the process stops.
-    Refused,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
-#[strum(serialize_all = "snake_case")]
-pub enum StreamEnd {
-    Expired,
-    Revoked,
-    Deleted,
-    Draining,
-    Lifetime,
-    /// The client did not read.
-    Slow,
-    /// The client ended it, or its connection broke.
-    Client,
-}
-
 #[derive(Clone, Copy, Debug, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum ExportOutcome {
@@ -231,7 +189,6 @@ pub enum ExportOutcome {
 pub struct InFlight(IntGauge);
 
 impl Metrics {
-    #[expect(clippy::too_many_lines, reason = "a line or two for each metric")]
     pub fn new(known: Known) -> Result<Arc<Self>, prometheus::Error> {
         let registry = Registry::new();
         describe_process(&registry, known.schema_version)?;
@@ -296,21 +253,9 @@ impl Metrics {
                 "Passwords that may be hashed or wait at once",
             )?,
             streams: StreamMetrics::new(&registry)?,
-            retention: RetentionMetrics::new(&registry)?,
+            removals: RemovalMetrics::new(&registry)?,
             pool: PoolMetrics::new(&registry)?,
             operations: operation_durations(&registry, &known.operations)?,
-            erasures_pending: gauge(
-                &registry,
-                "chat_erasures_pending",
-                "Deleted users of whom something is left to remove, all replicas together",
-            )?,
-            erased_messages: add(
-                &registry,
-                IntCounter::new(
-                    "chat_erased_messages_total",
-                    "Messages of deleted users that lost their content",
-                )?,
-            )?,
             dependency_up: gauges(
                 &registry,
                 "chat_dependency_up",
@@ -413,22 +358,22 @@ impl Metrics {
     }
 
     pub fn messages_removed(&self, messages: u64) {
-        self.retention.removed.inc_by(messages);
+        self.removals.removed.inc_by(messages);
     }
 
     /// How much of a sweep of old messages is done, and when the last one was, in seconds since 1970.
     pub fn retention_progress(&self, swept: f64, completed: f64) {
-        self.retention.swept.set(swept);
-        self.retention.completed.set(completed);
+        self.removals.swept.set(swept);
+        self.removals.completed.set(completed);
     }
 
     /// As of now, in the whole installation.
     pub fn erasures_pending(&self, users: i64) {
-        self.erasures_pending.set(users);
+        self.removals.erasures_pending.set(users);
     }
 
     pub fn messages_erased(&self, messages: u64) {
-        self.erased_messages.inc_by(messages);
+        self.removals.erased.inc_by(messages);
     }
 
     pub fn hashing_started(&self) -> InFlight {
@@ -470,12 +415,6 @@ impl Metrics {
         for outcome in ExportOutcome::VARIANTS {
             self.exports_ended.with_label_values(&[<&str>::from(outcome)]);
         }
-        for outcome in StreamOpened::VARIANTS {
-            self.streams.opened.with_label_values(&[<&str>::from(outcome)]);
-        }
-        for reason in StreamEnd::VARIANTS {
-            self.streams.ended.with_label_values(&[<&str>::from(reason)]);
-        }
     }
 }
 
@@ -505,67 +444,6 @@ fn operation_durations(
         &["db_system_name", "db_operation_name"],
     )?;
     Ok(operations.iter().map(|name| histograms.with_label_values(&[name.system, name.operation])).collect())
-}
-
-impl StreamMetrics {
-    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let counter = |name, help| add(registry, IntCounter::new(name, help)?);
-        Ok(Self {
-            clients: gauge(registry, "chat_stream_clients", "Open streams")?,
-            clients_max: gauge(registry, "chat_stream_clients_max", "Streams that may be open at once")?,
-            opened: counters(
-                registry,
-                "chat_stream_opened_total",
-                "Streams that began, by outcome",
-                &["outcome"],
-            )?,
-            ended: counters(
-                registry,
-                "chat_stream_ended_total",
-                "Streams that ended, by reason",
-                &["reason"],
-            )?,
-            messages: counter("chat_stream_messages_total", "Messages written to streams")?,
-            delivery: add(
-                registry,
-                Histogram::with_opts(
-                    HistogramOpts::new(
-                        "chat_stream_delivery_seconds",
-                        "From the commit of a message to a stream's socket, without what a stream had missed",
-                    )
-                    .buckets(DURATION_BUCKETS.to_vec()),
-                )?,
-            )?,
-            gaps: counter(
-                "chat_stream_gaps_total",
-                "Messages for open streams that were not announced, and found by comparison with Postgres",
-            )?,
-            catch_ups: counter(
-                "chat_stream_catch_ups_total",
-                "Times that a stream read from Postgres what it had missed",
-            )?,
-        })
-    }
-}
-
-impl RetentionMetrics {
-    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let gauge = |name, help| add(registry, Gauge::new(name, help)?);
-        Ok(Self {
-            removed: add(
-                registry,
-                IntCounter::new("chat_messages_removed_total", "Messages that were removed for their age")?,
-            )?,
-            swept: gauge(
-                "chat_message_retention_sweep_ratio",
-                "Share of the conversations that the sweep of old messages has done",
-            )?,
-            completed: gauge(
-                "chat_message_retention_completed_timestamp_seconds",
-                "When the last sweep of old messages was through; 0 before the first",
-            )?,
-        })
-    }
 }
 
 impl PoolMetrics {
