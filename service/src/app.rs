@@ -169,15 +169,7 @@ impl App {
             self.database.clone(),
             Arc::clone(&self.health),
         ));
-        tasks.supervisors.spawn(sweep::expired_idempotency_keys(self.database.clone()));
-        let kept = Permission::deletions_kept(&self.config);
-        tasks.supervisors.spawn(sweep::old_deletions(self.database.clone(), kept));
-        let kept = Permission::endings_kept(&self.config);
-        tasks.supervisors.spawn(sweep::old_endings(self.database.clone(), kept));
-        let lifetime = self.config.refresh_token_lifetime();
-        tasks.supervisors.spawn(sweep::old_counts(self.database.clone()));
-        tasks.supervisors.spawn(sweep::unused_sessions(self.database.clone(), lifetime));
-        tasks.supervisors.spawn(sweep::active_hours(self.database.clone()));
+        tasks.supervisors.spawn(sweep::sweep(self.config.clone(), self.database.clone()));
         if let Some(age) = self.config.message_retention() {
             tasks.supervisors.spawn(retention::old_messages(
                 self.database.clone(),
@@ -186,8 +178,6 @@ impl App {
                 age,
             ));
         }
-        tasks.supervisors.spawn(sweep::reserved_names(self.database.clone()));
-        tasks.supervisors.spawn(sweep::erased_conversations(self.database.clone()));
         tasks.supervisors.spawn(Arc::clone(&self.erasures).work());
     }
 

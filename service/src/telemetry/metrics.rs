@@ -3,6 +3,7 @@
 //! Every series that an alert may read exists from the first scrape on, at 0. Numbers that another part of the service
 //! keeps anyway, such as the pool's size, are passed in when Prometheus scrapes.
 
+mod register;
 mod removals;
 mod streams;
 
@@ -17,6 +18,7 @@ use prometheus::{
 use salvo::http::{Method, StatusCode};
 use strum::VariantArray;
 
+use self::register::{add, counters, durations, gauge, gauges};
 use self::removals::RemovalMetrics;
 use self::streams::StreamMetrics;
 pub(crate) use self::streams::{StreamEnd, StreamOpened};
@@ -30,10 +32,6 @@ const UNMATCHED: &str = "unmatched";
 
 /// The standard methods, and one label for everything else that a client may send.
 const METHODS: [&str; 8] = ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "_OTHER"];
-
-/// Seconds; from a hit in the window, under 1 ms, to the request time-out, with 250 ms for the objective.
-const DURATION_BUCKETS: [f64; 13] =
-    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 
 const BATCH_BUCKETS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
@@ -520,44 +518,4 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.dec();
     }
-}
-
-fn add<C: prometheus::core::Collector + Clone + 'static>(
-    registry: &Registry,
-    metric: C,
-) -> Result<C, prometheus::Error> {
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
-}
-
-fn counters(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<IntCounterVec, prometheus::Error> {
-    add(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
-}
-
-fn durations(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<HistogramVec, prometheus::Error> {
-    let opts = HistogramOpts::new(name, help).buckets(DURATION_BUCKETS.to_vec());
-    add(registry, HistogramVec::new(opts, labels)?)
-}
-
-fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
-    add(registry, IntGauge::new(name, help)?)
-}
-
-fn gauges(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<IntGaugeVec, prometheus::Error> {
-    add(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
 }

@@ -165,11 +165,11 @@ fn a_database_that_was_set_to_read_only_is_noticed_by_the_first_session_that_mee
     let service = start(&database, &redis).ready()?;
     let (ana, ben) = service.conversation()?;
     set_database_read_only(&postgres, "on")?;
-    // More sessions are needed at once than the tasks of the start have opened, so new ones are.
+    // Two sessions at least are needed at once, and a new one is opened.
     let lock = database.handle().hold("SET TRANSACTION READ WRITE; LOCK TABLE users")?;
     thread::scope(|scope| -> Result<()> {
-        let calls: Vec<_> = (0..24).map(|_| scope.spawn(|| service.me(&ana.token))).collect();
-        database.blocks(18)?;
+        let calls: Vec<_> = (0..12).map(|_| scope.spawn(|| service.me(&ana.token))).collect();
+        database.blocks(6)?;
         lock.release();
         calls.into_iter().try_for_each(|call| call.join().expect("no panic").map(drop))
     })?;

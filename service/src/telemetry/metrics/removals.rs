@@ -2,7 +2,7 @@
 
 use prometheus::{Gauge, IntCounter, IntGauge, Registry};
 
-use super::{add, gauge};
+use super::register::{add, gauge};
 
 #[derive(Debug)]
 pub(super) struct RemovalMetrics {

@@ -3,7 +3,7 @@
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Registry};
 use strum::VariantArray;
 
-use super::{DURATION_BUCKETS, add, counters, gauge};
+use super::register::{DURATION_BUCKETS, add, counters, gauge};
 
 #[derive(Debug)]
 pub(super) struct StreamMetrics {
