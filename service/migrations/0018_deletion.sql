@@ -1,5 +1,5 @@
--- Names and addresses of deleted users, which nobody else can register for a while. Only hashes are kept: they tell whether a given
--- name is reserved, and nothing to who does not know it.
+-- Names and addresses of deleted users, which others cannot register for a while. Only hashes are kept, without a
+-- salt: they tell whether a given name is reserved, so a name can be guessed, but not read.
 CREATE TABLE reserved_names (
     hash           bytea       PRIMARY KEY,
     reserved_until timestamptz NOT NULL
@@ -47,7 +47,7 @@ CREATE TABLE erasures (
 );
 
 -- The conversations in which a deleted user's messages lose their content. Those up to `after_seq` are done. `xact` is the
--- transaction that ended the work: by it streams find that the peer is to be told, for as long as positions are taken up.
+-- transaction that ended the work: by it streams find that the peer gets an event, for as long as positions are taken up.
 CREATE TABLE erased_conversations (
     conversation_id uuid        NOT NULL,
     user_id         uuid        NOT NULL,

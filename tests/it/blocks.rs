@@ -4,11 +4,10 @@ use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::{Value, json};
-use sqlx::Connection as _;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use crate::support::races::{jam, race, rounds};
+use crate::support::races::{jam, race, rounds, waits_for_statements_in_flight};
 use crate::support::{Response, TestApp, User, now_seconds, text, together, wait_for_an_hour};
 
 async fn change(app: &TestApp, method: Method, by: &User, id: &str) -> Response {
@@ -150,26 +149,8 @@ async fn a_block_is_answered_after_every_statement_that_may_not_have_seen_it() {
     let other = app.replica(&[]).await;
     let (ana, ben) = app.pair().await;
     app.sent(&ben, &ana, "hello").await;
-    // The statement has its snapshot, and waits for the conversation.
-    let mut connection = app.database.connect().await;
-    let mut holding = connection.begin().await.expect("a transaction");
-    let locked = sqlx::query("SELECT FROM conversations FOR UPDATE").execute(&mut *holding).await;
-    locked.expect("a lock");
-    let sending = app.send(&ben, &ana, "before").response();
-    let blocking = async {
-        sleep(Duration::from_millis(300)).await;
-        block(&other, &ana, &ben).await;
-        Instant::now()
-    };
-    let releasing = async {
-        sleep(Duration::from_millis(1200)).await;
-        let now = Instant::now();
-        holding.rollback().await.expect("a rollback");
-        now
-    };
-    let (sent, answered, released) = tokio::join!(sending, blocking, releasing);
-    assert_eq!(sent.json(201)["seq"], 2);
-    assert!(answered > released, "answered while a message could still be stored");
+    let blocking = block(&other, &ana, &ben);
+    waits_for_statements_in_flight(&app, [&ben, &ana], blocking, "SELECT count(*) FROM blocks").await;
     app.send(&ben, &ana, "after").response().await.problem(403);
 }
 

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use sqlx::{Connection as _, PgConnection};
 use tokio::time::sleep;
 
+use crate::support::races::waits_for_statements_in_flight;
 use crate::support::{Follower, PASSWORD, Request, Response, TestApp, User, members, text, together};
 
 /// What a window may go on to answer.
@@ -370,30 +371,8 @@ async fn a_deletion_is_answered_after_every_statement_that_may_not_have_seen_it(
     let other = app.replica(&[]).await;
     let (ana, ben) = (app.member().await, app.member().await);
     app.sent(&ana, &ben, "hello").await;
-    // The statement has its snapshot, and waits for the conversation.
-    let mut connection = app.database.connect().await;
-    let mut holding = connection.begin().await.expect("a transaction");
-    let locked = sqlx::query("SELECT FROM conversations FOR UPDATE").execute(&mut *holding).await;
-    locked.expect("a lock");
-    let sending = app.send(&ana, &ben, "before").response();
-    let deletion = async {
-        sleep(Duration::from_millis(300)).await;
-        deleted(&other, &ana, "").await;
-        Instant::now()
-    };
-    let releasing = async {
-        // Not until the deletion is committed: the password takes a while.
-        while app.database.count(&format!("SELECT count(*) FROM users WHERE id = '{}'", ana.id)).await > 0 {
-            sleep(Duration::from_millis(20)).await;
-        }
-        sleep(Duration::from_millis(1000)).await;
-        let now = Instant::now();
-        holding.rollback().await.expect("a rollback");
-        now
-    };
-    let (sent, answered, released) = tokio::join!(sending, deletion, releasing);
-    assert_eq!(sent.json(201)["seq"], 2);
-    assert!(answered > released, "answered while a message could still be stored");
+    let deletion = deleted(&other, &ana, "");
+    waits_for_statements_in_flight(&app, [&ana, &ben], deletion, "SELECT count(*) FROM erasures").await;
     erased(&app).await;
     let page = app.messages(&ben, &ana, "").await.json(200);
     assert!(page.as_array().is_some_and(|page| page.len() == 2 && page.iter().all(is_erased)), "{page}");

@@ -3,11 +3,10 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use sqlx::Connection as _;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use crate::support::races::{jam, race, rounds};
+use crate::support::races::{jam, race, rounds, waits_for_statements_in_flight};
 use crate::support::{PASSWORD, Response, TestApp, User, members, session, text, together};
 
 /// What a window may go on to answer after a session has ended.
@@ -244,26 +243,8 @@ async fn a_logout_is_answered_after_every_statement_that_may_not_have_seen_it() 
     let other = app.replica(&[]).await;
     let (ana, ben) = (app.member().await, app.member().await);
     app.sent(&ana, &ben, "hello").await;
-    // The statement has its snapshot, and waits for the conversation.
-    let mut connection = app.database.connect().await;
-    let mut holding = connection.begin().await.expect("a transaction");
-    let locked = sqlx::query("SELECT FROM conversations FOR UPDATE").execute(&mut *holding).await;
-    locked.expect("a lock");
-    let sending = app.send(&ana, &ben, "before").response();
-    let logout = async {
-        sleep(Duration::from_millis(300)).await;
-        end(&other, &ana, "/logout").await;
-        Instant::now()
-    };
-    let releasing = async {
-        sleep(Duration::from_millis(1200)).await;
-        let now = Instant::now();
-        holding.rollback().await.expect("a rollback");
-        now
-    };
-    let (sent, answered, released) = tokio::join!(sending, logout, releasing);
-    assert_eq!(sent.json(201)["seq"], 2);
-    assert!(answered > released, "answered while a message could still be stored");
+    let logout = end(&other, &ana, "/logout");
+    waits_for_statements_in_flight(&app, [&ana, &ben], logout, "SELECT count(*) FROM ended_sessions").await;
     app.send(&ana, &ben, "after").response().await.problem(401);
 }
 

@@ -245,8 +245,8 @@ impl Erasures {
                    WHERE user_id = $1 AND holder = $2 AND (is_listed OR NOT erase_messages)
                      AND NOT EXISTS (SELECT FROM erased_conversations WHERE user_id = $1 AND xact IS NULL)
                    RETURNING user_id
-               ), untold AS (
-                   -- Nothing was erased there, or there is nobody to tell.
+               ), not_announced AS (
+                   -- Nothing was erased there, or the peer is gone, too.
                    DELETE FROM erased_conversations c USING gone
                    WHERE c.user_id = gone.user_id
                      AND (c.seq IS NULL OR NOT EXISTS (SELECT FROM users u WHERE u.id = c.peer_id))

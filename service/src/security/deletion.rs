@@ -9,7 +9,7 @@ use crate::store::barrier;
 use crate::store::operation::Operation;
 use crate::store::postgres::Database;
 
-/// For how long nobody else can register the name and the address, so that who has known them by it is not deceived.
+/// For how long others cannot register the name and the address, so that they cannot pose as the user.
 const RESERVED: Duration = Duration::from_secs(30 * 24 * 3600);
 
 #[derive(Debug)]
@@ -58,7 +58,7 @@ impl Deletion {
                    FROM gone
                    CROSS JOIN LATERAL (VALUES ('username', username_key), ('email', email_key)) AS n (kind, folded)
                    ON CONFLICT (hash) DO UPDATE SET reserved_until = excluded.reserved_until
-               ), told AS (
+               ), announced AS (
                    -- The user has no stream any more that could lack them.
                    DELETE FROM erased_conversations WHERE peer_id IN (SELECT id FROM gone) AND xact IS NOT NULL
                ), counted AS (

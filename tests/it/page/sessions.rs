@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use reqwest::Method;
 use serde_json::{Value, json};
 use tests::proxy::Link;
 
@@ -255,27 +256,11 @@ async fn a_session_that_ends_elsewhere_leads_to_the_entrance_which_says_why() {
     assert_eq!(person.runs(left, Value::Null).await, json!([0, 0]));
 }
 
-/// Changes what the service answers about a peer on its way to the page: as after a deletion and a block.
-const GONE: &str = "
-    const [peer, answered] = [arguments[0], window.fetch];
-    const erased = (one) => (one.sender_id === peer ? { ...one, content: '', erased: true } : one);
-    const gone = (one) => ({ peer: { id: peer, username: null }, last_message: erased(one.last_message), last_seq: one.last_seq });
-    window.fetch = async (url, options) => {
-        const { pathname } = new URL(url);
-        if (pathname === '/send') return new Response('{}', { status: 403 });
-        const answer = await answered(url, options);
-        const change = { '/messages': erased, '/conversations': gone }[pathname];
-        if (change) return new Response(JSON.stringify((await answer.json()).map(change)), answer);
-        if (pathname !== '/stream') return answer;
-        const event = 'event: erased\\ndata: ' + JSON.stringify({ peer_id: peer, seq: 1 });
-        return new Response('event: ready\\ndata: {}\\n\\n' + event + '\\n\\n', answer);
-    };";
-
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a browser: cargo xtask test"]
 async fn erased_messages_a_deleted_peer_and_a_refused_message_are_shown_as_such() {
     let app = TestApp::start().await;
-    let (ana, ben) = app.pair().await;
+    let (ana, ben) = (app.member().await, app.member().await);
     app.sent(&ben, &ana, "secret").await;
     app.sent(&ana, &ben, "mine").await;
     let person = Person::at(app.running.public).await;
@@ -283,15 +268,16 @@ async fn erased_messages_a_deleted_peer_and_a_refused_message_are_shown_as_such(
     person.clicks("#conversations button").await;
     person.sees_messages(&["secret", "mine"]).await;
     person.sees("#connection", "Connected").await;
-    person.runs(GONE, json!(ben.id)).await;
-    // A message that is refused, while the peer still has a name.
+    let block = app.request(Method::PUT, &format!("/blocks/{}", ana.id)).by(&ben);
+    assert_eq!(block.response().await.status, 204);
     person.writes("too late").await;
     let refused = "Not sent: You cannot write to this person.Send againDiscard";
     let shown = "return document.querySelector('#messages .unsent')?.textContent ?? null";
     person.awaits("the message is refused", shown, Value::Null, |shown| shown == refused).await;
     person.clicks("#messages .discard").await;
-    // The stream that follows says that messages were erased.
-    person.runs("dispatchEvent(new Event('offline'))", Value::Null).await;
+    let deletion = app.request(Method::DELETE, "/me").by(&ben).json(&json!({"password": PASSWORD}));
+    assert_eq!(deletion.response().await.status, 202);
+    // The stream says that messages were erased.
     person.sees_messages(&["Message erased", "mine"]).await;
     person.sees("#peer", "Deleted user").await;
     person.sees("#conversations .name", "Deleted user").await;

@@ -41,7 +41,7 @@ fn log_in(service: &Service, password: &str) -> Result<Response> {
     Response::of(service.post("/login", &json!({"username": "ana", "password": password})))
 }
 
-/// What a client is told, apart from the number of its request.
+/// The answer that a client gets, apart from the number of its request.
 fn refusal(response: &Response) -> Result<(u16, Value)> {
     let mut problem = response.json()?;
     problem["request_id"].take();

@@ -30,6 +30,38 @@ pub(crate) async fn jam(app: &TestApp) {
     }
 }
 
+/// Makes the change while a statement that has its snapshot stores a message: the change is answered after that has ended. The
+/// count is above 0 once the change is committed. The conversation is the only one, and has one message.
+pub(crate) async fn waits_for_statements_in_flight(
+    app: &TestApp,
+    [from, to]: [&User; 2],
+    change: impl Future<Output = ()>,
+    committed: &str,
+) {
+    let mut connection = app.database.connect().await;
+    let mut holding = connection.begin().await.expect("a transaction");
+    let locked = sqlx::query("SELECT FROM conversations FOR UPDATE").execute(&mut *holding).await;
+    locked.expect("a lock");
+    let sending = app.send(from, to, "before").response();
+    let changing = async {
+        sleep(Duration::from_millis(300)).await;
+        change.await;
+        Instant::now()
+    };
+    let releasing = async {
+        while app.database.count(committed).await == 0 {
+            sleep(Duration::from_millis(20)).await;
+        }
+        sleep(Duration::from_millis(900)).await;
+        let now = Instant::now();
+        holding.rollback().await.expect("a rollback");
+        now
+    };
+    let (sent, answered, released) = tokio::join!(sending, changing, releasing);
+    assert_eq!(sent.json(201)["seq"], 2);
+    assert!(answered > released, "answered while a message could still be stored");
+}
+
 /// Sends through both replicas until it is refused, and makes the change meanwhile. The conversation is the only one.
 pub(crate) async fn race(
     replicas: &[&TestApp; 2],

@@ -48,7 +48,7 @@ impl From<EndReason> for StreamEnd {
     }
 }
 
-/// What a client is told.
+/// What a client gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Message,

@@ -322,7 +322,7 @@ impl Open {
         let outcome = ready!(reading.as_mut().poll(context));
         self.catching_up = None;
         match outcome {
-            // The client comes back, and is told that its position is too old.
+            // The client comes back, and gets a reset: its position is too old.
             Ok(missed) if missed.has_lost => self.ends = (EndReason::Lifetime, Instant::now()),
             Ok(missed) => self.missed = Some(missed),
             Err(error) => {

@@ -120,7 +120,7 @@ impl Command {
 }
 
 pub(super) async fn run(config: &Config, options: &Options, command: &Command) -> Result<Answer> {
-    // First, so that nothing waits for whoever types it.
+    // First, so that nothing waits while it is typed.
     let password = match command {
         Command::ResetPassword { password_stdin: true, .. } => match password_from_stdin() {
             Ok(password) => password,
