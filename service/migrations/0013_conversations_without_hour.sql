@@ -1,2 +1,2 @@
 -- no-transaction
-CREATE INDEX CONCURRENTLY conversations_without_hour ON conversations (id) WHERE active_hour = -1
+CREATE INDEX CONCURRENTLY conversations_without_hour ON conversations (id) WHERE active_hour = 0

@@ -91,7 +91,7 @@ async fn pages_of_several_hours_are_in_order() {
             ana = ana.id
         ))
         .await;
-    let unnoted = app.database.count("SELECT count(*) FROM conversations WHERE active_hour < 0").await;
+    let unnoted = app.database.count("SELECT count(*) FROM conversations WHERE active_hour = 0").await;
     assert!((1..60).contains(&unnoted), "{unnoted} without an hour");
     let whole = app.get("/conversations?limit=100").by(&ana).response().await.json(200);
     let mut pages = Vec::new();
@@ -123,7 +123,7 @@ async fn the_hour_of_a_conversation_is_noted() {
     app.database
         .execute(
             "ALTER TABLE conversations DISABLE TRIGGER conversations_active_hour;
-             UPDATE conversations SET active_hour = -1",
+             UPDATE conversations SET active_hour = 0",
         )
         .await;
     let _other = app.replica(&[]).await;

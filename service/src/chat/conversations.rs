@@ -4,9 +4,9 @@
 //! notes: a message costs nothing more to send, but for the first one of an hour. The statement looks for the hour in which the
 //! page ends, and sorts the conversations of that hour and later ones.
 //!
-//! A conversation from before that column, and one with a single message, have no hour yet, which is -1, until [`super::sweep`]
-//! notes it. The statement sorts all that the user has of these. The sweep's index is on those with `active_hour = -1`; the
-//! condition `< 0` here keeps the planner from it, because it has those of all users.
+//! A conversation from before that column, and one with a single message, have no hour yet, which is 0, until [`super::sweep`]
+//! notes it. The statement sorts all that the user has of these. The sweep's index is on those with `active_hour = 0`; the
+//! condition `<= 0` here keeps the planner from it, because it has those of all users.
 //!
 //! Those of which nothing is left are not among them.
 
@@ -107,11 +107,11 @@ pub(crate) async fn list(
            ), own AS (
                SELECT id, high_user AS peer, last_seq, last_at FROM conversations
                WHERE low_user = $1 AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
-                 AND (active_hour BETWEEN (SELECT oldest_hour FROM low) AND hour_of($2) OR active_hour < 0)
+                 AND (active_hour BETWEEN (SELECT oldest_hour FROM low) AND hour_of($2) OR active_hour <= 0)
                UNION ALL
                SELECT id, low_user AS peer, last_seq, last_at FROM conversations
                WHERE high_user = $1 AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
-                 AND (active_hour BETWEEN (SELECT oldest_hour FROM high) AND hour_of($2) OR active_hour < 0)
+                 AND (active_hour BETWEEN (SELECT oldest_hour FROM high) AND hour_of($2) OR active_hour <= 0)
            ), page AS MATERIALIZED (
                SELECT * FROM own ORDER BY last_at DESC, id DESC LIMIT $4
            )

@@ -170,7 +170,7 @@ fn unused_sessions(lifetime: Duration) -> Step {
 fn active_hours() -> Step {
     sqlx::query!(
         "UPDATE conversations SET active_hour = hour_of(last_at) WHERE id IN (
-             SELECT id FROM conversations WHERE active_hour = -1 LIMIT $1 FOR UPDATE SKIP LOCKED
+             SELECT id FROM conversations WHERE active_hour = 0 LIMIT $1 FOR UPDATE SKIP LOCKED
          )",
         STEP_ROWS,
     )

@@ -1,2 +1,0 @@
--- no-transaction
-DROP INDEX CONCURRENTLY conversations_high_user
