@@ -1,5 +1,5 @@
 #!/bin/sh
-# Two users talk, with curl alone: register, log in, send, read, and follow the stream over a broken connection.
+# Two users talk, with curl alone: register, log in, send, read, follow the stream over a broken connection, renew the tokens, log out.
 #
 #   ./chat.sh http://localhost:8000
 set -eu
@@ -44,7 +44,8 @@ follow() {
 ana_id=$(register "ana$tag" | field id)
 ben_id=$(register "ben$tag" | field id)
 ana=$(log_in "ana$tag" | field access_token)
-ben=$(log_in "ben$tag" | field access_token)
+ben_tokens=$(log_in "ben$tag")
+ben=$(echo "$ben_tokens" | field access_token)
 : "${ana_id:?} ${ben_id:?} ${ana:?} ${ben:?}"
 
 echo "Ben follows, and Ana writes:"
@@ -65,3 +66,13 @@ get "$ben" "messages?peer_id=$ana_id"
 
 echo "Ben's conversations:"
 get "$ben" conversations
+
+# Before the access token expires. The refresh token works once: where the answer is lost, repeat it within 10 seconds.
+echo "Ben's tokens are exchanged for new ones:"
+ben_tokens=$(post refresh "{\"refresh_token\":\"$(echo "$ben_tokens" | field refresh_token)\"}" --max-time 3 --retry 2 --retry-all-errors)
+ben=$(echo "$ben_tokens" | field access_token)
+get "$ben" me
+
+echo "Ben logs out, and his tokens are of no use any more:"
+post logout '' -H "authorization: Bearer $ben"
+curl -sS --max-time 15 -o /dev/null -w '%{http_code}\n' "$service/me" -H "authorization: Bearer $ben"

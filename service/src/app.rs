@@ -7,13 +7,17 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::chat::check;
+use crate::chat::erasure::Erasures;
+use crate::chat::export::Exports;
 use crate::chat::history::History;
-use crate::chat::outbox::Outbox;
+use crate::chat::outbox::{self, Outbox};
 use crate::chat::permission::Permission;
 use crate::chat::recent::Recent;
+use crate::chat::retention;
 use crate::chat::streams::{self, Streams};
 use crate::chat::sweep;
 use crate::config::Config;
+use crate::security::deletion::Deletion;
 use crate::security::limits::{Limit, Limits};
 use crate::security::passwords::Passwords;
 use crate::security::sessions::Sessions;
@@ -39,8 +43,12 @@ pub struct App {
     pub redis: Arc<Redis>,
     /// Stores every message.
     pub outbox: Outbox,
+    /// The newest messages of conversations, in Redis.
+    pub(crate) recent: Arc<Recent>,
     /// Reads every page of messages.
     pub history: History,
+    /// Reads everything about a user.
+    pub(crate) exports: Exports,
     /// Follows new messages live.
     pub(crate) streams: Arc<Streams>,
     /// Whether the recent windows may be used, and which users were deleted.
@@ -51,6 +59,10 @@ pub struct App {
     pub tokens: Tokens,
     /// Begins and ends sessions.
     pub sessions: Sessions,
+    /// Deletes accounts.
+    pub deletion: Deletion,
+    /// Removes in the background what is left of them.
+    pub(crate) erasures: Arc<Erasures>,
     /// Hashes passwords, on dedicated threads.
     pub passwords: Passwords,
     /// Whether Postgres answers and its schema is current.
@@ -80,7 +92,7 @@ impl App {
         let metrics = Metrics::new(Known {
             endpoints,
             operations: Operation::names().collect(),
-            limits: Limit::names(),
+            limits: Limit::names().into_iter().chain([outbox::NEW_CONVERSATIONS]).collect(),
             schema_version: migrations::known_version(),
         })?;
         let database = Database::new(&config, connect_options.clone(), Arc::clone(&metrics));
@@ -112,14 +124,29 @@ impl App {
             limits: Limits::new(&config, Arc::clone(&redis), Arc::clone(&metrics)),
             tokens: Tokens::new(&config),
             sessions: Sessions::new(&config, database.clone()),
+            deletion: Deletion::new(&config, database.clone()),
+            erasures: Erasures::new(
+                &config,
+                database.clone(),
+                Arc::clone(&recent),
+                Arc::clone(&streams),
+                Arc::clone(&metrics),
+            ),
             passwords: Passwords::start(Arc::clone(&metrics))?,
             history: History::new(
                 &config,
                 database.clone(),
-                recent,
+                Arc::clone(&recent),
                 Arc::clone(&health),
                 Arc::clone(&metrics),
             ),
+            exports: Exports::new(
+                database.clone(),
+                Arc::clone(&health),
+                Arc::clone(&permission),
+                Arc::clone(&metrics),
+            ),
+            recent,
             streams,
             permission,
             connect_options,
@@ -142,13 +169,16 @@ impl App {
             self.database.clone(),
             Arc::clone(&self.health),
         ));
-        tasks.supervisors.spawn(sweep::expired_idempotency_keys(self.database.clone()));
-        let kept = Permission::deletions_kept(&self.config);
-        tasks.supervisors.spawn(sweep::old_deletions(self.database.clone(), kept));
-        let kept = Permission::endings_kept(&self.config);
-        tasks.supervisors.spawn(sweep::old_endings(self.database.clone(), kept));
-        let lifetime = self.config.refresh_token_lifetime();
-        tasks.supervisors.spawn(sweep::unused_sessions(self.database.clone(), lifetime));
+        tasks.supervisors.spawn(sweep::sweep(self.config.clone(), self.database.clone()));
+        if let Some(age) = self.config.message_retention() {
+            tasks.supervisors.spawn(retention::old_messages(
+                self.database.clone(),
+                Arc::clone(&self.recent),
+                Arc::clone(&self.metrics),
+                age,
+            ));
+        }
+        tasks.supervisors.spawn(Arc::clone(&self.erasures).work());
     }
 
     /// Numbers that the metrics read at each scrape.

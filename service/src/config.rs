@@ -3,6 +3,7 @@
 //! Every variable is declared once, as a clap argument whose long name is the variable's. clap supplies
 //! parsing, defaults and ranges; `from_variables` supplies the values and turns an error into one line.
 
+mod check;
 mod dotenv;
 mod values;
 
@@ -14,7 +15,6 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
-use deadpool_redis::redis::{ConnectionAddr, IntoConnectionInfo as _};
 use ipnet::IpNet;
 use secrecy::{ExposeSecret as _, SecretString};
 use sqlx::postgres::PgConnectOptions;
@@ -118,6 +118,9 @@ pub struct Config {
     /// Registrations per client address and minute; 0 switches the limit off
     #[arg(long = "REGISTER_RATE_LIMIT_PER_MINUTE", default_value_t = 30)]
     pub register_rate_limit_per_minute: u32,
+    /// Conversations that a user may begin in an hour; 0 switches the limit off
+    #[arg(long = "NEW_CONVERSATIONS_PER_HOUR", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    pub new_conversations_per_hour: u32,
     /// Networks or addresses whose X-Forwarded-For is believed, comma-separated
     #[arg(long = "TRUSTED_PROXIES", value_delimiter = ',', value_name = "10.0.0.0/8,192.168.0.0/16", value_parser = trusted_proxy)]
     pub trusted_proxies: Vec<IpNet>,
@@ -134,6 +137,10 @@ pub struct Config {
     /// How long an unused window stays in Redis
     #[arg(long = "CACHE_TTL_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     pub cache_ttl_seconds: u32,
+
+    /// After how many days messages are removed; 0 keeps them for ever
+    #[arg(long = "MESSAGE_RETENTION_DAYS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=36_500))]
+    pub message_retention_days: u32,
 
     /// Largest request body
     #[arg(long = "MAX_BODY_BYTES", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1024..=16_777_216))]
@@ -277,6 +284,12 @@ impl Config {
         Duration::from_secs(u64::from(self.refresh_token_exp_days) * 24 * 3600)
     }
 
+    /// The age at which messages are removed, if they are: 25 hours at least, so that no Idempotency-Key outlives its message.
+    pub fn message_retention(&self) -> Option<Duration> {
+        let hours = u64::from(self.message_retention_days) * 24;
+        (hours > 0).then(|| Duration::from_secs(hours.max(25) * 3600))
+    }
+
     pub fn request_timeout(&self) -> Duration {
         Duration::from_millis(self.request_timeout_ms.into())
     }
@@ -350,114 +363,6 @@ impl Config {
     pub fn secret_key_is_weak(&self) -> bool {
         is_weak(&self.secret_key)
     }
-
-    /// Checks what involves more than one variable, and the URLs.
-    fn check(&self) -> Result<(), ConfigError> {
-        if self.app_env == AppEnv::Production && self.secret_key_is_weak() {
-            return Err(ConfigError(format!(
-                "SECRET_KEY: the default, or a key under {SECRET_KEY_MIN_BYTES} bytes, is refused when \
-                 APP_ENV=production; for example SECRET_KEY=$(openssl rand -base64 48)"
-            )));
-        }
-        if self.app_env == AppEnv::Production && self.secret_key_previous.as_ref().is_some_and(is_weak) {
-            return Err(ConfigError(format!(
-                "SECRET_KEY_PREVIOUS: the default, or a key under {SECRET_KEY_MIN_BYTES} bytes, is refused \
-                 when APP_ENV=production, because anyone could sign with it; for example leave it unset"
-            )));
-        }
-        if self.port == self.ops_port && self.port != 0 {
-            return Err(ConfigError(format!(
-                "OPS_PORT: {} is the public PORT too; for example OPS_PORT=9000",
-                self.ops_port
-            )));
-        }
-        if self.cors_allowed_origins.len() > 1
-            && self.cors_allowed_origins.iter().any(|one| one == ANY_ORIGIN)
-        {
-            return Err(ConfigError(
-                "CORS_ALLOWED_ORIGINS: '*' allows every origin, and others are listed beside it; for example \
-                 CORS_ALLOWED_ORIGINS=https://chat.example.com,https://admin.example.com"
-                    .to_owned(),
-            ));
-        }
-        self.connect_options()?;
-        self.check_redis_urls()
-    }
-
-    /// A line break at the end of a Secret's value is not seen by those who look at it, and never belongs to it. In a URL
-    /// it does no harm: URLs are parsed without.
-    fn check_db_parts(&self) -> Result<(), ConfigError> {
-        for (name, value) in [
-            ("DB_USER", self.db_user.as_str()),
-            ("DB_PASSWORD", self.db_password.expose_secret()),
-            ("DB_HOST", &self.db_host),
-            ("DB_NAME", &self.db_name),
-        ] {
-            check_no_control(name, value)?;
-        }
-        Ok(())
-    }
-
-    /// Names what is wrong with `REDIS_URL` without quoting it: it may hold a password.
-    fn check_redis_urls(&self) -> Result<(), ConfigError> {
-        let fault = |number: usize, fault: &str| {
-            ConfigError(format!(
-                "REDIS_URL: URL {number} {fault}; for example REDIS_URL=redis://:password@host:6379/0"
-            ))
-        };
-        if self.redis_mode == RedisMode::Sentinel {
-            check_no_control("REDIS_SENTINEL_MASTER", &self.redis_sentinel_master)?;
-        }
-        for (index, url) in self.redis_urls().iter().enumerate() {
-            if !url.starts_with("redis://") && !url.starts_with("rediss://") {
-                return Err(fault(index + 1, "does not begin with redis:// or rediss://"));
-            }
-            url.as_str().into_connection_info().map_err(|_| fault(index + 1, "does not parse"))?;
-        }
-        self.check_redis_master_url()
-    }
-
-    /// As above. The host is checked, because an address there would not be the one that is reached.
-    fn check_redis_master_url(&self) -> Result<(), ConfigError> {
-        let Some(url) = &self.redis_master_url else { return Ok(()) };
-        let name = &self.redis_sentinel_master;
-        let fault = |fault: &str, example: &str| {
-            Err(ConfigError(format!("REDIS_MASTER_URL: {fault}; for example {example}")))
-        };
-        let example = format!("REDIS_MASTER_URL=redis://:password@{name}/0");
-        let url = url.expose_secret();
-        if !url.starts_with("redis://") && !url.starts_with("rediss://") {
-            return fault("it does not begin with redis:// or rediss://", &example);
-        }
-        if self.redis_mode != RedisMode::Sentinel {
-            return fault("it counts only with REDIS_MODE=sentinel", "REDIS_MODE=sentinel");
-        }
-        match url.into_connection_info().map(|info| info.addr().clone()) {
-            Ok(ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. }) if host == *name => Ok(()),
-            Ok(_) => fault(
-                &format!(
-                    "its host has to be {name}, the name in REDIS_SENTINEL_MASTER: the sentinels say where the master is"
-                ),
-                &example,
-            ),
-            Err(_) => fault("it does not parse", &example),
-        }
-    }
-}
-
-/// The value is not shown: it may be a password.
-fn check_no_control(name: &str, value: &str) -> Result<(), ConfigError> {
-    let fault = if value.ends_with(['\n', '\r']) {
-        "it ends with a line break, as `echo` writes it"
-    } else if value.contains(char::is_control) {
-        "it has a control character"
-    } else {
-        return Ok(());
-    };
-    Err(ConfigError(format!(
-        "{name}: {fault}; for example create the Secret with --from-literal, or encode the value with \
-         `printf %s VALUE | base64`"
-    )))
 }
 
 fn is_weak(key: &SecretString) -> bool {

@@ -3,12 +3,12 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use chat_service::cli::{create_secret, doctor, healthcheck, migrate, smoke_test};
+use chat_service::cli::{admin, create_secret, doctor, healthcheck, migrate, smoke_test};
 use chat_service::config::{Config, EXIT_CONFIG};
 use chat_service::http::routes::public_api;
 use chat_service::serve;
 use chat_service::telemetry::causes::causes;
-use chat_service::telemetry::{BadVariable, Telemetry};
+use chat_service::telemetry::{BadVariable, Output, Telemetry};
 use clap::{Parser, Subcommand};
 
 #[global_allocator]
@@ -36,6 +36,8 @@ enum Command {
     Openapi,
     /// Check the configuration, Postgres, the schema and Redis; every failure names its fix
     Doctor,
+    /// Look after users and conversations; needs Postgres alone
+    Admin(admin::Args),
     /// Let two new users exchange messages over the API of a running service: exit code 0 or 1
     SmokeTest(smoke_test::Args),
     /// In a pod: create a Kubernetes Secret with random values, or add the keys that it lacks
@@ -74,7 +76,8 @@ fn run_configured(command: &Command) -> anyhow::Result<ExitCode> {
     if let Command::Healthcheck(args) = command {
         return Ok(healthcheck::run(&config, Duration::from_secs(args.wait.into())));
     }
-    let telemetry = match Telemetry::start(&config) {
+    let logs = if matches!(command, Command::Admin(_)) { Output::Stderr } else { Output::Stdout };
+    let telemetry = match Telemetry::start(&config, logs) {
         Ok(telemetry) => telemetry,
         Err(error) if error.is::<BadVariable>() => {
             eprintln!("chat-service: {error}");
@@ -88,6 +91,7 @@ fn run_configured(command: &Command) -> anyhow::Result<ExitCode> {
         match command {
             Command::Migrate(args) => migrate::run(&config, args).await,
             Command::Doctor => doctor::run(&config).await,
+            Command::Admin(args) => admin::run(&config, args).await,
             _ => serve::run(config).await,
         }
     });

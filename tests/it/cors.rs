@@ -200,15 +200,15 @@ async fn without_the_variable_no_origin_is_allowed_and_options_is_405() {
 async fn an_options_request_that_is_no_preflight_is_405() {
     let app = TestApp::with(&[ORIGINS]).await;
     for request in [
-        app.request(Method::OPTIONS, "/me"),
-        app.request(Method::OPTIONS, "/me").header("origin", PAGE),
-        app.request(Method::OPTIONS, "/me").header("access-control-request-method", "GET"),
+        app.request(Method::OPTIONS, "/conversations"),
+        app.request(Method::OPTIONS, "/conversations").header("origin", PAGE),
+        app.request(Method::OPTIONS, "/conversations").header("access-control-request-method", "GET"),
     ] {
         let answer = request.response().await;
         answer.problem(405);
         assert_eq!(list(&answer, "allow"), BTreeSet::from(["get".to_owned(), "head".to_owned()]));
     }
-    preflight(&app, PAGE, "GET", "/me").response().await.text(204);
+    preflight(&app, PAGE, "GET", "/conversations").response().await.text(204);
 }
 
 #[tokio::test(flavor = "multi_thread")]

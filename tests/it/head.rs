@@ -33,8 +33,8 @@ async fn head_is_answered_like_get_on_every_route_of_the_public_port() {
     let paths: BTreeSet<String> = gets.map(|endpoint| route(&endpoint.route)).collect();
     assert!(paths.len() >= 6, "{paths:?}");
     for path in paths {
-        // It has no end, and so no length.
-        if path == "/stream" {
+        // Their length is not known before their end.
+        if path == "/stream" || path == "/me/export" {
             continue;
         }
         let path = if path == "/messages" { format!("{path}?peer_id={}", ben.id) } else { path };

@@ -2,10 +2,13 @@
 
 mod architecture;
 mod authentication;
+mod blocks;
 mod conversations;
 mod cors;
+mod deletion;
 mod docs;
 mod errors;
+mod export;
 mod harness;
 mod head;
 mod health;
@@ -19,9 +22,11 @@ mod migrations;
 mod operations;
 mod page;
 mod paths;
+mod privacy;
 mod process;
 mod properties;
 mod recent_window;
+mod retention;
 mod send;
 mod sessions;
 mod sse;

@@ -50,6 +50,9 @@ async fn every_series_exists_at_the_first_scrape() {
         ("chat_auth_attempts_total{kind=\"login\",outcome=\"failure\"}", 0.0),
         ("chat_cache_lookups_total{outcome=\"bypass\"}", 0.0),
         ("chat_trace_spans_total{outcome=\"failed\"}", 0.0),
+        ("chat_messages_removed_total", 0.0),
+        ("chat_message_retention_sweep_ratio", 0.0),
+        ("chat_message_retention_completed_timestamp_seconds", 0.0),
         ("http_server_active_requests", 0.0),
     ] {
         assert_eq!(value(name), expected, "{name}");

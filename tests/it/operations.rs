@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use reqwest::Method;
 use uuid::Uuid;
 
 use crate::support::{Operation, PASSWORD, Request, TestApp, User, operations, text};
@@ -24,6 +25,7 @@ fn requests(
     operation: &Operation,
     ana: &User,
     ben: &User,
+    blocker: &User,
     name: Option<String>,
 ) -> Vec<Request> {
     let app = &apps.usual;
@@ -58,11 +60,15 @@ fn requests(
         raw(&format!("{path}{separator}limit=abc"), "application/json", "{}"),
         raw(&format!("{path}{separator}limit=0"), "application/json", "{}"),
         raw(&format!("{path}{separator}after=1&after=2"), "application/json", "{}"),
+        raw(&format!("{path}{separator}after=x"), "application/json", "{}"),
         // Three within a minute or two: at least one is over the limit.
         send(&apps.limited, &new_name()),
         send(&apps.limited, &new_name()),
         send(&apps.limited, &new_name()),
         send(&apps.without_postgres, &name),
+        operation.request(app, blocker, &new_name()).by(ana),
+        operation.request(app, ana, &new_name()).by(blocker),
+        operation.request(app, ana, &new_name()).by(ana),
     ]
 }
 
@@ -80,14 +86,24 @@ async fn every_documented_status_is_the_response_to_some_request() {
     for operation in operations() {
         // Each begins with sessions, which it may end.
         let (ana, ben) = (apps.usual.member().await, apps.usual.member().await);
+        let blocker = apps.usual.member().await;
+        let block = apps.usual.request(Method::PUT, &format!("/blocks/{}", ana.id)).by(&blocker);
+        assert_eq!(block.response().await.status, 204);
+        // Its export runs already.
+        let lease = format!(
+            "INSERT INTO exports VALUES ('{}', gen_random_uuid(), now() + interval '1 minute')",
+            blocker.id
+        );
+        apps.usual.database.execute(&lease).await;
         let is_about_caller = operation.path.starts_with("/sessions");
         let ben = if is_about_caller { &ana } else { &ben };
         let refresh_token = match operation.path.as_str() {
             "/refresh" => Some(text(&apps.usual.login(&ana.name, PASSWORD).await.json(200), "refresh_token")),
+            "/me" => Some(PASSWORD.to_owned()),
             _ => None,
         };
         let mut seen = BTreeSet::from([INTERNAL_ERROR]);
-        for request in requests(&apps, &operation, &ana, ben, refresh_token) {
+        for request in requests(&apps, &operation, &ana, ben, &blocker, refresh_token) {
             seen.insert(request.response().await.status);
         }
         if operation.documented.get("requestBody").is_some() {

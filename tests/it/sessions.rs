@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use sqlx::{Connection as _, PgConnection};
 use tokio::time::sleep;
 use uuid::Uuid;
 
+use crate::support::races::{jam, race, rounds, waits_for_statements_in_flight};
 use crate::support::{PASSWORD, Response, TestApp, User, members, session, text, together};
 
 /// What a window may go on to answer after a session has ended.
@@ -243,26 +243,8 @@ async fn a_logout_is_answered_after_every_statement_that_may_not_have_seen_it() 
     let other = app.replica(&[]).await;
     let (ana, ben) = (app.member().await, app.member().await);
     app.sent(&ana, &ben, "hello").await;
-    // The statement has its snapshot, and waits for the conversation.
-    let mut connection = app.database.connect().await;
-    let mut holding = connection.begin().await.expect("a transaction");
-    let locked = sqlx::query("SELECT FROM conversations FOR UPDATE").execute(&mut *holding).await;
-    locked.expect("a lock");
-    let sending = app.send(&ana, &ben, "before").response();
-    let logout = async {
-        sleep(Duration::from_millis(300)).await;
-        end(&other, &ana, "/logout").await;
-        Instant::now()
-    };
-    let releasing = async {
-        sleep(Duration::from_millis(1200)).await;
-        let now = Instant::now();
-        holding.rollback().await.expect("a rollback");
-        now
-    };
-    let (sent, answered, released) = tokio::join!(sending, logout, releasing);
-    assert_eq!(sent.json(201)["seq"], 2);
-    assert!(answered > released, "answered while a message could still be stored");
+    let logout = end(&other, &ana, "/logout");
+    waits_for_statements_in_flight(&app, [&ana, &ben], logout, "SELECT count(*) FROM ended_sessions").await;
     app.send(&ana, &ben, "after").response().await.problem(401);
 }
 
@@ -278,45 +260,12 @@ async fn nothing_is_stored_after_the_answer_to_a_logout() {
     }
 }
 
-/// Holds the conversation for a few milliseconds again and again, so that statements wait with snapshots from before.
-async fn jam(app: &TestApp) {
-    let mut connection = app.database.connect().await;
-    loop {
-        let mut holding = connection.begin().await.expect("a transaction");
-        let locked = sqlx::query("SELECT FROM conversations FOR UPDATE").execute(&mut *holding).await;
-        locked.expect("a lock");
-        sleep(Duration::from_millis(6)).await;
-        holding.rollback().await.expect("a rollback");
-        sleep(Duration::from_millis(2)).await;
-    }
-}
-
 async fn log_out_while_sending(replicas: &[&TestApp; 2], member: &User, ben: &User) {
     // Open already: the answer must be compared with what is there at once.
     let mut connection = replicas[0].database.connect().await;
-    let started = Instant::now();
-    for round in 0..300 {
-        if started.elapsed() > Duration::from_secs(10) {
-            assert!(round > 30, "{round} rounds");
-            return;
-        }
+    for round in rounds() {
         let ana = &User { token: replicas[0].token(&member.id), ..member.clone() };
-        let sending = together((0..6).map(|task| async move {
-            while replicas[task % 2].send(ana, ben, "racing").response().await.status == 201 {}
-        }));
-        let logout = async {
-            sleep(Duration::from_micros(500 * (round % 20))).await;
-            end(replicas[round as usize % 2], ana, "/logout").await;
-            last_seq(&mut connection).await
-        };
-        let (_, at_answer) = tokio::join!(sending, logout);
-        assert_eq!(last_seq(&mut connection).await, at_answer, "round {round}: stored after the answer");
+        let logout = end(replicas[round as usize % 2], ana, "/logout");
+        race(replicas, &mut connection, [ana, ben], round, logout).await;
     }
-}
-
-async fn last_seq(connection: &mut PgConnection) -> i64 {
-    sqlx::query_scalar("SELECT last_seq FROM conversations")
-        .fetch_one(connection)
-        .await
-        .expect("a conversation")
 }

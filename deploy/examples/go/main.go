@@ -24,6 +24,7 @@ const password = "correct horse battery"
 type user struct {
 	*chat.ClientWithResponses
 	id, name string
+	tokens   chat.Tokens
 }
 
 // What every generated response has beside its decoded bodies.
@@ -71,6 +72,9 @@ func converse(ctx context.Context, server string) error {
 	if err := fail(ctx, server, ana, ben); err != nil {
 		return fmt.Errorf("errors: %w", err)
 	}
+	if err := leave(ctx, server, ben); err != nil {
+		return fmt.Errorf("sessions: %w", err)
+	}
 	return nil
 }
 
@@ -99,17 +103,17 @@ func join(ctx context.Context, server, name string) (*user, error) {
 	if err != nil {
 		return nil, err
 	}
-	token, err := decoded(login.JSON200, login)
+	tokens, err := decoded(login.JSON200, login)
 	if err != nil {
 		return nil, fmt.Errorf("log in: %w", err)
 	}
 	client, err := chat.NewClientWithResponses(server, chat.WithRequestEditorFn(
 		func(_ context.Context, request *http.Request) error {
-			request.Header.Set("Authorization", "Bearer "+token.AccessToken)
+			request.Header.Set("Authorization", "Bearer "+tokens.AccessToken)
 			return nil
 		},
 	))
-	return &user{client, created.Id, name}, err
+	return &user{client, created.Id, name, tokens}, err
 }
 
 // Three messages. The first is sent twice under one key, and stored once.
@@ -299,6 +303,45 @@ func fail(ctx context.Context, server string, from, to *user) error {
 		return fmt.Errorf("without a token: %+v", problem)
 	}
 	return nil
+}
+
+// A refresh token is exchanged for new tokens, before the access token expires. After a log-out none of them is of any use.
+func leave(ctx context.Context, server string, leaving *user) error {
+	anyone, err := chat.NewClientWithResponses(server)
+	if err != nil {
+		return err
+	}
+	exchanged, err := anyone.RefreshWithResponse(ctx, chat.Refresh{RefreshToken: leaving.tokens.RefreshToken})
+	if err != nil {
+		return err
+	}
+	renewed, err := decoded(exchanged.JSON200, exchanged)
+	if err != nil {
+		return err
+	}
+	if renewed.RefreshToken == leaving.tokens.RefreshToken || renewed.ExpiresIn != leaving.tokens.ExpiresIn {
+		return fmt.Errorf("%+v after %+v", renewed, leaving.tokens)
+	}
+	left, err := leaving.LogoutWithResponse(ctx)
+	if err != nil {
+		return err
+	}
+	if left.StatusCode() != http.StatusNoContent {
+		return fmt.Errorf("log out: %s: %s", left.Status(), left.Body)
+	}
+	late, err := anyone.RefreshWithResponse(ctx, chat.Refresh{RefreshToken: renewed.RefreshToken})
+	if err != nil {
+		return err
+	}
+	if _, err := decoded(late.ApplicationproblemJSON401, late); err != nil {
+		return err
+	}
+	refused, err := leaving.MeWithResponse(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = decoded(refused.ApplicationproblemJSON401, refused)
+	return err
 }
 
 // The decoded body, or an error with what came instead of it.

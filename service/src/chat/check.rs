@@ -1,5 +1,5 @@
 //! Compares windows with Postgres from time to time, while they are read, so that they also show a message whose writer died
-//! before it could append it.
+//! before it could append it, and no message that was removed by a process that died.
 //!
 //! Readers do not wait for it. What they ask for gathers while the statement before runs, and a little longer: one statement
 //! compares many conversations at a small part of the price of one for each.
@@ -37,9 +37,11 @@ async fn check(
 ) -> Result<(), sqlx::Error> {
     // Those of another epoch are gone, and so is what was to be compared.
     let Windows::Usable(live, epoch) = permission.windows() else { return Ok(()) };
-    for (pair, last_seq) in behind(database, &newest).await? {
-        newest.remove(&pair);
-        if recent.settle_under(&live, &epoch, pair, last_seq).await.is_err() {
+    for Change { pair, shown, removed } in changed(database, &newest, recent.window()).await? {
+        if newest.get(&pair).is_some_and(|newest| *newest < shown) {
+            newest.remove(&pair);
+        }
+        if recent.settle_under(&live, &epoch, pair, shown, removed).await.is_err() {
             return Ok(());
         }
     }
@@ -48,21 +50,41 @@ async fn check(
     Ok(())
 }
 
-/// The conversations that have newer messages, each with its last seq.
-async fn behind(database: &Database, newest: &HashMap<Pair, i64>) -> Result<Vec<(Pair, i64)>, sqlx::Error> {
+/// What a list may not have yet.
+struct Change {
+    pair: Pair,
+    /// The seq of the last message, or 0.
+    shown: i64,
+    /// All messages up to this seq were removed.
+    removed: i64,
+}
+
+/// The conversations that have newer messages, or lack such as a list of this size may have.
+async fn changed(
+    database: &Database,
+    newest: &HashMap<Pair, i64>,
+    window: usize,
+) -> Result<Vec<Change>, sqlx::Error> {
     let low: Vec<_> = newest.keys().map(|pair| pair.low()).collect();
     let high: Vec<_> = newest.keys().map(|pair| pair.high()).collect();
     let seqs: Vec<_> = newest.values().copied().collect();
     let query = sqlx::query!(
-        "SELECT c.low_user, c.high_user, c.last_seq
+        r#"SELECT c.low_user, c.high_user, c.first_seq - 1 AS "removed!",
+                CASE WHEN c.first_seq <= c.last_seq THEN c.last_seq ELSE 0 END AS "shown!"
          FROM unnest($1::uuid[], $2::uuid[], $3::bigint[]) AS window_of (low, high, newest)
          JOIN conversations c ON c.low_user = window_of.low AND c.high_user = window_of.high
-         WHERE c.last_seq > window_of.newest",
+         WHERE (c.last_seq > window_of.newest AND c.first_seq <= c.last_seq)
+            OR (c.first_seq > 1 AND c.first_seq > window_of.newest - $4)"#,
         &low,
         &high,
         &seqs,
+        window as i64,
     );
     let mut connection = database.acquire().await?;
     let rows = database.run(Operation::CheckWindows, query.fetch_all(&mut *connection)).await?;
-    Ok(rows.into_iter().map(|row| (Pair::new(row.low_user, row.high_user), row.last_seq)).collect())
+    let change = |pair, shown, removed| Change { pair, shown, removed };
+    Ok(rows
+        .into_iter()
+        .map(|row| change(Pair::new(row.low_user, row.high_user), row.shown, row.removed))
+        .collect())
 }

@@ -1,9 +1,16 @@
 //! A user's conversations, most recently active first.
 //!
-//! No index has them in this order: it would change with each message. The statement reads all of the user's conversations,
-//! which are narrow rows, and sorts them; their histories do not matter to it, and a message costs nothing more to send.
+//! An index on the time of the last message would change with each message. So the indexes have the hour of it, which a trigger
+//! notes: a message costs nothing more to send, but for the first one of an hour. The statement looks for the hour in which the
+//! page ends, and sorts the conversations of that hour and later ones.
+//!
+//! A conversation from before that column, and one with a single message, have no hour yet, which is 0, until [`super::sweep`]
+//! notes it. The statement sorts all that the user has of these. The sweep's index is on those with `active_hour = 0`; the
+//! condition `<= 0` here keeps the planner from it, because it has those of all users.
+//!
+//! Those of which nothing is left are not among them.
 
-use time::OffsetDateTime;
+use time::{Date, OffsetDateTime};
 use uuid::Uuid;
 
 use super::message::{Message, RenderedMessage};
@@ -16,6 +23,11 @@ use crate::store::postgres::Database;
 pub(crate) struct Cursor {
     pub(crate) last_at: OffsetDateTime,
     pub(crate) conversation: Uuid,
+}
+
+impl Cursor {
+    /// The first page follows it.
+    const BEFORE_ALL: Self = Self { last_at: Date::MAX.midnight().assume_utc(), conversation: Uuid::max() };
 }
 
 #[derive(Debug)]
@@ -74,18 +86,34 @@ pub(crate) async fn list(
     after: Option<Cursor>,
     limit: i64,
 ) -> Result<Conversations, ConversationsError> {
-    let (last_at, conversation) = after.map(|cursor| (cursor.last_at, cursor.conversation)).unzip();
+    let Cursor { last_at, conversation } = after.unwrap_or(Cursor::BEFORE_ALL);
     let mut connection = database.acquire().await?;
     let query = sqlx::query_as!(
         Row,
-        r#"WITH own AS (
-               SELECT id, high_user AS peer, last_seq, last_at FROM conversations WHERE low_user = $1
+        r#"WITH low AS (
+               SELECT min(active_hour) AS oldest_hour FROM (
+                   SELECT active_hour FROM conversations
+                   WHERE low_user = $1 AND active_hour <= hour_of($2)
+                     AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
+                   ORDER BY active_hour DESC LIMIT $4
+               ) AS newest
+           ), high AS (
+               SELECT min(active_hour) AS oldest_hour FROM (
+                   SELECT active_hour FROM conversations
+                   WHERE high_user = $1 AND active_hour <= hour_of($2)
+                     AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
+                   ORDER BY active_hour DESC LIMIT $4
+               ) AS newest
+           ), own AS (
+               SELECT id, high_user AS peer, last_seq, last_at FROM conversations
+               WHERE low_user = $1 AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
+                 AND (active_hour BETWEEN (SELECT oldest_hour FROM low) AND hour_of($2) OR active_hour <= 0)
                UNION ALL
-               SELECT id, low_user AS peer, last_seq, last_at FROM conversations WHERE high_user = $1
+               SELECT id, low_user AS peer, last_seq, last_at FROM conversations
+               WHERE high_user = $1 AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
+                 AND (active_hour BETWEEN (SELECT oldest_hour FROM high) AND hour_of($2) OR active_hour <= 0)
            ), page AS MATERIALIZED (
-               SELECT * FROM own
-               WHERE $2::timestamptz IS NULL OR (last_at, id) < ($2, $3)
-               ORDER BY last_at DESC, id DESC LIMIT $4
+               SELECT * FROM own ORDER BY last_at DESC, id DESC LIMIT $4
            )
            SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
                   EXISTS (SELECT FROM users WHERE id = $1)
@@ -130,14 +158,9 @@ pub(crate) async fn list(
 impl Row {
     fn conversation(self, user: Uuid) -> Option<(Cursor, Conversation)> {
         let (peer, sender_id) = (self.peer?, self.sender?);
-        let message = Message {
-            id: self.id?,
-            seq: self.seq?,
-            sender_id,
-            recipient_id: if sender_id == user { peer } else { user },
-            content: self.content?,
-            created_at: self.created_at?,
-        };
+        let recipient_id = if sender_id == user { peer } else { user };
+        let users = [sender_id, recipient_id];
+        let message = Message::new(self.id?, self.seq?, users, self.content?, self.created_at?);
         let cursor = Cursor { last_at: self.last_at?, conversation: self.conversation? };
         let conversation =
             Conversation { peer, peer_username: self.username, last_message: message.render() };

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::message::{Pair, RenderedMessage};
 use super::pages::{self, PageRequest, Position};
 use super::permission::Unsettled;
-use super::recent::{Lookup, Miss, Recent};
+use super::recent::{Lookup, Miss, Newest, Recent};
 use crate::config::Config;
 use crate::store::health::Health;
 use crate::store::postgres::{Database, is_unavailable};
@@ -135,7 +135,7 @@ impl History {
             }
             false => *request,
         };
-        let limit = match !unchecked.is_empty() && request.is_in(&unchecked) {
+        let limit = match !unchecked.messages.is_empty() && request.is_in(&unchecked) {
             true => self.fallback_wait,
             false => self.request_timeout,
         };
@@ -155,23 +155,20 @@ impl History {
         }
         if loaded.read_only {
             // The window may have what a Postgres that lags behind lacks.
-            let is_newer = unchecked.first().is_some_and(|head| head.seq >= loaded.last_seq);
+            let is_newer = !unchecked.messages.is_empty() && unchecked.seq() >= loaded.last_seq;
             if is_newer && request.is_in(&unchecked) {
                 return request.stale_page(unchecked);
             }
         } else {
             match claim {
-                Some(claim) => self.recent.fill(pair, claim, &loaded.messages).await?,
-                None => {
-                    let shown = loaded.messages.first().map_or(0, |message| message.seq);
-                    self.recent.settle(pair, shown).await?;
-                }
+                Some(claim) => self.recent.fill(pair, claim, &loaded.newest).await?,
+                None => self.recent.settle(pair, &loaded.newest).await?,
             }
         }
         if !fills {
-            return Ok(request.page(loaded.messages, Some(loaded.last_seq), loaded.read_only));
+            return Ok(request.page(loaded.newest, Some(loaded.last_seq), loaded.read_only));
         }
-        match request.page_of_newest(loaded.messages, loaded.read_only) {
+        match request.page_of_newest(loaded.newest, loaded.read_only) {
             Some(page) => Ok(page),
             // It goes back further than the window.
             None => Box::pin(self.page_from_postgres(request, pair, Miss::default())).await,
@@ -181,14 +178,17 @@ impl History {
 
 impl PageRequest {
     /// `last_seq` is the conversation's as of the page.
-    fn page(&self, messages: Vec<RenderedMessage>, last_seq: Option<i64>, stale: bool) -> Page {
+    fn page(&self, newest: Newest, last_seq: Option<i64>, stale: bool) -> Page {
+        let Newest { messages, removed } = newest;
         let ends = messages.first().zip(messages.last()).map(|(newest, oldest)| (newest.seq, oldest.seq));
         let next = ends.and_then(|(newest, oldest)| match self.position {
             Position::After(_) => {
                 last_seq.is_some_and(|last| newest < last).then_some(Position::After(newest))
             }
             // By `before`, so that messages that arrive meanwhile shift nothing.
-            Position::Offset(_) | Position::Before(_) => (oldest > 1).then_some(Position::Before(oldest)),
+            Position::Offset(_) | Position::Before(_) => {
+                (oldest > removed + 1).then_some(Position::Before(oldest))
+            }
         });
         Page { messages, next, stale }
     }
@@ -205,37 +205,39 @@ impl PageRequest {
     }
 
     /// True if these newest messages of the conversation have all of the page.
-    fn is_in(&self, newest: &[RenderedMessage]) -> bool {
-        let [head, oldest] = [newest.first(), newest.last()].map(|end| end.map_or(0, |message| message.seq));
+    fn is_in(&self, newest: &Newest) -> bool {
+        let (head, oldest) = (newest.seq(), newest.messages.last().map_or(0, |message| message.seq));
+        let first = newest.removed + 1;
         let lowest = match self.position {
             Position::Offset(offset) => (head - offset - self.limit).saturating_add(1),
-            Position::After(seq) if head - seq <= self.limit => seq + 1,
+            Position::After(seq) if head - seq.max(newest.removed) <= self.limit => seq + 1,
             Position::After(_) | Position::Before(_) => return false,
         };
-        oldest <= lowest.clamp(1, head.max(1))
+        oldest <= lowest.clamp(first, head.max(first))
     }
 
     /// The page out of the newest messages of the conversation, if they have all of it.
-    fn page_of_newest(&self, mut newest: Vec<RenderedMessage>, stale: bool) -> Option<Page> {
+    fn page_of_newest(&self, mut newest: Newest, stale: bool) -> Option<Page> {
         if !self.is_in(&newest) {
             return None;
         }
-        let last_seq = newest.first().map(|message| message.seq);
+        let last_seq = newest.messages.first().map(|message| message.seq);
+        let messages = &mut newest.messages;
         match self.position {
             Position::Offset(offset) => {
-                newest.drain(..newest.len().min(usize::try_from(offset).unwrap_or(usize::MAX)));
-                newest.truncate(usize::try_from(self.limit).unwrap_or_default());
+                messages.drain(..messages.len().min(usize::try_from(offset).unwrap_or(usize::MAX)));
+                messages.truncate(usize::try_from(self.limit).unwrap_or_default());
             }
-            Position::After(seq) => newest.retain(|message| message.seq > seq),
+            Position::After(seq) => messages.retain(|message| message.seq > seq),
             Position::Before(_) => return None,
         }
         Some(self.page(newest, last_seq, stale))
     }
 
     /// The page out of the window as it was found, if that has all of it.
-    fn stale_page(&self, unchecked: Vec<RenderedMessage>) -> Result<Page, HistoryError> {
+    fn stale_page(&self, unchecked: Newest) -> Result<Page, HistoryError> {
         // Of a conversation without messages the window says nothing.
-        let page = if unchecked.is_empty() { None } else { self.page_of_newest(unchecked, true) };
+        let page = if unchecked.messages.is_empty() { None } else { self.page_of_newest(unchecked, true) };
         page.ok_or(HistoryError::NotCached)
     }
 }

@@ -40,8 +40,13 @@ pub(crate) struct Message {
     pub sender_id: Uuid,
     #[salvo(schema(value_type = String, example = "01920b1e-9f6a-7c7e-8f4e-0f6c1f4f2a12"))]
     pub recipient_id: Uuid,
+    /// Empty once it was erased.
     #[salvo(schema(value_type = String, example = "Hello, Ben!"))]
     pub content: String,
+    /// `true` where the sender was deleted and the content erased; otherwise it is not there.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[salvo(schema(required = false, example = true))]
+    pub erased: bool,
     #[serde(serialize_with = "timestamp::serialize")]
     #[salvo(schema(value_type = String, format = DateTime, example = "2026-01-31T12:00:00.123456Z"))]
     pub created_at: OffsetDateTime,
@@ -55,6 +60,18 @@ pub struct RenderedMessage {
 }
 
 impl Message {
+    /// No message is sent without a content, so an empty one was erased.
+    pub(crate) fn new(
+        id: Uuid,
+        seq: i64,
+        [sender_id, recipient_id]: [Uuid; 2],
+        content: String,
+        created_at: OffsetDateTime,
+    ) -> Self {
+        let erased = content.is_empty();
+        Self { id, seq, sender_id, recipient_id, content, erased, created_at }
+    }
+
     pub(crate) fn render(&self) -> RenderedMessage {
         RenderedMessage { seq: self.seq, json: serde_json::to_vec(self).unwrap_or_default() }
     }

@@ -49,6 +49,13 @@ const QUEUE_MAX: usize = 1024;
 /// A statement that lost a deadlock, or a race for an idempotency key, is repeated this often.
 const ATTEMPTS_MAX: u32 = 3;
 
+/// The name of the limit of new conversations in the metrics.
+pub(crate) const NEW_CONVERSATIONS: &str = "new_conversations";
+
+/// Pairs of which a writer remembers that their conversation has begun, 2 MB at most; above that the set starts anew. What it
+/// does not know, the statement looks up.
+const BEGUN_MAX: usize = 30_000;
+
 /// A connection that was idle for longer is tested before messages depend on it.
 const IDLE_BEFORE_PING: Duration = Duration::from_secs(1);
 
@@ -85,6 +92,10 @@ pub enum SendError {
     SenderGone,
     #[error("no such recipient")]
     NoSuchRecipient,
+    #[error("the recipient has blocked the sender")]
+    Blocked,
+    #[error("the sender began too many conversations in this hour")]
+    TooManyNewConversations { retry_after: Duration },
     #[error("the idempotency key stands for another message")]
     KeyReused,
     #[error("the queue is full")]
@@ -124,6 +135,10 @@ struct Writer {
     connection: Option<WriterConnection>,
     last_used: Instant,
     statement_timeout: Duration,
+    /// Conversations that a user may begin in an hour; 0 for any number.
+    new_conversations_max: u32,
+    /// Conversations that have begun: none of them counts as new. They are never removed.
+    begun: HashSet<Pair>,
     recent: Arc<Recent>,
     streams: Arc<Streams>,
     metrics: Arc<Metrics>,
@@ -135,12 +150,23 @@ struct WriterConnection {
     owns_session: bool,
 }
 
+/// What the limit of new conversations needs to know of a batch.
+struct First {
+    limit: u32,
+    /// For each message whether it may begin a conversation.
+    may_begin: Vec<bool>,
+}
+
 /// What a statement did with one message.
 struct Row {
     sender_exists: bool,
     stored: Option<Stored>,
     /// For a known key: whether it stands for this very message.
     replay: Option<bool>,
+    /// The recipient has blocked the sender.
+    blocked: bool,
+    /// Seconds until the sender may begin another conversation, where it is not stored for that.
+    retry_after: Option<i64>,
 }
 
 struct Stored {
@@ -173,6 +199,8 @@ impl Outbox {
                     connection: None,
                     last_used: Instant::now(),
                     statement_timeout: config.statement_timeout() + STATEMENT_MARGIN,
+                    new_conversations_max: config.new_conversations_per_hour,
+                    begun: HashSet::new(),
                     recent: Arc::clone(recent),
                     streams: Arc::clone(streams),
                     metrics: Arc::clone(metrics),
@@ -199,11 +227,18 @@ impl Outbox {
         self.metrics.message_sent(match &answer {
             Ok(accepted) if accepted.replayed => SendOutcome::Replayed,
             Ok(_) => SendOutcome::Stored,
-            Err(SendError::SenderGone | SendError::NoSuchRecipient | SendError::KeyReused) => {
-                SendOutcome::Rejected
-            }
+            Err(
+                SendError::SenderGone
+                | SendError::NoSuchRecipient
+                | SendError::Blocked
+                | SendError::TooManyNewConversations { .. }
+                | SendError::KeyReused,
+            ) => SendOutcome::Rejected,
             Err(_) => SendOutcome::Failed,
         });
+        if let Err(SendError::TooManyNewConversations { .. }) = answer {
+            self.metrics.rate_limited(NEW_CONVERSATIONS);
+        }
         answer
     }
 
@@ -280,6 +315,9 @@ impl Writer {
         let mut answers = Vec::with_capacity(messages.len());
         for (message, outcome) in messages.into_iter().zip(outcomes) {
             let pair = Pair::new(message.sender, message.recipient);
+            if outcome.as_ref().is_ok_and(|row| row.stored.is_some()) {
+                self.note_begun(pair);
+            }
             answers.push(outcome.and_then(|row| resolve(message, row)).map(|(message, replayed)| {
                 // A replay, too: its writer may have died between the commit and the append.
                 if !replayed || !failpoints::is_on(Failpoint::SkipReplay) {
@@ -297,6 +335,16 @@ impl Writer {
             }
         }
         answers
+    }
+
+    fn note_begun(&mut self, pair: Pair) {
+        if self.new_conversations_max == 0 {
+            return;
+        }
+        if self.begun.len() >= BEGUN_MAX {
+            self.begun.clear();
+        }
+        self.begun.insert(pair);
     }
 
     /// One statement for all messages. If it fails and certainly committed nothing, one statement for each, so that one
@@ -349,10 +397,15 @@ impl Writer {
     /// Runs the statement within its timeout. A connection that may be broken is closed.
     async fn execute(&mut self, messages: &[Outgoing]) -> Result<Vec<Row>, sqlx::Error> {
         let timeout = self.statement_timeout;
+        let limit = self.new_conversations_max;
+        let is_new = |message: &Outgoing| {
+            limit > 0 && !self.begun.contains(&Pair::new(message.sender, message.recipient))
+        };
+        let first = First { limit, may_begin: messages.iter().map(is_new).collect() };
         let work = async {
             let database = self.database.clone();
             let connection = self.ready_connection().await?;
-            database.run(Operation::StoreMessages, insert(connection, messages)).await
+            database.run(Operation::StoreMessages, insert(connection, messages, &first)).await
         };
         let outcome = tokio::time::timeout(timeout, work).await.unwrap_or(Err(sqlx::Error::PoolTimedOut));
         self.last_used = Instant::now();
@@ -428,11 +481,15 @@ fn runs(mut messages: Vec<(Pair, RenderedMessage)>) -> Vec<(Pair, Vec<RenderedMe
 fn resolve(message: Outgoing, row: Row) -> Result<(RenderedMessage, bool), SendError> {
     match row {
         Row { sender_exists: false, .. } => Err(SendError::SenderGone),
+        Row { stored: None, blocked: true, .. } => Err(SendError::Blocked),
+        Row { stored: None, retry_after: Some(seconds), .. } => Err(SendError::TooManyNewConversations {
+            retry_after: Duration::from_secs(seconds.unsigned_abs()),
+        }),
         Row { stored: None, .. } => Err(SendError::NoSuchRecipient),
         Row { replay: Some(false), .. } => Err(SendError::KeyReused),
         Row { stored: Some(Stored { id, seq, created_at }), replay, .. } => {
             let Outgoing { sender: sender_id, recipient: recipient_id, content, .. } = message;
-            let message = Message { id, seq, sender_id, recipient_id, content, created_at };
+            let message = Message::new(id, seq, [sender_id, recipient_id], content, created_at);
             Ok((message.render(), replay.is_some()))
         }
     }
@@ -445,12 +502,16 @@ fn lost_a_race(error: &sqlx::Error) -> bool {
 }
 
 /// Stores the messages of a batch and returns one row for each, in their order.
-async fn insert(writer: &mut WriterConnection, messages: &[Outgoing]) -> Result<Vec<Row>, sqlx::Error> {
+async fn insert(
+    writer: &mut WriterConnection,
+    messages: &[Outgoing],
+    first: &First,
+) -> Result<Vec<Row>, sqlx::Error> {
     if writer.owns_session {
-        return insert_batch(&mut writer.connection, messages).await;
+        return insert_batch(&mut writer.connection, messages, first).await;
     }
     let mut transaction = writer.connection.begin_with(PLAN_OF_TRANSACTION).await?;
-    match insert_batch(&mut transaction, messages).await {
+    match insert_batch(&mut transaction, messages, first).await {
         Ok(rows) => transaction.commit().await.map(|()| rows),
         // At once: until then it holds its locks, and the pooler's session.
         Err(error) => transaction.rollback().await.and(Err(error)),
@@ -460,7 +521,11 @@ async fn insert(writer: &mut WriterConnection, messages: &[Outgoing]) -> Result<
 /// The statement is one transaction, or all of one. It locks the conversations in the order of their key. `seq` continues
 /// from the locked row, so it has no gaps; `last_at` is read under that lock, so times follow `seq`. If another statement is
 /// just inserting the same key, this one fails and is repeated.
-async fn insert_batch(connection: &mut PgConnection, messages: &[Outgoing]) -> Result<Vec<Row>, sqlx::Error> {
+async fn insert_batch(
+    connection: &mut PgConnection,
+    messages: &[Outgoing],
+    first: &First,
+) -> Result<Vec<Row>, sqlx::Error> {
     let ids: Vec<Uuid> = messages.iter().map(|_| Uuid::now_v7()).collect();
     let senders: Vec<Uuid> = messages.iter().map(|message| message.sender).collect();
     let recipients: Vec<Uuid> = messages.iter().map(|message| message.recipient).collect();
@@ -480,6 +545,8 @@ async fn insert_batch(connection: &mut PgConnection, messages: &[Outgoing]) -> R
         &contents as _,
         &keys as _,
         &sessions,
+        &first.may_begin,
+        i64::from(first.limit) as _,
     );
     let rows = query.fetch_all(&mut *connection).await?;
     if rows.len() != messages.len() {
@@ -494,6 +561,8 @@ async fn insert_batch(connection: &mut PgConnection, messages: &[Outgoing]) -> R
                 _ => None,
             },
             replay: row.replay,
+            blocked: row.blocked,
+            retry_after: row.retry_after,
         })
         .collect())
 }

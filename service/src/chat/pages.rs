@@ -6,7 +6,8 @@ use time::OffsetDateTime;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::message::{Message, Pair, RenderedMessage};
+use super::message::{Message, Pair};
+use super::recent::Newest;
 use crate::store::operation::Operation;
 use crate::store::postgres::Database;
 
@@ -37,10 +38,11 @@ pub(super) struct Loaded {
     pub(super) read_only: bool,
     /// And the session has not ended.
     pub(super) reader_exists: bool,
+    /// Or there is a conversation with somebody who was deleted.
     pub(super) peer_exists: bool,
     pub(super) last_seq: i64,
-    /// Newest first.
-    pub(super) messages: Vec<RenderedMessage>,
+    /// Newest first, and where history begins.
+    pub(super) newest: Newest,
 }
 
 /// A message, or none, and what is the same in all rows.
@@ -49,6 +51,7 @@ struct Row {
     reader_exists: bool,
     peer_exists: bool,
     last_seq: i64,
+    removed: i64,
     id: Option<Uuid>,
     seq: Option<i64>,
     sender_id: Option<Uuid>,
@@ -56,8 +59,8 @@ struct Row {
     created_at: Option<OffsetDateTime>,
 }
 
-/// Whether Postgres takes writes, whether both users exist, the conversation's last seq, and the page. Whatever its position,
-/// the page is one range of the primary key, read in order up to its limit.
+/// Whether Postgres takes writes, whether both users exist or have existed, where the conversation begins and ends, and the page.
+/// Whatever its position, the page is one range of the primary key, read in order up to its limit.
 pub(super) async fn load(
     database: &Database,
     request: &PageRequest,
@@ -74,8 +77,8 @@ pub(super) async fn load(
                 r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
                           EXISTS (SELECT FROM users WHERE id = $1)
                               AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $7) AS "reader_exists!",
-                          EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
-                          coalesce(c.last_seq, 0) AS "last_seq!",
+                          c.id IS NOT NULL OR EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
+                          coalesce(c.last_seq, 0) AS "last_seq!", coalesce(c.first_seq, 1) - 1 AS "removed!",
                           m.id AS "id?", m.seq AS "seq?", m.sender_id AS "sender_id?", m.content AS "content?",
                           m.created_at AS "created_at?"
                    FROM (VALUES (1)) AS one
@@ -109,8 +112,8 @@ pub(super) async fn load(
                 r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
                           EXISTS (SELECT FROM users WHERE id = $1)
                               AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $8) AS "reader_exists!",
-                          EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
-                          coalesce(c.last_seq, 0) AS "last_seq!",
+                          c.id IS NOT NULL OR EXISTS (SELECT FROM users WHERE id = $2) AS "peer_exists!",
+                          coalesce(c.last_seq, 0) AS "last_seq!", coalesce(c.first_seq, 1) - 1 AS "removed!",
                           m.id AS "id?", m.seq AS "seq?", m.sender_id AS "sender_id?", m.content AS "content?",
                           m.created_at AS "created_at?"
                    FROM (VALUES (1)) AS one
@@ -141,21 +144,25 @@ pub(super) async fn load(
 
 impl Loaded {
     fn of(rows: Vec<Row>, reader: Uuid, peer: Uuid) -> Self {
-        let mut loaded = Self { messages: Vec::with_capacity(rows.len()), ..Self::default() };
+        let mut loaded = Self::default();
+        let mut messages = Vec::with_capacity(rows.len());
         for row in rows {
             loaded.read_only = row.read_only;
             loaded.reader_exists = row.reader_exists;
             loaded.peer_exists = row.peer_exists;
             loaded.last_seq = row.last_seq;
+            loaded.newest.removed = row.removed;
             let (Some(id), Some(seq), Some(sender_id), Some(content), Some(created_at)) =
                 (row.id, row.seq, row.sender_id, row.content, row.created_at)
             else {
                 continue;
             };
             let recipient_id = if sender_id == reader { peer } else { reader };
-            loaded.messages.push(Message { id, seq, sender_id, recipient_id, content, created_at }.render());
+            let message = Message::new(id, seq, [sender_id, recipient_id], content, created_at);
+            messages.push(message.render());
         }
-        loaded.messages.sort_unstable_by_key(|message| std::cmp::Reverse(message.seq));
+        messages.sort_unstable_by_key(|message| std::cmp::Reverse(message.seq));
+        loaded.newest.messages = messages;
         loaded
     }
 }

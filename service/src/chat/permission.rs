@@ -44,7 +44,7 @@ const INTERVAL: Duration = Duration::from_millis(150);
 
 /// How long a change must be known before all that relies on the state before it has expired. The margin of 5 % is for clocks
 /// that differ in speed: a hundred times the largest slew.
-const SETTLING: Duration = Duration::from_millis(475);
+pub(super) const SETTLING: Duration = Duration::from_millis(475);
 
 /// How long one question may take. Later answers would be too old in any case.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);

@@ -3,8 +3,9 @@
 //! Two keys per conversation, in one slot of a cluster. Both carry an epoch; [`super::permission`] says which epoch's
 //! windows a replica may use, if any.
 //!
-//! - `list`: the newest messages as `SEQ JSON`, newest first, without a gap; of a conversation without messages `0 `. It
-//!   expires `CACHE_TTL_SECONDS` after it was last compared with Postgres;
+//! - `list`: the newest messages as `SEQ JSON`, newest first, without a gap; of a conversation without messages `0 `. Where
+//!   all before a message were removed, it is `SEQ! JSON`: the list ends there although it is short. It expires
+//!   `CACHE_TTL_SECONDS` after it was last compared with Postgres;
 //! - `token`: held by the reader that is about to fill the list.
 //!
 //! # Why a read is never stale, and never goes back in time
@@ -36,6 +37,14 @@
 //! *A writer may die between commit and append.* Its message was not acknowledged. The list shows it once it is compared
 //! with Postgres, [`CHECK_AFTER`] later at most while it is read: `check.rs`. A client that repeats the message under
 //! its idempotency key gets it acknowledged after [`APPEND`], like any other.
+//!
+//! *What was removed is in no list.* After the commit, [`Recent::drop_removed`] drops each list that reaches back to what was
+//! removed, and the token. Until then a list may show a message that another reader already misses in Postgres. So [`SETTLE`]
+//! drops such a list, too, before that reader returns. If the process that removes messages dies before it has dropped the
+//! lists, `check.rs` finds them.
+//! *What was erased is in no list.* The past of a conversation changes only when one of its users was deleted. From then on no
+//! replica uses its list, for an hour; nothing is erased before all know it, and the hour begins anew while it goes on:
+//! `erasure.rs`.
 //!
 //! # What remains
 //!
@@ -102,26 +111,42 @@ const APPEND: &str = script!(
      end"
 );
 
-/// The reader's step, before it returns what it read in Postgres. KEYS: list, token. ARGV: the newest seq that it read, its
-/// token or nothing, the list's expiry in ms, then the elements to fill the list with, newest first.
+/// The reader's step, before it returns what it read in Postgres. KEYS: list, token. ARGV: the newest seq that it read, up to
+/// which seq messages were removed, its token or nothing, the list's expiry in ms, then the elements to fill the list with,
+/// newest first.
 const SETTLE: &str = script!(
     "local list, token = KEYS[1], KEYS[2]
      local held = redis.call('GET', token)
      if held then redis.call('DEL', token) end
-     if ARGV[2] ~= '' and held == ARGV[2] then
+     if ARGV[3] ~= '' and held == ARGV[3] then
        redis.call('DEL', list)
-       redis.call('RPUSH', list, unpack(ARGV, 4))
-       redis.call('PEXPIRE', list, ARGV[3])
+       redis.call('RPUSH', list, unpack(ARGV, 5))
+       redis.call('PEXPIRE', list, ARGV[4])
      else
-       local head = newest(list)
-       if head and head < tonumber(ARGV[1]) then redis.call('DEL', list) end
+       local head, removed = newest(list), tonumber(ARGV[2])
+       if head and head < tonumber(ARGV[1]) then
+         redis.call('DEL', list)
+       elseif head and head > 0 and removed > 0 then
+         local oldest, mark = string.match(redis.call('LINDEX', list, -1), '^(%d+)(!?)')
+         oldest = tonumber(oldest)
+         if oldest <= removed or (oldest == removed + 1 and mark == '') then redis.call('DEL', list) end
+       end
      end"
 );
 
+/// The newest messages of a conversation.
+#[derive(Debug, Default)]
+pub(crate) struct Newest {
+    /// Newest first.
+    pub(super) messages: Vec<RenderedMessage>,
+    /// All messages up to this seq were removed. From a list it is 0 unless the messages reach back that far.
+    pub(super) removed: i64,
+}
+
 #[derive(Debug)]
 pub(crate) enum Lookup {
-    /// The newest messages, as many as were asked for or all there are.
-    Hit(Vec<RenderedMessage>),
+    /// As many messages as were asked for or all there are.
+    Hit(Newest),
     Miss(Miss),
 }
 
@@ -133,7 +158,7 @@ pub(crate) struct Miss {
     /// True if another reader is about to fill the window.
     pub(super) is_being_filled: bool,
     /// The list as it was found, without a permission. It may be shown only while Postgres is unavailable.
-    pub(super) unchecked: Vec<RenderedMessage>,
+    pub(super) unchecked: Newest,
 }
 
 /// Lists that are to be compared with Postgres.
@@ -205,9 +230,7 @@ impl Recent {
 
     /// Looks for the `wanted` newest messages, for this session. After a miss the caller asks Postgres.
     pub(super) async fn look_up(&self, pair: Pair, session: Uuid, wanted: usize) -> Lookup {
-        let is_deleted = [pair.low(), pair.high()].into_iter().any(|user| self.permission.is_deleted(user));
-        let is_refused = is_deleted || self.permission.has_ended(session);
-        if wanted > self.window || is_refused {
+        if wanted > self.window {
             return Lookup::Miss(Miss::default());
         }
         let (live, epoch, is_permitted) = match self.permission.windows() {
@@ -215,6 +238,11 @@ impl Recent {
             Windows::Unsettled(Some((live, epoch))) => (live, epoch, false),
             Windows::Unsettled(None) | Windows::Suspended => return Lookup::Miss(Miss::default()),
         };
+        // After the permission: what came with it counts, too.
+        let is_deleted = [pair.low(), pair.high()].into_iter().any(|user| self.permission.is_deleted(user));
+        if is_deleted || self.permission.has_ended(session) {
+            return Lookup::Miss(Miss::default());
+        }
         let [list, token] = keys(&epoch, pair);
         let mut pipeline = Pipeline::with_capacity(2);
         pipeline.cmd("PTTL").arg(&list);
@@ -225,23 +253,24 @@ impl Recent {
             return Lookup::Miss(Miss::default());
         };
         let exists = !found.is_empty();
-        let mut elements: Vec<RenderedMessage> = found.into_iter().filter_map(decode).collect();
-        elements.retain(|element| element.seq > 0);
-        let head = elements.first().map_or(0, |element| element.seq);
-        let is_complete = exists && elements.len() == wanted.min(usize::try_from(head).unwrap_or(0));
+        let newest = Newest::of(found);
+        let head = newest.seq();
+        let reaches_back = newest.removed > 0;
+        let all = wanted.min(usize::try_from(head).unwrap_or(0));
+        let is_complete = exists && (newest.messages.len() == all || reaches_back);
         if !is_permitted {
-            return Lookup::Miss(Miss { unchecked: elements, ..Miss::default() });
+            return Lookup::Miss(Miss { unchecked: newest, ..Miss::default() });
         }
         if is_complete {
             if self.is_due(expires_in) {
                 self.due.add(pair, head);
             }
-            return Lookup::Hit(elements);
+            return Lookup::Hit(newest);
         }
         Lookup::Miss(match self.claim(&live, epoch, &token, (!exists).then_some(&list)).await {
-            Ok(Some(claim)) => Miss { claim: Some(claim), unchecked: elements, ..Miss::default() },
-            Ok(None) => Miss { is_being_filled: true, unchecked: elements, ..Miss::default() },
-            Err(Unavailable) => Miss { unchecked: elements, ..Miss::default() },
+            Ok(Some(claim)) => Miss { claim: Some(claim), unchecked: newest, ..Miss::default() },
+            Ok(None) => Miss { is_being_filled: true, unchecked: newest, ..Miss::default() },
+            Err(Unavailable) => Miss { unchecked: newest, ..Miss::default() },
         })
     }
 
@@ -273,13 +302,8 @@ impl Recent {
 
     /// Fills the window with the newest messages, which the caller read in Postgres after it got the claim. If the claim was
     /// withdrawn, it does as [`Recent::settle`].
-    pub(super) async fn fill(
-        &self,
-        pair: Pair,
-        claim: Claim,
-        newest: &[RenderedMessage],
-    ) -> Result<(), Unsettled> {
-        let shown = newest.first().map_or(0, |message| message.seq);
+    pub(super) async fn fill(&self, pair: Pair, claim: Claim, newest: &Newest) -> Result<(), Unsettled> {
+        let Newest { messages, removed } = newest;
         if let Windows::Usable(live, epoch) = self.permission.settled(Permission::deadline()).await?
             && epoch == claim.epoch
         {
@@ -289,23 +313,23 @@ impl Recent {
                 pipeline.cmd("SET").arg(&token).arg(&claim.token).ignore();
             }
             call(&mut pipeline, &self.settle, [list, token]);
-            pipeline.arg(shown).arg(claim.token).arg(self.ttl.as_millis() as u64);
-            if newest.is_empty() {
+            pipeline.arg(newest.seq()).arg(removed).arg(claim.token).arg(self.ttl.as_millis() as u64);
+            if messages.is_empty() {
                 pipeline.arg("0 ");
             }
-            for element in newest {
-                pipeline.arg(encode(element));
+            for element in messages {
+                pipeline.arg(encode(element, *removed > 0 && element.seq == removed + 1));
             }
             if self.redis.run::<()>(&live, Operation::SettleWindow, pipeline.ignore()).await.is_ok() {
                 return Ok(());
             }
         }
-        self.settle(pair, shown).await
+        self.settle(pair, newest).await
     }
 
-    /// Makes sure that no window shows less than what was just read in Postgres, where `shown` is its newest seq.
-    pub(super) async fn settle(&self, pair: Pair, shown: i64) -> Result<(), Unsettled> {
-        if shown == 0 || failpoints::is_on(Failpoint::SkipSettle) {
+    /// Makes sure that no window shows less than what was just read in Postgres, or what was removed there.
+    pub(super) async fn settle(&self, pair: Pair, read: &Newest) -> Result<(), Unsettled> {
+        if (read.seq() == 0 && read.removed == 0) || failpoints::is_on(Failpoint::SkipSettle) {
             return Ok(());
         }
         let deadline = Permission::deadline();
@@ -314,37 +338,79 @@ impl Recent {
                 return Ok(());
             };
             // After a failure Redis is unavailable: the windows are soon suspended.
-            if self.settle_under(&live, &epoch, pair, shown).await.is_ok() {
+            if self.settle_under(&live, &epoch, pair, read.seq(), read.removed).await.is_ok() {
                 return Ok(());
             }
         }
     }
 
-    /// Mostly there is nothing to do, which two cheap commands tell.
+    /// Mostly there is nothing to do, which three cheap commands tell.
     pub(super) async fn settle_under(
         &self,
         live: &Live,
         epoch: &Epoch,
         pair: Pair,
         shown: i64,
+        removed: i64,
     ) -> Result<(), Unavailable> {
         let [list, token] = keys(epoch, pair);
-        let mut pipeline = Pipeline::with_capacity(2);
+        let mut pipeline = Pipeline::with_capacity(3);
         pipeline.cmd("LINDEX").arg(&list).arg(0);
+        pipeline.cmd("LINDEX").arg(&list).arg(-1);
         pipeline.cmd("EXISTS").arg(&token);
-        let (head, is_being_filled): (Option<Vec<u8>>, bool) =
+        let (head, oldest, is_being_filled): (Option<Vec<u8>>, Option<Vec<u8>>, bool) =
             self.redis.run(live, Operation::SettleWindow, &pipeline).await?;
-        let is_settled = match head.and_then(decode) {
-            Some(head) => head.seq >= shown,
-            None => !is_being_filled,
+        let is_settled = match (head.and_then(decode), oldest.and_then(decode)) {
+            (Some((head, _)), Some((oldest, is_first))) => {
+                let shows_removed = head.seq > 0 && oldest.seq <= removed + i64::from(!is_first);
+                // A reader that is about to fill the list may have read what was removed since.
+                head.seq >= shown && (removed == 0 || !(shows_removed || is_being_filled))
+            }
+            _ => !is_being_filled,
         };
         if is_settled {
             return Ok(());
         }
         let mut pipeline = Pipeline::with_capacity(1);
         call(&mut pipeline, &self.settle, [list, token]);
-        pipeline.arg(shown).arg("");
+        pipeline.arg(shown).arg(removed).arg("");
         self.redis.run(live, Operation::SettleWindow, pipeline.ignore()).await
+    }
+
+    /// Makes sure that no window shows what was removed from these conversations, all up to a seq of each. The removal is
+    /// committed.
+    pub(super) async fn drop_removed(&self, removed: &[(Pair, i64)]) -> Result<(), Unsettled> {
+        let deadline = Permission::deadline();
+        loop {
+            let Windows::Usable(live, epoch) = self.permission.settled(deadline).await? else {
+                return Ok(());
+            };
+            if removed.is_empty() {
+                return Ok(());
+            }
+            let mut pipeline = Pipeline::with_capacity(removed.len());
+            for (pair, seq) in removed {
+                call(&mut pipeline, &self.settle, keys(&epoch, *pair));
+                pipeline.arg(0).arg(seq).arg("").ignore();
+            }
+            // After a failure Redis is unavailable: the windows are soon suspended.
+            if self.redis.run::<()>(&live, Operation::SettleWindow, &pipeline).await.is_ok() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Deletes the list of a conversation, and withdraws the right to fill it. No replica uses it any more: it would expire. A
+    /// Redis that does not answer therefore does no harm.
+    pub(super) async fn forget(&self, pair: Pair) {
+        let (Windows::Usable(live, epoch) | Windows::Unsettled(Some((live, epoch)))) =
+            self.permission.windows()
+        else {
+            return;
+        };
+        let mut pipeline = Pipeline::with_capacity(1);
+        pipeline.cmd("DEL").arg(&keys(&epoch, pair)).ignore();
+        self.redis.run::<()>(&live, Operation::ForgetWindow, &pipeline).await.ok();
     }
 
     /// Lets the lists of these conversations live on, which lack nothing.
@@ -394,7 +460,7 @@ impl Recent {
             for (_, elements) in conversations {
                 pipeline.arg(elements.first().map_or(0, |element| element.seq)).arg(elements.len());
                 for element in elements {
-                    pipeline.arg(encode(element));
+                    pipeline.arg(encode(element, false));
                 }
             }
             pipeline.ignore();
@@ -403,19 +469,45 @@ impl Recent {
     }
 }
 
-/// A list's element: `SEQ JSON`.
-fn encode(message: &RenderedMessage) -> Vec<u8> {
+impl Newest {
+    /// From the elements of a list.
+    fn of(elements: Vec<Vec<u8>>) -> Self {
+        let mut newest = Self { messages: Vec::with_capacity(elements.len()), removed: 0 };
+        for (message, is_first) in elements.into_iter().filter_map(decode) {
+            if is_first {
+                newest.removed = message.seq - 1;
+            }
+            if message.seq > 0 {
+                newest.messages.push(message);
+            }
+        }
+        newest
+    }
+
+    /// Of the newest message, or 0.
+    pub(super) fn seq(&self) -> i64 {
+        self.messages.first().map_or(0, |message| message.seq)
+    }
+}
+
+/// A list's element: `SEQ JSON`, or `SEQ! JSON` where all before it were removed.
+fn encode(message: &RenderedMessage, is_first: bool) -> Vec<u8> {
     let mut element = message.seq.to_string().into_bytes();
-    element.push(b' ');
+    element.extend_from_slice(if is_first { b"! " } else { b" " });
     element.extend_from_slice(&message.json);
     element
 }
 
-fn decode(mut element: Vec<u8>) -> Option<RenderedMessage> {
+/// The message, and whether all before it were removed.
+fn decode(mut element: Vec<u8>) -> Option<(RenderedMessage, bool)> {
     let space = element.iter().position(|byte| *byte == b' ')?;
-    let seq = std::str::from_utf8(&element[..space]).ok()?.parse().ok()?;
+    let (seq, is_first) = match element[..space].strip_suffix(b"!") {
+        Some(seq) => (seq, true),
+        None => (&element[..space], false),
+    };
+    let seq = std::str::from_utf8(seq).ok()?.parse().ok()?;
     element.drain(..=space);
-    Some(RenderedMessage { seq, json: element })
+    Some((RenderedMessage { seq, json: element }, is_first))
 }
 
 /// Starts a call of a script by its digest, on these keys. The caller adds the arguments.
@@ -456,7 +548,9 @@ mod tests {
 
     #[test]
     fn an_element_is_decoded_as_it_was_encoded() {
-        assert_eq!(decode(encode(&element(42))), Some(element(42)));
+        for is_first in [false, true] {
+            assert_eq!(decode(encode(&element(42), is_first)), Some((element(42), is_first)));
+        }
         assert_eq!(decode(b"no".to_vec()), None);
     }
 }

@@ -98,7 +98,7 @@ async fn database_checks(database: &Database) -> Vec<(&'static str, Result<Strin
             return vec![("schema", Err(format!("{reason}: run `chat-service doctor` again")))];
         }
     };
-    let (version, known) = (schema.version(), migrations::known_version());
+    let version = schema.version();
     if let Some(Fault::NotUtf8(fault)) = &fault {
         let unknown = Err("unknown without a database in UTF8".to_owned());
         return vec![("encoding", Err(fault.to_string())), ("schema", unknown)];
@@ -106,13 +106,7 @@ async fn database_checks(database: &Database) -> Vec<(&'static str, Result<Strin
     let mut checks = vec![("encoding", Ok("UTF8".to_owned()))];
     let applied = match schema {
         Schema::Forbidden { version: 0, .. } => Err("unknown, before the role may read it".to_owned()),
-        _ if version > known => Err(format!(
-            "version {version}, newer than this binary, which knows {known}: run the newer release"
-        )),
-        _ if version < known => {
-            Err(format!("version {version}, this binary needs {known}: run `chat-service migrate`"))
-        }
-        _ => Ok(format!("version {version}, current")),
+        _ => migrations::version_fault(version).map_or(Ok(format!("version {version}, current")), Err),
     };
     checks.push(("schema", applied));
     let access = match fault {

@@ -1,5 +1,6 @@
 //! The subcommands that do their work and exit.
 
+pub mod admin;
 pub mod create_secret;
 pub mod doctor;
 pub mod healthcheck;

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::request_id::RequestId;
 use crate::chat::conversations::ConversationsError;
+use crate::chat::export::ExportError;
 use crate::chat::history::HistoryError;
 use crate::chat::outbox::SendError;
 use crate::chat::streams::StreamError;
@@ -48,6 +49,10 @@ pub(super) enum Error {
     Invalid(Vec<FieldError>),
     #[error("too many requests: try again in {} s", .retry_after.as_secs())]
     RateLimited { retry_after: Duration },
+    #[error("too many new conversations in this hour: try again in {} s", .retry_after.as_secs())]
+    TooManyNewConversations { retry_after: Duration },
+    #[error("another export of yours runs: try again in {} s, or read that one to its end", .retry_after.as_secs())]
+    ExportRunning { retry_after: Duration },
     #[error("{0}")]
     Unavailable(&'static str),
     /// A statement failed: 503 where Postgres is unavailable, else 500.
@@ -126,7 +131,9 @@ impl Error {
             Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Conflict(_) => StatusCode::CONFLICT,
             Self::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::RateLimited { .. } | Self::TooManyNewConversations { .. } | Self::ExportRunning { .. } => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Database(error) if is_unavailable(error) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Database(_) | Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
@@ -135,7 +142,9 @@ impl Error {
 
     fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::RateLimited { retry_after } => Some(*retry_after),
+            Self::RateLimited { retry_after }
+            | Self::TooManyNewConversations { retry_after }
+            | Self::ExportRunning { retry_after } => Some(*retry_after),
             _ if self.status() == StatusCode::SERVICE_UNAVAILABLE => Some(UNAVAILABLE_RETRY),
             _ => None,
         }
@@ -167,6 +176,11 @@ impl From<SendError> for Error {
         match error {
             SendError::SenderGone => USER_GONE,
             SendError::NoSuchRecipient => NO_RECIPIENT,
+            // No more than the status says: neither why, nor since when.
+            SendError::Blocked => Self::Forbidden("you cannot write to this user"),
+            SendError::TooManyNewConversations { retry_after } => {
+                Self::TooManyNewConversations { retry_after }
+            }
             SendError::KeyReused => {
                 Self::Conflict("this Idempotency-Key stands for another message: use a new key")
             }
@@ -206,6 +220,17 @@ impl From<ConversationsError> for Error {
             ConversationsError::OnlyReads => Self::Unavailable("the database only reads: try again"),
             ConversationsError::Unreadable => Self::internal(error),
             ConversationsError::Database(error) => Self::Database(error),
+        }
+    }
+}
+
+impl From<ExportError> for Error {
+    fn from(error: ExportError) -> Self {
+        match error {
+            ExportError::UserGone => USER_GONE,
+            ExportError::Running { retry_after } => Self::ExportRunning { retry_after },
+            ExportError::TooMany => Self::Unavailable("too many exports at once: try again"),
+            ExportError::Database(error) => Self::Database(error),
         }
     }
 }

@@ -55,6 +55,7 @@ pub(super) struct SendMessage {
     parameters(("Idempotency-Key" = Option<String>, Header, description = "The sender's own name for this message: 1 to 255 visible ASCII characters", example = json!("6b1f6f3a-1"))),
     responses(
         (status_code = 201, description = "The committed message", body = Message, headers(("idempotency-replayed" = String, description = "`true` where the key was known and this is the first message"))),
+        (status_code = 403, description = "The caller cannot write to this user", body = Problem, content_type = "application/problem+json"),
         (status_code = 404, description = "No such recipient", body = Problem, content_type = "application/problem+json"),
         (status_code = 409, description = "The Idempotency-Key stands for another message", body = Problem, content_type = "application/problem+json"),
     )

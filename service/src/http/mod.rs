@@ -1,11 +1,14 @@
 //! The HTTP API: routes, extractors, errors, and a file of handlers for each topic.
 
+mod account;
+mod blocks;
 mod body;
 mod caller;
 mod client_ip;
 mod conversations;
 mod cors;
 mod error;
+mod export;
 mod health;
 mod messages;
 mod middleware;

@@ -42,6 +42,7 @@ pub(super) fn document(router: &Router) -> OpenApi {
     .tags([
         Tag::new("users").description("Accounts"),
         Tag::new("sessions").description("Logging in and out, and the tokens of a session"),
+        Tag::new("blocks").description("Whose messages a user does not want"),
         Tag::new("messages").description("Sending and reading messages"),
         Tag::new("operations").description("Health of the service"),
     ])

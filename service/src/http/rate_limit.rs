@@ -51,4 +51,8 @@ macro_rules! permit {
 permit!(LoginPermit, Limit::Login, "Over LOGIN_RATE_LIMIT_PER_MINUTE for this client address");
 permit!(RegisterPermit, Limit::Register, "Over REGISTER_RATE_LIMIT_PER_MINUTE for this client address");
 // Extracted after the `Caller`, whose messages it counts.
-permit!(SendPermit, Limit::Send, "Over SEND_RATE_LIMIT_PER_MINUTE for this user");
+permit!(
+    SendPermit,
+    Limit::Send,
+    "Over SEND_RATE_LIMIT_PER_MINUTE or NEW_CONVERSATIONS_PER_HOUR for this user"
+);

@@ -63,3 +63,19 @@ impl EndpointOutRegister for NoContent {
     /// The endpoint declares its success itself.
     fn register(_components: &mut Components, _operation: &mut Operation) {}
 }
+
+/// 202, without a body.
+#[derive(Debug)]
+pub(super) struct Accepted;
+
+#[async_trait]
+impl Writer for Accepted {
+    async fn write(self, _req: &mut Request, _depot: &mut Depot, res: &mut Response) {
+        res.status_code(StatusCode::ACCEPTED);
+    }
+}
+
+impl EndpointOutRegister for Accepted {
+    /// The endpoint declares its success itself.
+    fn register(_components: &mut Components, _operation: &mut Operation) {}
+}

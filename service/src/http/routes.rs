@@ -12,7 +12,9 @@ use salvo_oapi::swagger_ui::SwaggerUi;
 use super::error::Error;
 use super::middleware::{Middleware, app};
 use super::paths::{with_head, with_one_spelling};
-use super::{conversations, cors, health, messages, openapi, page, sessions, stream, users};
+use super::{
+    account, blocks, conversations, cors, export, health, messages, openapi, page, sessions, stream, users,
+};
 use crate::app::App;
 use crate::telemetry::metrics::EndpointName;
 
@@ -78,11 +80,14 @@ fn api() -> Router {
         .push(Router::with_path("/refresh").post(sessions::refresh))
         .push(Router::with_path("/logout").post(sessions::logout))
         .push(Router::with_path("/logout-all").post(sessions::logout_all))
-        .push(Router::with_path("/password").post(sessions::change_password))
+        .push(Router::with_path("/password").post(account::change_password))
         .push(Router::with_path("/sessions").get(sessions::list))
         .push(Router::with_path("/sessions/{id}").delete(sessions::end))
-        .push(Router::with_path("/me").get(users::me))
+        .push(Router::with_path("/me").get(users::me).delete(account::delete))
+        .push(Router::with_path("/me/export").get(export::export))
         .push(Router::with_path("/users/{username}").get(users::find))
+        .push(Router::with_path("/blocks").get(blocks::list))
+        .push(Router::with_path("/blocks/{user_id}").put(blocks::put).delete(blocks::remove))
         .push(Router::with_path("/send").post(messages::send))
         .push(Router::with_path("/messages").get(messages::list))
         .push(Router::with_path("/conversations").get(conversations::list))

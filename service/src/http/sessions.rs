@@ -1,4 +1,4 @@
-//! Sessions: log in, refresh the tokens, log out, see where one is logged in, change the password.
+//! Sessions: log in, refresh the tokens, log out, see where one is logged in.
 
 use std::borrow::Cow;
 
@@ -18,7 +18,7 @@ use super::error::{Error, Problem, USER_GONE};
 use super::middleware::app;
 use super::rate_limit::LoginPermit;
 use super::response::{JsonResponse, NoContent};
-use super::users::{known_to_be_missing, valid_password};
+use super::users::known_to_be_missing;
 use crate::app::App;
 use crate::security::sessions::{Client, Ending, Grant};
 use crate::store::operation::Operation;
@@ -45,18 +45,6 @@ pub(super) struct Refresh {
     #[serde(default)]
     #[salvo(schema(value_type = String, required = true, example = "c29tZXRoaW5nIHRoYXQgb25seSB0aGUgY2xpZW50IGhhcw"))]
     refresh_token: Text,
-}
-
-#[derive(Deserialize, ToSchema, Debug)]
-#[salvo(schema(name = "ChangePassword"))]
-pub(super) struct ChangePassword {
-    #[serde(default)]
-    #[salvo(schema(value_type = String, required = true, example = "correct horse battery"))]
-    current_password: Text,
-    /// Its characters are counted, and compared at a login, in Unicode's normal form C.
-    #[serde(default)]
-    #[salvo(schema(value_type = String, required = true, min_length = 8, max_length = 128, example = "staple of another battery"))]
-    new_password: Text,
 }
 
 #[derive(Serialize, ToSchema, Debug)]
@@ -243,59 +231,13 @@ pub async fn end(caller: Caller, req: &mut Request, depot: &mut Depot) -> Result
     Ok(NoContent)
 }
 
-/// Change the password
-///
-/// This ends all other sessions of the user.
-#[endpoint(
-    operation_id = "change_password",
-    tags("sessions"),
-    responses(
-        (status_code = 204, description = "The new password is in force"),
-        (status_code = 403, description = "The current password is wrong", body = Problem, content_type = "application/problem+json"),
-    )
-)]
-pub async fn change_password(
-    _permit: LoginPermit,
-    caller: Caller,
-    body: Body<ChangePassword>,
-    depot: &mut Depot,
-) -> Result<NoContent, Error> {
-    let app = app(depot)?;
-    let ChangePassword { current_password, new_password } = body.0;
-    let mut faults = Faults::default();
-    let current_password = faults.take("current_password", current_password, Ok);
-    let new_password = faults.take("new_password", new_password, valid_password);
-    faults.check()?;
-    let old_hash = confirm_password(app, caller, current_password).await?;
-    let new_hash = app.passwords.hash(new_password).await?;
-    match app.sessions.change_password(caller.id, [&old_hash, &new_hash], caller.session).await? {
-        true => Ok(NoContent),
-        // Another request was first.
-        false => Err(WRONG_PASSWORD),
-    }
-}
-
 /// Fails if the token is of no use any more.
-async fn check_caller(app: &App, caller: Caller) -> Result<(), Error> {
+pub(super) async fn check_caller(app: &App, caller: Caller) -> Result<(), Error> {
     if app.sessions.is_valid(caller.id, caller.session).await? {
         return Ok(());
     }
     known_to_be_missing(app)?;
     Err(USER_GONE)
-}
-
-const WRONG_PASSWORD: Error = Error::Forbidden("the current password is wrong");
-
-/// The hash of the caller's password, if that is the one.
-pub(super) async fn confirm_password(app: &App, caller: Caller, password: String) -> Result<String, Error> {
-    let hash = find_hash(&app.database, caller).await?;
-    let Some(hash) = hash else {
-        known_to_be_missing(app)?;
-        return Err(USER_GONE);
-    };
-    let matches = app.passwords.verify(password, Some(hash.clone())).await?;
-    app.metrics.auth_attempt(AuthKind::Confirm, matches);
-    if matches { Ok(hash) } else { Err(WRONG_PASSWORD) }
 }
 
 fn tokens(app: &App, grant: &Grant) -> Result<JsonResponse, Error> {
@@ -323,19 +265,9 @@ async fn find_credentials(database: &Database, username: &str) -> Result<Option<
     let mut connection = database.acquire().await?;
     let query = sqlx::query_as!(
         Credentials,
-        "SELECT id, password_hash FROM users WHERE username_key = $1",
+        // One who is disabled is as good as unknown, and costs as much.
+        "SELECT id, password_hash FROM users WHERE username_key = $1 AND disabled_at IS NULL",
         username.to_ascii_lowercase()
-    );
-    database.run(Operation::FindCredentials, query.fetch_optional(&mut *connection)).await
-}
-
-async fn find_hash(database: &Database, caller: Caller) -> Result<Option<String>, sqlx::Error> {
-    let mut connection = database.acquire().await?;
-    let query = sqlx::query_scalar!(
-        "SELECT password_hash FROM users
-         WHERE id = $1 AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $2)",
-        caller.id,
-        caller.session,
     );
     database.run(Operation::FindCredentials, query.fetch_optional(&mut *connection)).await
 }

@@ -27,8 +27,8 @@ const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering
 
 /// Follow the caller's messages live
 ///
-/// Server-Sent Events, for as long as the client wants them. The events are `ready` or `reset` (first), `message` and `end`
-/// (last); each `data` is one line of JSON. Every event with an `id` carries a position: opaque, the caller's own, valid on
+/// Server-Sent Events, for as long as the client wants them. The events are `ready` or `reset` (first), `message`, `erased`
+/// (messages of a deleted user have lost their content, up to this `seq`) and `end` (last); each `data` is one line of JSON. Every event with an `id` carries a position: opaque, the caller's own, valid on
 /// every replica. A stream that is opened with it goes on exactly behind it. After `reset` the client reloads, because the
 /// position could not be taken up. A comment goes out every 15 s at the latest.
 #[endpoint(
@@ -95,15 +95,8 @@ fn render(event: Event) -> Vec<u8> {
             let data = json!({ "position": position, "reason": reason });
             format!("id: {position}\nevent: reset\ndata: {data}\n\n").into_bytes()
         }
-        Event::Message { position, json } => {
-            let mut text = Vec::with_capacity(json.len() + position.len() + 32);
-            text.extend_from_slice(b"id: ");
-            text.extend_from_slice(position.as_bytes());
-            text.extend_from_slice(b"\nevent: message\ndata: ");
-            text.extend_from_slice(&json);
-            text.extend_from_slice(b"\n\n");
-            text
-        }
+        Event::Message { position, json } => render_json("message", &position, &json),
+        Event::Erased { position, json } => render_json("erased", &position, &json),
         Event::Heartbeat => b":\n\n".to_vec(),
         Event::End { reason, retry } => {
             let mut text = String::new();
@@ -113,6 +106,14 @@ fn render(event: Event) -> Vec<u8> {
             text.into_bytes()
         }
     }
+}
+
+fn render_json(name: &str, position: &str, json: &[u8]) -> Vec<u8> {
+    let mut text = Vec::with_capacity(json.len() + position.len() + 32);
+    for part in [b"id: ", position.as_bytes(), b"\nevent: ", name.as_bytes(), b"\ndata: ", json, b"\n\n"] {
+        text.extend_from_slice(part);
+    }
+    text
 }
 
 /// Where the client stands: `Last-Event-ID`, as browsers send it, or else the query's `after`.

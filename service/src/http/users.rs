@@ -201,8 +201,10 @@ pub(super) fn valid_password(password: String) -> Result<String, Cow<'static, st
 async fn find_taken(database: &Database, username: &str, email: &str) -> Result<Option<Error>, Error> {
     let mut connection = database.acquire().await?;
     let query = sqlx::query!(
-        r#"SELECT EXISTS (SELECT FROM users WHERE username_key = $1) AS "username!",
-                  EXISTS (SELECT FROM users WHERE email_key = $2) AS "email!""#,
+        r#"SELECT EXISTS (SELECT FROM users WHERE username_key = $1)
+                      OR is_reserved_name('username', $1) AS "username!",
+                  EXISTS (SELECT FROM users WHERE email_key = $2)
+                      OR is_reserved_name('email', $2) AS "email!""#,
         username.to_ascii_lowercase(),
         email_key(email),
     );

@@ -1,5 +1,7 @@
 //! Who a client is, and how much it may do.
 
+pub(crate) mod accounts;
+pub(crate) mod deletion;
 pub(crate) mod limits;
 pub(crate) mod passwords;
 mod refresh;

@@ -82,6 +82,10 @@ impl Sessions {
         }
     }
 
+    pub(super) fn database(&self) -> &Database {
+        &self.database
+    }
+
     /// How long a refresh token is good for.
     pub fn lifetime(&self) -> Duration {
         self.lifetime
@@ -98,10 +102,12 @@ impl Sessions {
         let agent = client.agent.map(|agent| agent.chars().take(AGENT_MAX_CHARS).collect::<String>());
         let session = Uuid::new_v4();
         let mut connection = self.database.acquire().await?;
-        // The lock is for a change of the password at the same time: it ends all sessions, also this one.
+        // The lock is for a change of the password at the same time, or of the user by an operator: it ends all sessions, also
+        // this one.
         let query = sqlx::query_scalar!(
             r#"INSERT INTO sessions (id, user_id, family, current_hash, client_address, user_agent)
-               SELECT $1, id, $3, $4, $5, $6 FROM users WHERE id = $2 AND password_hash = $7 FOR SHARE
+               SELECT $1, id, $3, $4, $5, $6 FROM users
+               WHERE id = $2 AND password_hash = $7 AND disabled_at IS NULL FOR SHARE
                RETURNING created_at"#,
             session,
             user,
@@ -149,7 +155,8 @@ impl Sessions {
             r#"SELECT id, user_id, current_hash, previous_hash, salt, last_used_at,
                       last_used_at > clock_timestamp() - make_interval(secs => $2) AS "is_recent!"
                FROM sessions
-               WHERE family = $1 AND last_used_at > clock_timestamp() - make_interval(secs => $3)"#,
+               WHERE family = $1 AND last_used_at > clock_timestamp() - make_interval(secs => $3)
+                     AND EXISTS (SELECT FROM users WHERE users.id = user_id AND disabled_at IS NULL)"#,
             family,
             GRACE.as_secs_f64(),
             self.lifetime.as_secs_f64(),
@@ -157,7 +164,7 @@ impl Sessions {
         self.database.run(Operation::FindSession, query.fetch_optional(&mut *connection)).await
     }
 
-    /// `None` if another request was first.
+    /// `None` if another request was first, or the user was disabled.
     async fn rotate(&self, found: &Found, token: &RefreshToken) -> Result<Option<Grant>, sqlx::Error> {
         let salt = Succession::random_salt();
         let Some(next) = self.succession.successors(token, &salt).next() else { return Ok(None) };
@@ -166,6 +173,7 @@ impl Sessions {
             "UPDATE sessions
              SET previous_hash = current_hash, current_hash = $3, salt = $4, last_used_at = clock_timestamp()
              WHERE id = $1 AND current_hash = $2
+                   AND EXISTS (SELECT FROM users WHERE users.id = user_id AND disabled_at IS NULL)
              RETURNING last_used_at",
             found.id,
             found.current_hash,
@@ -198,7 +206,8 @@ impl Sessions {
         Ok(ended)
     }
 
-    /// Changes the password and ends all other sessions. False if the old hash is no longer the user's.
+    /// Changes the password and ends all other sessions. False if the old hash is no longer the user's, or
+    /// the user was disabled.
     pub async fn change_password(
         &self,
         user: Uuid,
@@ -210,7 +219,8 @@ impl Sessions {
             let mut transaction = connection.begin().await?;
             // First, so that a login with the old password either is over, or fails.
             let query = sqlx::query!(
-                "UPDATE users SET password_hash = $3 WHERE id = $1 AND password_hash = $2",
+                "UPDATE users SET password_hash = $3
+                 WHERE id = $1 AND password_hash = $2 AND disabled_at IS NULL",
                 user,
                 old_hash,
                 new_hash,
@@ -228,7 +238,7 @@ impl Sessions {
     }
 
     /// Waits for the statements that began before what was just committed.
-    async fn settle(&self) -> Result<(), sqlx::Error> {
+    pub(crate) async fn settle(&self) -> Result<(), sqlx::Error> {
         barrier::writers_before_now_have_ended(&self.database, self.writers_limit).await
     }
 
@@ -265,7 +275,11 @@ fn grant(user: Uuid, session: Uuid, token: &RefreshToken, at: OffsetDateTime) ->
 }
 
 /// Ends sessions, and returns how many. A token without one has its user's id as session.
-async fn end(connection: &mut PgConnection, user: Uuid, which: Ending) -> Result<u64, sqlx::Error> {
+pub(super) async fn end(
+    connection: &mut PgConnection,
+    user: Uuid,
+    which: Ending,
+) -> Result<u64, sqlx::Error> {
     let (only, but, noted) = match which {
         Ending::Own(session) => (Some(session), None, Some(session)),
         Ending::Listed(session) => (Some(session), None, None),

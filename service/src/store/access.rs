@@ -7,20 +7,27 @@ use std::fmt;
 use sqlx::PgConnection;
 
 /// The tables of the service, and what its statements need on each.
-pub const NEEDED: [(&str, &[&str]); 10] = [
+pub const NEEDED: [(&str, &[&str]); 17] = [
     ("_sqlx_migrations", &["SELECT"]),
     // UPDATE, because a start corrects the keys of addresses.
-    ("users", &["SELECT", "INSERT", "UPDATE"]),
+    ("users", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("conversations", &["SELECT", "INSERT", "UPDATE"]),
-    // UPDATE for a database that was restored from another server.
-    ("messages", &["SELECT", "INSERT", "UPDATE"]),
+    // UPDATE for a database that was restored from another server, DELETE for retention.
+    ("messages", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     // UPDATE, because the sweep locks the rows that it deletes.
     ("idempotency_keys", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("window_suspension", &["SELECT", "INSERT", "UPDATE"]),
-    ("deleted_users", &["SELECT", "DELETE"]),
+    ("deleted_users", &["SELECT", "INSERT", "DELETE"]),
     ("sessions", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("ended_sessions", &["SELECT", "INSERT", "DELETE"]),
+    ("blocks", &["SELECT", "INSERT", "DELETE"]),
+    ("new_conversations", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("exports", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("reserved_names", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("erasures", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("erased_conversations", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("position_server", &["SELECT", "INSERT", "UPDATE"]),
+    ("message_retention", &["SELECT", "UPDATE"]),
 ];
 
 /// The only encoding that holds every text.

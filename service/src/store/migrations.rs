@@ -1,5 +1,6 @@
 //! The migrations of the schema: applying them, and their status in a database.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -149,6 +150,20 @@ fn failure(error: &MigrateError) -> String {
 /// The version of the newest migration that this binary knows.
 pub fn known_version() -> i64 {
     MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0)
+}
+
+/// Why a schema of this version is not this binary's, and what to do; `None` if it is.
+pub(crate) fn version_fault(version: i64) -> Option<String> {
+    let known = known_version();
+    match version.cmp(&known) {
+        Ordering::Greater => Some(format!(
+            "version {version}, newer than this binary, which knows {known}: run the newer release"
+        )),
+        Ordering::Less => {
+            Some(format!("version {version}, this binary needs {known}: run `chat-service migrate`"))
+        }
+        Ordering::Equal => None,
+    }
 }
 
 /// Brings the schema up to date on a dedicated connection. Any number of processes may do so at once: an advisory lock

@@ -24,6 +24,9 @@ pub enum Operation {
     ListSessions,
     EndSessions,
     ChangePassword,
+    /// What an operator does to a user.
+    ChangeUser,
+    DeleteUser,
     /// Waits for the statements that may not have seen a change.
     AwaitWriters,
     /// What readiness depends on.
@@ -46,6 +49,31 @@ pub enum Operation {
     DeleteOldDeletions,
     DeleteUnusedSessions,
     DeleteEndedSessions,
+    /// The hours by which conversations are listed.
+    NoteActiveHours,
+    DeleteOldCounts,
+    Block,
+    Unblock,
+    ListBlocks,
+    /// Takes the lease of an export.
+    BeginExport,
+    ExtendExport,
+    EndExport,
+    /// A page of an export, without messages.
+    ReadExport,
+    /// Which replica removes old messages, and how far it has come.
+    TakeRetentionTurn,
+    FindOldMessages,
+    DeleteOldMessages,
+    DeleteReservedNames,
+    DeleteErasedConversations,
+    /// A deleted user of whom something is left.
+    FindErasure,
+    DeleteKeysOfUser,
+    /// In which conversations a deleted user's messages are.
+    ListErasure,
+    EraseMessages,
+    FinishErasure,
     /// Counts a request against a rate limit.
     CountAttempt,
     /// Which Redis it is.
@@ -57,6 +85,8 @@ pub enum Operation {
     AppendWindow,
     /// Gives windows that lack nothing another while.
     ExtendWindow,
+    /// Deletes a window whose messages were erased.
+    ForgetWindow,
     /// Tells other replicas of new messages.
     Announce,
 }
@@ -86,6 +116,8 @@ impl Operation {
             | Self::ListSessions
             | Self::EndSessions
             | Self::ChangePassword
+            | Self::ChangeUser
+            | Self::DeleteUser
             | Self::AwaitWriters
             | Self::CheckSchema
             | Self::ReadPermission
@@ -98,7 +130,26 @@ impl Operation {
             | Self::DeleteExpiredKeys
             | Self::DeleteOldDeletions
             | Self::DeleteUnusedSessions
-            | Self::DeleteEndedSessions => "postgresql",
+            | Self::DeleteEndedSessions
+            | Self::NoteActiveHours
+            | Self::DeleteOldCounts
+            | Self::Block
+            | Self::Unblock
+            | Self::ListBlocks
+            | Self::BeginExport
+            | Self::ExtendExport
+            | Self::EndExport
+            | Self::ReadExport
+            | Self::TakeRetentionTurn
+            | Self::FindOldMessages
+            | Self::DeleteOldMessages
+            | Self::DeleteReservedNames
+            | Self::DeleteErasedConversations
+            | Self::FindErasure
+            | Self::DeleteKeysOfUser
+            | Self::ListErasure
+            | Self::EraseMessages
+            | Self::FinishErasure => "postgresql",
             Self::CountAttempt
             | Self::IdentifyRedis
             | Self::LookUpWindow
@@ -106,6 +157,7 @@ impl Operation {
             | Self::SettleWindow
             | Self::AppendWindow
             | Self::ExtendWindow
+            | Self::ForgetWindow
             | Self::Announce => "redis",
         }
     }

@@ -1,4 +1,4 @@
-//! The server whose transactions the columns `xact` and `last_xact` name.
+//! The server whose transactions the columns `xact`, `last_xact` and `removed_xact` name.
 
 use sqlx::PgConnection;
 
@@ -35,6 +35,14 @@ pub(super) async fn adopt(connection: &mut PgConnection) -> Result<(), sqlx::Err
         "UPDATE conversations SET last_xact = NULL WHERE last_xact >= pg_snapshot_xmax(pg_current_snapshot())"
     );
     conversations.execute(&mut *connection).await?;
+    let removed = sqlx::query!(
+        "UPDATE conversations SET removed_xact = NULL WHERE removed_xact >= pg_snapshot_xmax(pg_current_snapshot())"
+    );
+    removed.execute(&mut *connection).await?;
+    let erased = sqlx::query!(
+        "DELETE FROM erased_conversations WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())"
+    );
+    erased.execute(&mut *connection).await?;
     let note = sqlx::query!(
         "INSERT INTO position_server (system_identifier) SELECT system_identifier FROM pg_control_system()
          ON CONFLICT (only_row) DO UPDATE SET system_identifier = excluded.system_identifier"

@@ -283,6 +283,16 @@ pub fn is_temporary(error: &sqlx::Error) -> bool {
     }
 }
 
+/// True when a statement, or the wait for a connection, took too long.
+pub(crate) fn is_timeout(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::PoolTimedOut => true,
+        sqlx::Error::Io(error) => error.kind() == io::ErrorKind::TimedOut,
+        // query_canceled
+        error => code(error) == Some("57014"),
+    }
+}
+
 /// True when a lock was not free in time.
 pub fn is_lock_timeout(error: &sqlx::Error) -> bool {
     code(error) == Some("55P03")

@@ -3,6 +3,10 @@
 //! Every series that an alert may read exists from the first scrape on, at 0. Numbers that another part of the service
 //! keeps anyway, such as the pool's size, are passed in when Prometheus scrapes.
 
+mod register;
+mod removals;
+mod streams;
+
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +18,10 @@ use prometheus::{
 use salvo::http::{Method, StatusCode};
 use strum::VariantArray;
 
+use self::register::{add, counters, durations, gauge, gauges};
+use self::removals::RemovalMetrics;
+use self::streams::StreamMetrics;
+pub(crate) use self::streams::{StreamEnd, StreamOpened};
 use super::span_metrics::SPANS;
 
 /// The pool's name in the metrics.
@@ -24,10 +32,6 @@ const UNMATCHED: &str = "unmatched";
 
 /// The standard methods, and one label for everything else that a client may send.
 const METHODS: [&str; 8] = ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "_OTHER"];
-
-/// Seconds; from a hit in the window, under 1 ms, to the request time-out, with 250 ms for the objective.
-const DURATION_BUCKETS: [f64; 13] =
-    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 
 const BATCH_BUCKETS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
@@ -45,10 +49,12 @@ pub struct Metrics {
     outbox_capacity: IntGauge,
     auth_attempts: IntCounterVec,
     rate_limited: IntCounterVec,
+    exports_ended: IntCounterVec,
     cache_lookups: IntCounterVec,
     hashing_waiting: IntGauge,
     hashing_capacity: IntGauge,
     streams: StreamMetrics,
+    removals: RemovalMetrics,
     pool: PoolMetrics,
     /// By [`OperationName::index`].
     operations: Vec<Histogram>,
@@ -102,19 +108,6 @@ pub struct Gauges {
     pub redis_up: bool,
     pub ready: bool,
     pub schema_version: i64,
-}
-
-/// Of the streams.
-#[derive(Debug)]
-struct StreamMetrics {
-    clients: IntGauge,
-    clients_max: IntGauge,
-    opened: IntCounterVec,
-    ended: IntCounterVec,
-    messages: IntCounter,
-    delivery: Histogram,
-    gaps: IntCounter,
-    catch_ups: IntCounter,
 }
 
 /// Of the Postgres connection pool.
@@ -172,29 +165,21 @@ pub enum CacheOutcome {
     Bypass,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[derive(Clone, Copy, Debug, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
-pub enum StreamOpened {
-    New,
-    Resumed,
-    /// The position could not be taken up.
-    Reset,
-    /// There were too many, or the process stops.
+pub enum ExportOutcome {
+    Complete,
+    /// Another one of the user runs, or the process runs too many.
     Refused,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
-#[strum(serialize_all = "snake_case")]
-pub enum StreamEnd {
-    Expired,
-    Revoked,
-    Deleted,
-    Draining,
-    Lifetime,
-    /// The client did not read.
-    Slow,
     /// The client ended it, or its connection broke.
     Client,
+    /// The client did not read.
+    Slow,
+    TooLong,
+    /// The session has ended.
+    Revoked,
+    Draining,
+    Failed,
 }
 
 /// Counts as one in flight until it is dropped.
@@ -243,6 +228,12 @@ impl Metrics {
                 "Requests over a rate limit",
                 &["limit"],
             )?,
+            exports_ended: counters(
+                &registry,
+                "chat_exports_total",
+                "Exports of a user's data that ended, by outcome",
+                &["outcome"],
+            )?,
             cache_lookups: counters(
                 &registry,
                 "chat_cache_lookups_total",
@@ -260,6 +251,7 @@ impl Metrics {
                 "Passwords that may be hashed or wait at once",
             )?,
             streams: StreamMetrics::new(&registry)?,
+            removals: RemovalMetrics::new(&registry)?,
             pool: PoolMetrics::new(&registry)?,
             operations: operation_durations(&registry, &known.operations)?,
             dependency_up: gauges(
@@ -335,6 +327,10 @@ impl Metrics {
         self.cache_lookups.with_label_values(&[<&str>::from(outcome)]).inc();
     }
 
+    pub fn export_ended(&self, outcome: ExportOutcome) {
+        self.exports_ended.with_label_values(&[<&str>::from(outcome)]).inc();
+    }
+
     pub fn stream_opened(&self, outcome: StreamOpened) {
         self.streams.opened.with_label_values(&[<&str>::from(outcome)]).inc();
     }
@@ -357,6 +353,25 @@ impl Metrics {
 
     pub fn stream_catches_up(&self) {
         self.streams.catch_ups.inc();
+    }
+
+    pub fn messages_removed(&self, messages: u64) {
+        self.removals.removed.inc_by(messages);
+    }
+
+    /// How much of a sweep of old messages is done, and when the last one was, in seconds since 1970.
+    pub fn retention_progress(&self, swept: f64, completed: f64) {
+        self.removals.swept.set(swept);
+        self.removals.completed.set(completed);
+    }
+
+    /// As of now, in the whole installation.
+    pub fn erasures_pending(&self, users: i64) {
+        self.removals.erasures_pending.set(users);
+    }
+
+    pub fn messages_erased(&self, messages: u64) {
+        self.removals.erased.inc_by(messages);
     }
 
     pub fn hashing_started(&self) -> InFlight {
@@ -395,11 +410,8 @@ impl Metrics {
         for outcome in CacheOutcome::VARIANTS {
             self.cache_lookups.with_label_values(&[<&str>::from(outcome)]);
         }
-        for outcome in StreamOpened::VARIANTS {
-            self.streams.opened.with_label_values(&[<&str>::from(outcome)]);
-        }
-        for reason in StreamEnd::VARIANTS {
-            self.streams.ended.with_label_values(&[<&str>::from(reason)]);
+        for outcome in ExportOutcome::VARIANTS {
+            self.exports_ended.with_label_values(&[<&str>::from(outcome)]);
         }
     }
 }
@@ -430,47 +442,6 @@ fn operation_durations(
         &["db_system_name", "db_operation_name"],
     )?;
     Ok(operations.iter().map(|name| histograms.with_label_values(&[name.system, name.operation])).collect())
-}
-
-impl StreamMetrics {
-    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let counter = |name, help| add(registry, IntCounter::new(name, help)?);
-        Ok(Self {
-            clients: gauge(registry, "chat_stream_clients", "Open streams")?,
-            clients_max: gauge(registry, "chat_stream_clients_max", "Streams that may be open at once")?,
-            opened: counters(
-                registry,
-                "chat_stream_opened_total",
-                "Streams that began, by outcome",
-                &["outcome"],
-            )?,
-            ended: counters(
-                registry,
-                "chat_stream_ended_total",
-                "Streams that ended, by reason",
-                &["reason"],
-            )?,
-            messages: counter("chat_stream_messages_total", "Messages written to streams")?,
-            delivery: add(
-                registry,
-                Histogram::with_opts(
-                    HistogramOpts::new(
-                        "chat_stream_delivery_seconds",
-                        "From the commit of a message to a stream's socket, without what a stream had missed",
-                    )
-                    .buckets(DURATION_BUCKETS.to_vec()),
-                )?,
-            )?,
-            gaps: counter(
-                "chat_stream_gaps_total",
-                "Messages for open streams that were not announced, and found by comparison with Postgres",
-            )?,
-            catch_ups: counter(
-                "chat_stream_catch_ups_total",
-                "Times that a stream read from Postgres what it had missed",
-            )?,
-        })
-    }
 }
 
 impl PoolMetrics {
@@ -547,44 +518,4 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.dec();
     }
-}
-
-fn add<C: prometheus::core::Collector + Clone + 'static>(
-    registry: &Registry,
-    metric: C,
-) -> Result<C, prometheus::Error> {
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
-}
-
-fn counters(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<IntCounterVec, prometheus::Error> {
-    add(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
-}
-
-fn durations(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<HistogramVec, prometheus::Error> {
-    let opts = HistogramOpts::new(name, help).buckets(DURATION_BUCKETS.to_vec());
-    add(registry, HistogramVec::new(opts, labels)?)
-}
-
-fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
-    add(registry, IntGauge::new(name, help)?)
-}
-
-fn gauges(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<IntGaugeVec, prometheus::Error> {
-    add(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
 }

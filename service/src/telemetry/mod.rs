@@ -24,6 +24,7 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use self::log_format::LogLine;
 use self::log_writer::LogWriter;
+pub use self::log_writer::Output;
 use self::span_metrics::{CountEnded, CountExported};
 pub use self::variables::BadVariable;
 use self::variables::{SAMPLER, SAMPLER_ARG, Settings, bad_identity, propagates, variable};
@@ -36,6 +37,9 @@ const DEFAULT_RATIO: f64 = 0.1;
 /// How long the last spans may delay the end of the process.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
+/// The target of the lines that say what an operator did.
+pub(crate) const AUDIT: &str = "audit";
+
 /// Flushes what is still queued when the process ends.
 #[derive(Debug)]
 pub struct Telemetry {
@@ -44,10 +48,14 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    pub fn start(config: &Config) -> anyhow::Result<Self> {
-        let filter = EnvFilter::try_new(&config.rust_log)?;
+    /// With logs on stderr it is a command's, and the lines of [`AUDIT`] are written whatever `RUST_LOG` says.
+    pub fn start(config: &Config, output: Output) -> anyhow::Result<Self> {
+        let mut filter = EnvFilter::try_new(&config.rust_log)?;
+        if output == Output::Stderr {
+            filter = filter.add_directive(format!("{AUDIT}=info").parse()?);
+        }
         let traces = tracer_provider()?;
-        let writer = LogWriter::start()?;
+        let writer = LogWriter::start(output)?;
         let logs = tracing_subscriber::fmt::layer()
             .with_ansi(false)
             .event_format(LogLine(config.log_format))

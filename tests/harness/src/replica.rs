@@ -54,6 +54,7 @@ impl Replica {
             ("LOGIN_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
             ("SEND_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
             ("REGISTER_RATE_LIMIT_PER_MINUTE", "0".to_owned()),
+            ("NEW_CONVERSATIONS_PER_HOUR", "0".to_owned()),
         ];
         let own = own.map(|(name, value)| (name.to_owned(), value));
         let more = more.into_iter().map(|(name, value)| (name.into(), value));
@@ -103,11 +104,17 @@ impl Replica {
     /// Asks it to end, and waits until it has.
     pub fn stop(&self) -> Result<()> {
         self.signal(Signal::TERM);
-        let Some(mut child) = self.child().take() else { return Ok(()) };
-        let ended = daemon::poll(STOP_LIMIT, || Ok(child.try_wait()?))?;
+        // It stays where it is until it has ended: a fault that has frozen it has to let it go on.
+        let ended = daemon::poll(STOP_LIMIT, || {
+            let mut child = self.child();
+            let has_ended = match &mut *child {
+                Some(child) => child.try_wait()?.is_some(),
+                None => true,
+            };
+            Ok(has_ended.then(|| *child = None))
+        })?;
         if ended.is_none() {
-            let _ = child.kill();
-            let _ = child.wait();
+            self.kill();
         }
         ensure!(ended.is_some(), "a replica did not end after SIGTERM:\n{}", self.last_words());
         Ok(())

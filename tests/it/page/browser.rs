@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use fantoccini::elements::Element;
 use fantoccini::error::CmdError;
 use fantoccini::key::Key;
-use fantoccini::wd::WebDriverCompatibleCommand;
+use fantoccini::wd::{WebDriverCompatibleCommand, WindowHandle};
 use fantoccini::{Client, ClientBuilder, Locator};
 use hyper_util::client::legacy::connect::HttpConnector;
 use reqwest::Url;
@@ -80,6 +80,31 @@ impl Person {
         self.types("#password", super::chat::PASSWORD).await;
         self.clicks("#enter").await;
         self.sees("#connection", "Connected").await;
+    }
+
+    /// Logs in as a user with the password of all tests.
+    pub(super) async fn logs_in(&self, name: &str) {
+        // The entrance may know it from before.
+        self.acts("#username", async |element| element.clear().await).await;
+        self.types("#username", name).await;
+        self.types("#password", &format!("{}{}", super::chat::PASSWORD, char::from(Key::Enter))).await;
+        self.sees("#connection", "Connected").await;
+    }
+
+    /// Opens another tab of this browser at a service, and goes on there.
+    pub(super) async fn opens_tab(&self, service: SocketAddr) -> WindowHandle {
+        let tab = self.client.new_window(true).await.expect("a tab").handle;
+        self.goes_to_tab(&tab).await;
+        self.goes_to(service).await;
+        tab
+    }
+
+    pub(super) async fn tab(&self) -> WindowHandle {
+        self.client.window().await.expect("a tab")
+    }
+
+    pub(super) async fn goes_to_tab(&self, tab: &WindowHandle) {
+        self.client.switch_to_window(tab.clone()).await.expect("the tab");
     }
 
     /// Opens a conversation by the peer's name.

@@ -5,18 +5,25 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use fantoccini::key::Key;
 use jsonwebtoken::{EncodingKey, Header};
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use super::browser::Person;
-use crate::support::{PrefixProxy, SECRET_KEY, TestApp, User};
+use crate::support::{PrefixProxy, SECRET_KEY, TestApp};
 
 pub(super) use crate::support::PASSWORD;
 
 const ENTER: char = '\u{e007}';
 const TAB: char = '\u{e004}';
 
-/// Lets a person go on as this user.
+/// Lets a person go on as this user, with an access token alone.
 pub(super) async fn logs_in(person: &Person, token: &str) {
-    person.runs("sessionStorage.setItem('chat-token', arguments[0])", json!(token)).await;
+    goes_on_with(person, &json!({"access": token})).await;
+}
+
+/// Loads the page again, with these tokens.
+pub(super) async fn goes_on_with(person: &Person, tokens: &Value) {
+    let keep = "sessionStorage.setItem('chat-tokens', JSON.stringify(arguments[0]))";
+    person.runs(keep, tokens.clone()).await;
     person.reloads().await;
 }
 
@@ -52,7 +59,8 @@ async fn two_people_chat_reload_and_log_out() {
 
     // Nothing comes from outside, and no address has the token in it.
     let outside = "return performance.getEntriesByType('resource').map((one) => one.name).filter((name) =>
-        !name.startsWith(location.origin) || name.includes(sessionStorage.getItem('chat-token')))";
+        !name.startsWith(location.origin) ||
+        ['access', 'refresh'].some((kind) => name.includes(JSON.parse(sessionStorage.getItem('chat-tokens'))[kind])))";
     assert_eq!(ben.runs(outside, Value::Null).await, json!([]));
 
     // After logging out nothing is left of it, also not behind a reload.
@@ -90,9 +98,10 @@ async fn a_hostile_message_is_text() {
     assert_eq!(person.runs(markup, Value::Null).await, "TypeError");
 }
 
-fn token_for(user: &User, seconds: u64) -> String {
+/// A token that expires in so many seconds.
+pub(super) fn token_for(user: &str, session: &str, seconds: u64) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a time").as_secs();
-    let claims = json!({"sub": user.id, "iat": now - 60, "exp": now + seconds});
+    let claims = json!({"sub": user, "sid": session, "iat": now - 60, "exp": now + seconds});
     let key = EncodingKey::from_secret(SECRET_KEY.as_bytes());
     jsonwebtoken::encode(&Header::default(), &claims, &key).expect("a token")
 }
@@ -103,7 +112,7 @@ async fn an_expired_token_leads_back_to_the_entrance() {
     let app = TestApp::start().await;
     let (ana, _) = app.pair().await;
     let person = Person::at(app.running.public).await;
-    logs_in(&person, &token_for(&ana, 3)).await;
+    logs_in(&person, &token_for(&ana.id, &Uuid::new_v4().to_string(), 3)).await;
     person.sees("#entrance-notice", "Your session has ended. Log in again.").await;
     assert_eq!(person.runs("return sessionStorage.length", Value::Null).await, 0);
     // It has expired before the page is loaded.

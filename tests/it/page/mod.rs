@@ -6,3 +6,4 @@ mod chat;
 mod files;
 mod module;
 mod outages;
+mod sessions;

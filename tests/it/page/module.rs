@@ -117,7 +117,7 @@ async fn serve(
 const FOLLOW: &str = "
     const { ChatClient } = await import('./chat-client.js');
     const chat = new ChatClient(location.origin + '/', { silence: 700 });
-    chat.token = 'a-token';
+    chat.tokens = { access: 'a-token' };
     const leaving = new AbortController();
     const seen = [];
     let refused = null;

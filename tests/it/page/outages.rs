@@ -9,7 +9,7 @@ use super::browser::Person;
 use super::chat::{PASSWORD, logs_in};
 use crate::support::TestApp;
 
-fn proxy(app: &TestApp) -> Proxy {
+pub(super) fn proxy(app: &TestApp) -> Proxy {
     tokio::task::block_in_place(|| Proxy::start(&Handle::current(), app.running.public.port()))
         .expect("a proxy")
 }
@@ -161,5 +161,5 @@ async fn what_was_not_sent_when_the_session_ended_is_sent_after_the_next_login()
     person.types("#password", &format!("{PASSWORD}{}", char::from(Key::Enter))).await;
     person.sees("#me", &ben.name).await;
     let kept = "return Object.keys(sessionStorage)";
-    assert_eq!(person.runs(kept, Value::Null).await, json!(["chat-token"]));
+    assert_eq!(person.runs(kept, Value::Null).await, json!(["chat-tokens"]));
 }

@@ -29,6 +29,7 @@ fn the_script_shows_each_message_once_and_the_conversation() -> Result<()> {
     let [newest, middle, oldest] =
         [3, 2, 1].map(|number| rest.find(&format!("\"content\":\"message {number}\"")));
     ensure!(newest < middle && middle < oldest && newest.is_some(), "{said}");
+    ensure!(rest.trim_end().ends_with("\n401"), "the tokens outlive the log-out:\n{said}");
     ensure!(scratch.path().read_dir()?.next().is_none(), "the script leaves a file");
     Ok(())
 }

@@ -162,8 +162,9 @@ fn a_role_without_grants_is_unready_until_it_has_those_that_doctor_prints() -> R
     becomes_unready(&service, "forbidden")?;
     // What used to be all that was asked for.
     roles.database.query("GRANT SELECT ON _sqlx_migrations TO serving")?;
-    let warnings =
-        service.process.logs(&["WARN", "GRANT SELECT, INSERT, UPDATE ON public.users TO serving;"])?;
+    let warnings = service
+        .process
+        .logs(&["WARN", "GRANT SELECT, INSERT, UPDATE, DELETE ON public.users TO serving;"])?;
     ensure!(warnings.iter().all(|line| line.contains("serving may not use all")), "{warnings:#?}");
     thread::sleep(Duration::from_secs(3));
     becomes_unready(&service, "forbidden")?;

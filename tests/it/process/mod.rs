@@ -1,11 +1,14 @@
 //! The built binary as a process: how it starts and ends, its configuration, and what it does when a dependency is
 //! unavailable.
 
+mod admin;
 mod commands;
 mod configuration;
 mod connections;
+mod deletion;
 mod dotenv;
 mod examples;
+mod export;
 mod faults;
 mod generated_client;
 mod installation;

@@ -5,6 +5,7 @@ mod database;
 mod document;
 mod operations;
 mod prefix_proxy;
+pub(crate) mod races;
 mod redis;
 mod stream;
 
@@ -24,6 +25,7 @@ pub(crate) use document::document;
 pub(crate) use operations::{Operation, operations};
 pub(crate) use prefix_proxy::PrefixProxy;
 pub(crate) use redis::RedisIndex;
+pub(crate) use stream::Follower;
 pub(crate) use tests::{PASSWORD, User};
 
 /// The signing key of the tests' services.
@@ -65,6 +67,7 @@ impl TestApp {
                 ("LOGIN_RATE_LIMIT_PER_MINUTE", "0"),
                 ("SEND_RATE_LIMIT_PER_MINUTE", "0"),
                 ("REGISTER_RATE_LIMIT_PER_MINUTE", "0"),
+                ("NEW_CONVERSATIONS_PER_HOUR", "0"),
             ]
             .map(|(name, value)| (name.to_owned(), value.to_owned())),
         );
@@ -251,6 +254,12 @@ pub(crate) fn now_seconds() -> u64 {
 /// Rate limits count in minutes of the wall clock: how long to wait for one with at least 20 s left.
 pub(crate) fn wait_for_a_minute() -> Duration {
     let left = 60 - now_seconds() % 60;
+    Duration::from_secs(if left < 20 { left } else { 0 })
+}
+
+/// The same for the hours in which new conversations count.
+pub(crate) fn wait_for_an_hour() -> Duration {
+    let left = 3600 - now_seconds() % 3600;
     Duration::from_secs(if left < 20 { left } else { 0 })
 }
 

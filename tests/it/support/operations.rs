@@ -61,11 +61,14 @@ impl Operation {
             "POST /password" => {
                 (path, Some(json!({"current_password": PASSWORD, "new_password": format!("new {name}")})))
             }
+            // The name is the password here.
+            "DELETE /me" => (path, Some(json!({"password": name}))),
             // Of the caller's sessions the one of this token.
             "DELETE /sessions/{id}" => {
                 let session = (!ben.token.is_empty()).then(|| session(&ben.token));
                 (format!("/sessions/{}", session.unwrap_or_else(|| ben.id.clone())), None)
             }
+            "PUT /blocks/{user_id}" | "DELETE /blocks/{user_id}" => (format!("/blocks/{}", ben.id), None),
             "POST /send" => (path, Some(json!({"recipient_id": ben.id, "content": name}))),
             "GET /messages" => (format!("{path}?peer_id={}", ben.id), None),
             "GET /users/{username}" => (format!("/users/{}", ben.name), None),

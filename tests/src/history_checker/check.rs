@@ -1,6 +1,7 @@
 //! The rules: which histories the contract allows. They do not know how a history was recorded, so tests can check them on
 //! histories that were made up.
 
+mod accounts;
 mod streams;
 
 use std::collections::HashMap;
@@ -36,6 +37,14 @@ pub const WENT_BACK: &str = "a read shows no older history than one that ended b
 pub const SEND_ORDER: &str = "a message sent after an acknowledgement has the greater seq";
 pub const TIME_ORDER: &str = "created_at does not decrease along seq";
 pub const TWO_ANSWERS: &str = "an Idempotency-Key always answers with its first message";
+pub const AFTER_END: &str = "a session that has ended stores nothing, and reads nothing a second later";
+pub const AFTER_BLOCK: &str = "what a blocked user sends after the block's answer is not stored";
+pub const REFUSED: &str =
+    "a request is refused only where a session has ended, or a user is blocked or deleted";
+pub const ERASED_CONTENT: &str = "an erased message has no content, and every other has some";
+pub const ERASED_EARLY: &str = "a message is erased only after the deletion of its sender began";
+pub const UNERASED: &str = "a read shows no content that one that ended before it showed as erased";
+pub const CAME_BACK: &str = "a message that was removed does not come back";
 pub const STREAM_EVENTS: &str =
     "a stream begins with its position, has one with each message, and ends with a reason";
 pub const STREAM_RESET: &str = "a stream takes up the position that it is given, and no other";
@@ -53,6 +62,8 @@ pub fn violations(history: &History) -> Vec<Violation> {
     checker.versions();
     checker.freshness();
     checker.streams();
+    checker.accounts();
+    checker.removals();
     if let Some(stored) = &history.stored {
         let messages = checker.sends();
         for (conversation, stored) in stored.iter().enumerate() {
@@ -108,7 +119,7 @@ impl<'a> Checker<'a> {
                 (_, Outcome::Wrong(_)) => self.broken(WRONG_ANSWER, self.describe(operation)),
                 (Action::Read(page), Outcome::Page { messages, next, .. }) => {
                     let seqs: Vec<i64> = messages.iter().map(|shown| self.seq(*shown)).collect();
-                    if let Some(fault) = page_fault(*page, &seqs, *next) {
+                    if let Some(fault) = page_fault(*page, &seqs, *next, self.history.removals) {
                         let seqs = format!("  seq {seqs:?}, next page: {next}");
                         self.broken(TORN_PAGE, format!("{}\n{seqs}\n  {fault}", self.describe(operation)));
                     }
@@ -138,6 +149,9 @@ impl<'a> Checker<'a> {
                     Entry::Vacant(entry) => _ = entry.insert((shown, operation)),
                     Entry::Occupied(entry) => {
                         let (first, by) = *entry.get();
+                        if self.is_erased_form(first, shown) {
+                            continue;
+                        }
                         self.broken(
                             TWO_VERSIONS,
                             format!(
@@ -150,7 +164,9 @@ impl<'a> Checker<'a> {
                         );
                     }
                 }
-                if let Some(first) = by_content.insert(&message.content, shown) {
+                if !message.erased
+                    && let Some(first) = by_content.insert(&message.content, shown)
+                {
                     let first = brief(self.history.message(first));
                     self.broken(DOUBLED, format!("  {first}\n  {}", brief(message)));
                 }
@@ -160,6 +176,7 @@ impl<'a> Checker<'a> {
         for (follower, event, shown) in self.streamed() {
             let message = self.history.message(shown);
             if !std::mem::replace(&mut seen[shown as usize], true)
+                && !message.erased
                 && let Some(first) = by_content.insert(&message.content, shown)
             {
                 let first = brief(self.history.message(first));
@@ -167,6 +184,13 @@ impl<'a> Checker<'a> {
                 self.broken(TWO_VERSIONS, format!("{event}\n  {}\n  elsewhere {first}", brief(message)));
             }
         }
+    }
+
+    /// Whether both are one message, which one of them shows as erased.
+    fn is_erased_form(&self, one: MessageIndex, other: MessageIndex) -> bool {
+        let [one, other] = [one, other].map(|shown| self.history.message(shown));
+        let erased = |message: &Message| Message { content: String::new(), erased: true, ..message.clone() };
+        one.erased != other.erased && erased(one) == erased(other)
     }
 
     /// In real time and across replicas: what was acknowledged or shown is in every read that begins later.
@@ -227,9 +251,17 @@ impl<'a> Checker<'a> {
         let expected = match page {
             Page::Offset { offset, .. } => newest - offset,
             Page::Before { seq, .. } => newest.min(seq - 1),
-            Page::After { seq, limit } if newest > *seq => newest.min(seq + limit),
+            Page::After { seq, limit } if newest > *seq => {
+                // What follows may begin further up.
+                let oldest = messages.last().filter(|_| self.history.removals);
+                newest.min(oldest.map_or(*seq, |shown| self.seq(*shown) - 1) + limit)
+            }
             Page::After { .. } => 0,
         };
+        // All of it was removed.
+        if self.history.removals && messages.is_empty() {
+            return None;
+        }
         (first < expected).then_some(expected)
     }
 
@@ -250,9 +282,10 @@ impl<'a> Checker<'a> {
     }
 
     fn stored_is_in_order(&mut self, conversation: usize, stored: &[MessageIndex]) {
+        let first = stored.first().filter(|_| self.history.removals).map_or(1, |shown| self.seq(*shown));
         for (index, shown) in stored.iter().enumerate() {
             let message = self.history.message(*shown);
-            if message.seq != index as i64 + 1 {
+            if message.seq != index as i64 + first {
                 return self.broken(
                     GAP,
                     format!("  conversation {conversation}: number {} is {}", index + 1, brief(message)),
@@ -273,10 +306,15 @@ impl<'a> Checker<'a> {
     fn exactly_once(&mut self, messages: &HashMap<&str, Sent<'a>>, stored: &[Vec<MessageIndex>]) {
         let mut stored_at: HashMap<&str, (usize, MessageIndex)> = HashMap::new();
         let mut is_stored = vec![false; self.history.messages.len()];
+        let mut erased: HashMap<&str, MessageIndex> = HashMap::new();
         for (conversation, stored) in stored.iter().enumerate() {
             for &shown in stored {
                 is_stored[shown as usize] = true;
                 let message = self.history.message(shown);
+                if message.erased {
+                    erased.insert(&message.id, shown);
+                    continue;
+                }
                 if let Some((_, first)) = stored_at.insert(&message.content, (conversation, shown)) {
                     let first = brief(self.history.message(first));
                     self.broken(
@@ -292,7 +330,9 @@ impl<'a> Checker<'a> {
         for (content, sent) in messages {
             let mut first: Option<(&Operation, MessageIndex)> = None;
             for (operation, shown, replayed) in sent.acknowledged() {
-                if stored_at.get(content) != Some(&(sent.conversation, shown)) {
+                if stored_at.get(content) != Some(&(sent.conversation, shown))
+                    && !self.is_gone(shown, &erased, &stored[sent.conversation..=sent.conversation])
+                {
                     let found = stored_at.get(content).map(|(_, shown)| brief(self.history.message(*shown)));
                     let found = found.unwrap_or_else(|| "nothing".to_owned());
                     self.broken(LOST_ACK, format!("{}\n  stored: {found}", self.describe(operation)));
@@ -313,17 +353,35 @@ impl<'a> Checker<'a> {
             let Outcome::Page { messages, .. } = &operation.outcome else { continue };
             for &shown in messages {
                 // Reported once, for the first read that showed it.
-                if !std::mem::replace(&mut is_stored[shown as usize], true) {
+                let of_this = operation.conversation..=operation.conversation;
+                if !std::mem::replace(&mut is_stored[shown as usize], true)
+                    && !self.is_gone(shown, &erased, &stored[of_this])
+                {
                     let message = brief(self.history.message(shown));
                     self.broken(UNSTORED, format!("{}\n  shows {message}", self.describe(operation)));
                 }
             }
         }
         for (follower, event, shown) in self.streamed() {
-            if !std::mem::replace(&mut is_stored[shown as usize], true) {
+            if !std::mem::replace(&mut is_stored[shown as usize], true)
+                && !self.is_gone(shown, &erased, stored)
+            {
                 self.broken(UNSTORED, self.describe_event(follower, event));
             }
         }
+    }
+
+    /// Whether it is stored as erased, or was removed from one of these conversations.
+    fn is_gone(
+        &self,
+        shown: MessageIndex,
+        erased: &HashMap<&str, MessageIndex>,
+        stored: &[Vec<MessageIndex>],
+    ) -> bool {
+        let message = self.history.message(shown);
+        let begins = |stored: &Vec<MessageIndex>| stored.first().map_or(i64::MAX, |shown| self.seq(*shown));
+        erased.get(&*message.id).is_some_and(|stored| self.is_erased_form(shown, *stored))
+            || (self.history.removals && stored.iter().any(|stored| message.seq < begins(stored)))
     }
 
     /// A message that was acknowledged before another was first sent has the smaller seq.
@@ -354,7 +412,8 @@ impl<'a> Checker<'a> {
 
     /// An operation on one line.
     fn describe(&self, operation: &Operation) -> String {
-        let Operation { client, replica, conversation, start, end, action, outcome } = operation;
+        let Operation { client, user, session, replica, conversation, start, end, action, outcome } =
+            operation;
         let action = match action {
             Action::Send { content, keyed } => {
                 // Without its padding.
@@ -364,6 +423,7 @@ impl<'a> Checker<'a> {
             Action::Read(Page::Offset { offset, limit }) => format!("reads offset={offset} limit={limit}"),
             Action::Read(Page::Before { seq, limit }) => format!("reads before={seq} limit={limit}"),
             Action::Read(Page::After { seq, limit }) => format!("reads after={seq} limit={limit}"),
+            action => format!("{action:?}"),
         };
         let outcome = match outcome {
             Outcome::Acknowledged { message, replayed } => {
@@ -379,17 +439,18 @@ impl<'a> Checker<'a> {
             }
             Outcome::Unknown(why) => (*why).to_owned(),
             Outcome::Wrong(answer) => answer.clone(),
+            outcome => format!("{outcome:?}"),
         };
         format!(
-            "  {:.4}..{:.4} s  client {client}, replica {replica}, conversation {conversation}: {action} -> {outcome}",
+            "  {:.4}..{:.4} s  client {client}, user {user}, session {session}, replica {replica}, conversation {conversation}: {action} -> {outcome}",
             start.as_secs_f64(),
             end.as_secs_f64()
         )
     }
 }
 
-/// What is wrong with a page on its own.
-fn page_fault(page: Page, seqs: &[i64], next: bool) -> Option<&'static str> {
+/// What is wrong with a page on its own. With removals a conversation may begin at any seq.
+fn page_fault(page: Page, seqs: &[i64], next: bool, removals: bool) -> Option<&'static str> {
     if seqs.windows(2).any(|pair| pair[0] != pair[1] + 1) {
         return Some("its seqs do not follow one another");
     }
@@ -402,10 +463,13 @@ fn page_fault(page: Page, seqs: &[i64], next: bool) -> Option<&'static str> {
         return next.then_some("it is empty and names a next page");
     };
     match page {
-        Page::After { seq, .. } if oldest != seq + 1 => Some("it does not follow its seq directly"),
+        Page::After { seq, .. } if oldest != seq + 1 && !(removals && oldest > seq) => {
+            Some("it does not follow its seq directly")
+        }
         Page::After { .. } if length < limit && next => Some("it is not full and names a next page"),
         Page::After { .. } => None,
         Page::Before { seq, .. } if newest >= seq => Some("it does not end below its seq"),
+        _ if removals && (length == limit || !next) && !(next && oldest == 1) => None,
         _ if length < limit && oldest != 1 => Some("it is not full and does not begin at 1"),
         _ if next != (oldest > 1) => Some("its link does not say whether there is more"),
         _ => None,

@@ -1,5 +1,6 @@
 //! What writers and readers do, and the requests that they record in the history.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -102,6 +103,9 @@ pub(super) struct UserClient<'a> {
     run: &'a Run<'a>,
     client: u32,
     user: &'a User,
+    /// The user's id, and the number of the token's session.
+    id: Arc<str>,
+    session: u32,
     peer: &'a User,
     conversation: usize,
     connections: Vec<Client>,
@@ -116,7 +120,9 @@ impl<'a> UserClient<'a> {
         conversation: usize,
     ) -> Self {
         let connections = run.system.replicas.iter().map(|replica| Client::new(replica.public)).collect();
-        Self { run, client, user, peer, conversation, connections }
+        // All clients of a user have the token of its one session.
+        let session = run.system.users.iter().position(|one| one.id == user.id).unwrap_or_default() as u32;
+        Self { run, client, user, id: Arc::from(&*user.id), session, peer, conversation, connections }
     }
 
     /// Whether it was acknowledged.
@@ -215,6 +221,8 @@ impl<'a> UserClient<'a> {
     ) -> Operation {
         Operation {
             client: self.client,
+            user: Arc::clone(&self.id),
+            session: self.session,
             replica,
             conversation: self.conversation,
             start,
@@ -240,5 +248,6 @@ pub(super) fn message(value: &Value) -> Option<Message> {
         content: text("content")?,
         // The rest is compared with what Postgres says, digit by digit.
         created_at: text("created_at")?.strip_suffix('Z')?.to_owned(),
+        erased: value["erased"].as_bool().unwrap_or(false),
     })
 }

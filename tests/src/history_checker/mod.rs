@@ -16,6 +16,7 @@ mod system;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use overload::{Overload, overload};
@@ -33,6 +34,8 @@ pub struct Message {
     pub content: String,
     /// With exactly six digits of a second's fraction, so that the order of the texts is the order in time.
     pub created_at: String,
+    /// The content is gone, because the sender was deleted.
+    pub erased: bool,
 }
 
 /// Which messages a read asked for.
@@ -51,6 +54,13 @@ pub enum Action {
         keyed: bool,
     },
     Read(Page),
+    /// The session ends.
+    Leave,
+    /// The user does not want to hear from the other one of the conversation.
+    Block,
+    Unblock,
+    /// The user is deleted, and the content of all the user's messages.
+    Delete,
 }
 
 /// A message's index in [`History::messages`].
@@ -68,6 +78,10 @@ pub enum Outcome {
         stale: bool,
         next: bool,
     },
+    /// A session has ended, a block is there or gone, a user is deleted.
+    Done,
+    /// With this status, because a session has ended, or of a block.
+    Refused(u16),
     /// A 503, a connection that broke or could not be opened, or a timeout: a send may have been stored.
     Unknown(&'static str),
     /// An answer that no client should get.
@@ -78,6 +92,10 @@ pub enum Outcome {
 #[derive(Clone, Debug)]
 pub struct Operation {
     pub client: u32,
+    /// The id of the user who asks.
+    pub user: Arc<str>,
+    /// Of the token. Each session of a run has a number of its own.
+    pub session: u32,
     pub replica: usize,
     pub conversation: usize,
     pub start: Duration,
@@ -150,6 +168,8 @@ pub struct History {
     pub messages: Vec<Message>,
     /// What Postgres holds in the end, by conversation, in the order of `seq`.
     pub stored: Option<Vec<Vec<MessageIndex>>>,
+    /// Whether retention removes old messages.
+    pub removals: bool,
     known: HashMap<Message, MessageIndex>,
 }
 

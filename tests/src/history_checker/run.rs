@@ -231,7 +231,7 @@ impl Run<'_> {
                     report.stale_reads += u64::from(*stale);
                 }
                 Outcome::Unknown(reason) => *report.unanswered.entry(reason).or_default() += 1,
-                Outcome::Wrong(_) => {}
+                Outcome::Done | Outcome::Refused(_) | Outcome::Wrong(_) => {}
             }
         }
         const LAST: usize = 8;
@@ -269,7 +269,9 @@ impl Run<'_> {
                 let mut field = || fields.next().context("a column is NULL");
                 let (id, seq, sender) = (field()?, field()?.parse()?, field()?);
                 let recipient = if sender == one.id { &other.id } else { &one.id }.clone();
-                let message = Message { id, seq, sender, recipient, content: field()?, created_at: field()? };
+                let (content, created_at) = (field()?, field()?);
+                let erased = content.is_empty();
+                let message = Message { id, seq, sender, recipient, content, created_at, erased };
                 Ok(history.intern(message))
             });
             let messages = messages.collect::<Result<Vec<_>>>()?;

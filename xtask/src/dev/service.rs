@@ -22,8 +22,12 @@ const READY_LIMIT: Duration = Duration::from_secs(60);
 /// On top of the service's own grace period.
 const END_MARGIN: Duration = Duration::from_secs(10);
 const REQUEST_LIMIT: Duration = Duration::from_secs(2);
-const LIMITS: [&str; 3] =
-    ["LOGIN_RATE_LIMIT_PER_MINUTE", "REGISTER_RATE_LIMIT_PER_MINUTE", "SEND_RATE_LIMIT_PER_MINUTE"];
+const LIMITS: [&str; 4] = [
+    "LOGIN_RATE_LIMIT_PER_MINUTE",
+    "REGISTER_RATE_LIMIT_PER_MINUTE",
+    "SEND_RATE_LIMIT_PER_MINUTE",
+    "NEW_CONVERSATIONS_PER_HOUR",
+];
 
 pub(crate) struct Service {
     binary: PathBuf,

@@ -48,10 +48,20 @@ impl From<EndReason> for StreamEnd {
     }
 }
 
-/// A message that the tail has read.
+/// What a client gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Message,
+    /// Messages were erased.
+    Erased,
+}
+
+/// A message that the tail has read, or the news that messages were erased.
 #[derive(Debug)]
 pub(super) struct Delivery {
+    pub(super) kind: Kind,
     pub(super) conversation: Uuid,
+    /// Its order in the conversation.
     pub(super) seq: i64,
     pub(super) json: Vec<u8>,
     /// The transaction that stored it.

@@ -34,8 +34,14 @@
 //! *Rejected*: a number per user, counted in the statement that stores a message (two more rows to lock and write for each
 //! message, and senders to one user wait for one another); a sequence (its numbers commit out of order); the write-ahead log
 //! (a slot that holds it back when nobody reads).
+//!
+//! # Erased messages
+//!
+//! When the messages of a deleted user in a conversation have lost their content, the peer gets one event. It comes from a
+//! row with its transaction (`erased_conversations.xact`), found and delivered like a message, after those of its conversation.
 
 mod catch_up;
+mod erased;
 mod mailbox;
 mod position;
 mod registry;

@@ -8,10 +8,9 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::mailbox::{Delivery, EndReason, Mailbox};
+use super::mailbox::{Delivery, EndReason, Kind, Mailbox};
 use super::position::{Position, Snapshot};
 use super::start::{self, Seen};
-use crate::chat::message::Pair;
 use crate::chat::permission::Permission;
 use crate::config::Config;
 use crate::store::postgres::Database;
@@ -25,9 +24,9 @@ const CATCHING_UP_MAX: usize = 4;
 /// How often clients are looked for that do not read.
 const READERS_CHECKED: Duration = Duration::from_secs(1);
 
-/// A message and its two users.
+/// A message and its two users, or what concerns one of them.
 pub(super) struct Read {
-    pub(super) pair: Pair,
+    pub(super) users: [Option<Uuid>; 2],
     pub(super) message: Arc<Delivery>,
 }
 
@@ -248,14 +247,14 @@ impl Streams {
         let mut missed = 0;
         for read in messages {
             let mut is_wanted = false;
-            for user in [read.pair.low(), read.pair.high()] {
+            for user in read.users.into_iter().flatten() {
                 for mailbox in state.mailboxes.get(&user).into_iter().flatten() {
                     mailbox.deliver(&read.message);
                     is_wanted = true;
                 }
             }
-            missed +=
-                u64::from(is_wanted && missed_before.is_some_and(|before| read.message.committed < before));
+            let is_late = missed_before.is_some_and(|before| read.message.committed < before);
+            missed += u64::from(is_wanted && is_late && read.message.kind == Kind::Message);
         }
         missed
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::position::Snapshot;
+use super::position::{Position, Snapshot};
 use crate::store::operation::Operation;
 use crate::store::postgres::{Database, reason};
 
@@ -30,39 +30,59 @@ pub(super) enum ReadError {
 pub(super) struct Start {
     /// And the session has not ended.
     pub(super) user_exists: bool,
+    /// Messages were removed that the position lacks.
+    pub(super) has_lost: bool,
     pub(super) seen: Seen,
 }
 
 struct Row {
     read_only: bool,
     user_exists: bool,
+    has_lost: bool,
     epoch: String,
     snapshot: String,
 }
 
 pub(super) async fn current(database: &Database) -> Result<Seen, ReadError> {
-    Ok(of_session(database, Uuid::nil(), Uuid::nil()).await?.seen)
+    Ok(of_session(database, Uuid::nil(), Uuid::nil(), None).await?.seen)
 }
 
-pub(super) async fn of_session(database: &Database, user: Uuid, session: Uuid) -> Result<Start, ReadError> {
+pub(super) async fn of_session(
+    database: &Database,
+    user: Uuid,
+    session: Uuid,
+    position: Option<&Position>,
+) -> Result<Start, ReadError> {
+    let seen = position.map(|position| position.seen.to_string());
+    let within = position.and_then(|position| position.within.as_ref());
+    let (conversation, seq) = within.map_or((Uuid::nil(), 0), |within| (within.conversation, within.seq));
     let mut connection = database.acquire().await?;
     let query = sqlx::query_as!(
         Row,
         r#"SELECT current_setting('transaction_read_only')::boolean AS "read_only!",
                   EXISTS (SELECT FROM users WHERE id = $1)
                       AND NOT EXISTS (SELECT FROM ended_sessions WHERE session_id = $2) AS "user_exists!",
+                  CASE WHEN $3::text IS NULL THEN false ELSE EXISTS (
+                      SELECT FROM conversations
+                      WHERE (low_user = $1 OR high_user = $1) AND id >= $4
+                        AND NOT pg_visible_in_snapshot(removed_xact, $3::text::pg_snapshot)
+                        AND first_seq - 1 > CASE WHEN id = $4 THEN $5::bigint ELSE 0 END
+                  ) END AS "has_lost!",
                   position_epoch() AS "epoch!",
                   pg_current_snapshot()::text AS "snapshot!""#,
         user,
         session,
+        seen,
+        conversation,
+        seq,
     );
     let row = database.run(Operation::ReadPosition, query.fetch_one(&mut *connection)).await?;
     connection.give_back();
     if row.read_only {
         return Err(ReadError::OnlyReads);
     }
-    let seen = seen(&row.epoch, &row.snapshot).ok_or(ReadError::Unreadable)?;
-    Ok(Start { user_exists: row.user_exists, seen })
+    let seen = self::seen(&row.epoch, &row.snapshot).ok_or(ReadError::Unreadable)?;
+    Ok(Start { user_exists: row.user_exists, has_lost: row.has_lost, seen })
 }
 
 /// From the texts of `position_epoch()` and `pg_current_snapshot()`.

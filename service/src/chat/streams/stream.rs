@@ -11,7 +11,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use uuid::Uuid;
 
 use super::catch_up::{self, Missed};
-use super::mailbox::{Delivery, EndReason, Mail};
+use super::mailbox::{Delivery, EndReason, Kind, Mail};
 use super::position::{Position, Refused, Within};
 use super::registry::{Registered, Streams, fraction};
 use super::start::{self, ReadError, Seen};
@@ -79,6 +79,11 @@ pub(crate) enum Event {
         position: String,
         json: Vec<u8>,
     },
+    /// Messages lost their content.
+    Erased {
+        position: String,
+        json: Vec<u8>,
+    },
     /// The stream lives.
     Heartbeat,
     /// The last one. The client may come back after `retry`.
@@ -131,18 +136,20 @@ impl Stream {
                 return Ok(Self(State::Refused(reason)));
             }
         };
-        let start = start::of_session(&streams.database, user, request.session).await?;
+        let given = request.position.map(|text| Position::decode(&text, user));
+        let position = given.as_ref().and_then(|given| given.as_ref().ok());
+        let start = start::of_session(&streams.database, user, request.session, position).await?;
         if !start.user_exists {
             return Err(StreamError::UserGone);
         }
         let Seen { epoch, snapshot } = start.seen;
         let now = Position { user, epoch, seen: (*snapshot).clone(), within: None };
-        let (opened, position, refused) = match request.position {
+        let (opened, position, refused) = match given {
             None => (StreamOpened::New, now, None),
-            Some(text) => match Position::decode(&text, user, epoch) {
-                Ok(position) => (StreamOpened::Resumed, position, None),
-                Err(refused) => (StreamOpened::Reset, now, Some(refused)),
-            },
+            Some(Err(refused)) => (StreamOpened::Reset, now, Some(refused)),
+            Some(Ok(position)) if position.epoch != epoch => (StreamOpened::Reset, now, Some(Refused::Epoch)),
+            Some(Ok(_)) if start.has_lost => (StreamOpened::Reset, now, Some(Refused::TooOld)),
+            Some(Ok(position)) => (StreamOpened::Resumed, position, None),
         };
         streams.metrics.stream_opened(opened);
         Ok(Self::begin(mailbox, position, opened == StreamOpened::Resumed, refused, request.expires))
@@ -233,15 +240,15 @@ impl Open {
     /// Of those that were read for this stream alone.
     fn missed_message(&mut self) -> Option<Event> {
         let missed = self.missed.as_mut()?;
-        let Some((position, json)) = (!missed.messages.is_empty()).then(|| missed.messages.remove(0)) else {
+        let Some((position, kind, json)) = (!missed.messages.is_empty()).then(|| missed.messages.remove(0))
+        else {
             self.position = missed.position.clone();
             self.mail.missed = !missed.is_all;
             self.missed = None;
             return None;
         };
         self.position = position;
-        self.mailbox.streams.metrics.stream_message(None);
-        Some(Event::Message { position: self.position.encode(), json })
+        Some(self.event(kind, json, None))
     }
 
     /// Of those that the tail has read.
@@ -256,10 +263,21 @@ impl Open {
             let Delivery { conversation, seq, until, .. } = &*message;
             let until = (**until).clone();
             self.position.within = Some(Within { until, conversation: *conversation, seq: *seq });
-            self.mailbox.streams.metrics.stream_message(Some(message.committed.elapsed()));
-            return Some(Event::Message { position: self.position.encode(), json: message.json.clone() });
+            return Some(self.event(message.kind, message.json.clone(), Some(message.committed)));
         }
         None
+    }
+
+    /// What was committed at this time, unless the stream had missed it.
+    fn event(&self, kind: Kind, json: Vec<u8>, committed: Option<Instant>) -> Event {
+        let position = self.position.encode();
+        match kind {
+            Kind::Message => {
+                self.mailbox.streams.metrics.stream_message(committed.map(|at| at.elapsed()));
+                Event::Message { position, json }
+            }
+            Kind::Erased => Event::Erased { position, json },
+        }
     }
 
     /// False for what this stream has delivered before. Moves the position to the step that the message belongs to.
@@ -304,6 +322,8 @@ impl Open {
         let outcome = ready!(reading.as_mut().poll(context));
         self.catching_up = None;
         match outcome {
+            // The client comes back, and gets a reset: its position is too old.
+            Ok(missed) if missed.has_lost => self.ends = (EndReason::Lifetime, Instant::now()),
             Ok(missed) => self.missed = Some(missed),
             Err(error) => {
                 tracing::debug!(error = error.to_string(), "a stream could not read what it missed");

@@ -7,11 +7,12 @@ use time::OffsetDateTime;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::mailbox::Delivery;
+use super::erased::{AFTER_MESSAGES, Erased};
+use super::mailbox::{Delivery, Kind};
 use super::position::Snapshot;
 use super::registry::{Found, Read, Streams};
 use super::start::{self, ReadError};
-use crate::chat::message::{Message, Pair};
+use crate::chat::message::Message;
 use crate::failpoints::{self, Failpoint};
 use crate::store::health::Health;
 use crate::store::operation::Operation;
@@ -32,7 +33,8 @@ const STEP_MAX: i64 = 4096;
 /// An older message that was not announced has been missed.
 const ANNOUNCED_WITHIN: Duration = Duration::from_millis(500);
 
-/// A message since the last step, and what is the same in all rows. Without a message only that.
+/// A message since the last step, and what is the same in all rows. Without a message only that. What has no id is no message: of
+/// the sender's messages those up to this seq were erased.
 struct Row {
     snapshot: String,
     now: OffsetDateTime,
@@ -123,11 +125,19 @@ async fn read(database: &Database, seen: &Snapshot) -> Result<Found, ReadError> 
                   m.created_at AS "created_at?"
            FROM (VALUES (1)) AS one
            LEFT JOIN (
-               (SELECT * FROM messages
+               (SELECT conversation_id, seq, id, sender_id, content, created_at, xact FROM messages
                 WHERE xact >= $1::text::xid8 AND xact < pg_snapshot_xmax(pg_current_snapshot())
                 ORDER BY xact LIMIT $3)
                UNION ALL
-               (SELECT * FROM messages WHERE xact = ANY ($2::text[]::xid8[]) ORDER BY xact LIMIT $3)
+               (SELECT conversation_id, seq, id, sender_id, content, created_at, xact FROM messages
+                WHERE xact = ANY ($2::text[]::xid8[]) ORDER BY xact LIMIT $3)
+               UNION ALL
+               (SELECT conversation_id, seq, NULL, user_id, NULL, erased_at, xact FROM erased_conversations
+                WHERE xact >= $1::text::xid8 AND xact < pg_snapshot_xmax(pg_current_snapshot()) AND seq IS NOT NULL
+                ORDER BY xact LIMIT $3)
+               UNION ALL
+               (SELECT conversation_id, seq, NULL, user_id, NULL, erased_at, xact FROM erased_conversations
+                WHERE xact = ANY ($2::text[]::xid8[]) AND seq IS NOT NULL ORDER BY xact LIMIT $3)
            ) m ON true
            LEFT JOIN LATERAL (
                SELECT low_user, high_user FROM conversations WHERE id = m.conversation_id LIMIT 1
@@ -156,17 +166,26 @@ impl Row {
         let (conversation, seq, sender_id) = (self.conversation?, self.seq?, self.sender?);
         let (low, high, created_at) = (self.low?, self.high?, self.created_at?);
         let recipient_id = if sender_id == low { high } else { low };
-        let message =
-            Message { id: self.id?, seq, sender_id, recipient_id, content: self.content?, created_at };
+        let (kind, order, users, json) = match (self.id, self.content) {
+            (Some(id), Some(content)) => {
+                let message = Message::new(id, seq, [sender_id, recipient_id], content, created_at);
+                (Kind::Message, seq, [Some(low), Some(high)], message.render().json)
+            }
+            _ => {
+                let json = Erased { peer_id: sender_id, seq }.render();
+                (Kind::Erased, AFTER_MESSAGES, [Some(recipient_id), None], json)
+            }
+        };
         let age = Duration::try_from(self.now - created_at).unwrap_or_default();
         let message = Delivery {
+            kind,
             conversation,
-            seq,
-            json: message.render().json,
+            seq: order,
+            json,
             xact: self.xact?.parse().ok()?,
             until: Arc::clone(until),
             committed: read_at.checked_sub(age).unwrap_or(read_at),
         };
-        Some(Read { pair: Pair::new(low, high), message: Arc::new(message) })
+        Some(Read { users, message: Arc::new(message) })
     }
 }

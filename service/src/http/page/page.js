@@ -5,8 +5,10 @@ import { ApiError, ChatClient, newKey } from './chat-client.js';
 const BASE = new URL('.', document.baseURI).href;
 const part = (id) => document.getElementById(id);
 
-// For this tab alone, and gone with it: a token in localStorage would outlive the browser, on machines that are shared.
-const TOKEN = 'chat-token';
+// For this tab alone, and gone with it: tokens in localStorage would outlive the browser, on machines that are shared. A cookie
+// that no script reads would need a service that believes cookies, and so a defence against requests of other sites. What a
+// script could do with the tokens, the policy of http/page.rs prevents: no script runs but this one.
+const TOKENS = 'chat-tokens';
 const UNSENT = 'chat-unsent';
 
 /** The service counts characters as Unicode does. */
@@ -14,6 +16,9 @@ const CONTENT_MAX = 4000;
 
 /** The service knows an Idempotency-Key for 24 hours. */
 const KEY_LIMIT_MS = 23 * 60 * 60 * 1000;
+
+/** How long other tabs get to answer, in ms. */
+const TABS_LIMIT = 150;
 
 /** Ends the stream and all requests of a session. What one user has asked for must never reach the next. */
 let leaving = null;
@@ -41,7 +46,7 @@ let wasConnected = false;
 function beginSession() {
   leaving?.abort();
   leaving = new AbortController();
-  chat = new ChatClient(BASE, { signal: leaving.signal });
+  chat = new ChatClient(BASE, { signal: leaving.signal, store });
   me = null;
   open = null;
   conversations = new Map();
@@ -54,7 +59,36 @@ function beginSession() {
   stateTimer = null;
   wasConnected = false;
   delete part('connection').dataset.state;
+  part('connection').textContent = '';
 }
+
+// ---- Tokens
+
+// A tab that was duplicated shares its session. A refresh token works once, so the tabs tell one another of the next one. One
+// that was asleep meanwhile asks.
+const tabs = new BroadcastChannel('chat-tokens');
+
+const store = {
+  save(tokens) {
+    if (!tokens) return sessionStorage.removeItem(TOKENS);
+    sessionStorage.setItem(TOKENS, JSON.stringify(tokens));
+    tabs.postMessage({ tokens });
+  },
+  async load() {
+    tabs.postMessage({ wanted: chat.tokens?.id });
+    await new Promise((go) => setTimeout(go, TABS_LIMIT));
+    return chat.tokens;
+  },
+};
+
+tabs.addEventListener('message', ({ data: { wanted, tokens } }) => {
+  const mine = chat.tokens;
+  if (!mine?.refresh) return;
+  if (wanted === mine.id) tabs.postMessage({ tokens: mine });
+  if (tokens?.id !== mine.id || tokens.expiresAt <= mine.expiresAt) return;
+  chat.tokens = tokens;
+  sessionStorage.setItem(TOKENS, JSON.stringify(tokens));
+});
 
 // ---- What was seen
 
@@ -98,7 +132,7 @@ const purpose = () => new FormData(part('entrance-form')).get('purpose');
 
 function showEntrance(notice) {
   beginSession();
-  sessionStorage.removeItem(TOKEN);
+  sessionStorage.removeItem(TOKENS);
   part('chat').hidden = true;
   part('entrance').hidden = false;
   part('entrance-form').hidden = false;
@@ -149,7 +183,6 @@ part('entrance-form').addEventListener('submit', async (event) => {
       showPurpose();
     }
     await chat.login(username, password);
-    sessionStorage.setItem(TOKEN, chat.token);
     await enter();
   } catch (error) {
     showFaults(error);
@@ -158,11 +191,18 @@ part('entrance-form').addEventListener('submit', async (event) => {
   }
 });
 
-part('log-out').addEventListener('click', () => {
+part('log-out').addEventListener('click', async () => {
+  // Nothing ends this request: not the end of the session here, which comes first.
+  const last = new ChatClient(BASE);
+  last.tokens = chat.tokens;
   sessionStorage.removeItem(UNSENT);
   part('entrance-form').reset();
   showPurpose();
   showEntrance();
+  const here = chat;
+  if (!(await last.logout()) && chat === here && !me) {
+    show('entrance-notice', 'You are logged out here, but the service could not be reached: there your session has not ended.');
+  }
 });
 
 /** What a person can do about it. */
@@ -172,11 +212,18 @@ function words(error) {
   return fields || error.message;
 }
 
-/** Shows an error; where the token is not accepted any more, the entrance. */
+/** Why one has to log in again. */
+function farewell(error) {
+  if (error.reason === 'deleted') return 'This account was deleted.';
+  if (error.reason === 'revoked') return 'You were logged out: here, on another device, or by a new password. Log in again.';
+  return 'Your session has ended. Log in again.';
+}
+
+/** Shows an error; where the session has ended, the entrance. */
 function fail(error) {
   // What was under way when the session ended.
   if (error.name === 'AbortError') return;
-  if (error instanceof ApiError && error.status === 401) showEntrance('Your session has ended. Log in again.');
+  if (error instanceof ApiError && error.status === 401) showEntrance(farewell(error));
   else show('notice', words(error));
 }
 
@@ -197,7 +244,7 @@ async function enter() {
 
 async function follow(position) {
   try {
-    await chat.follow({ position, onMessage: arrived, onReset: reload, onState: noteState });
+    await chat.follow({ position, onMessage: arrived, onErased: erased, onReset: reload, onState: noteState });
   } catch (error) {
     fail(error);
   }
@@ -245,10 +292,20 @@ async function arrived(message) {
   showConversations();
 }
 
+/** A deleted user's messages have lost their content, and the user the name. */
+async function erased({ peer_id: peerId }) {
+  await loadConversations();
+  if (open?.peer.id !== peerId) return;
+  const peer = conversations.get(peerId)?.peer ?? open.peer;
+  Object.assign(open, { peer, messages: new Map(), isLoaded: false });
+  showPeer();
+  await loadNewest(open);
+}
+
 /** For screen readers. The history itself is silent, or they would read all of it whenever it is opened. */
 function announce(peer, message) {
   const name = nameOf(peer);
-  part('announcer').textContent = isLookedAt(peer.id) ? `${name}: ${message.content}` : `New message from ${name}`;
+  part('announcer').textContent = isLookedAt(peer.id) ? `${name}: ${textOf(message)}` : `New message from ${name}`;
 }
 
 /** After a gap that the stream cannot fill. Nothing of what is known needs to be true any more. */
@@ -281,7 +338,8 @@ function showConversations() {
   const list = [...conversations.values()].sort((a, b) => (a.last.created_at < b.last.created_at ? 1 : -1));
   const focused = document.activeElement?.dataset?.peer;
   const items = list.map((one) => {
-    const state = JSON.stringify([one.peer.username, one.last.id, countNew(one), open?.peer.id === one.peer.id]);
+    const shown = [one.peer.username, textOf(one.last), one.last.id, countNew(one), open?.peer.id === one.peer.id];
+    const state = JSON.stringify(shown);
     return { key: one.peer.id, state, make: () => conversationItem(one) };
   });
   place(part('conversations'), items);
@@ -301,7 +359,7 @@ function conversationItem(conversation) {
   button.setAttribute('aria-current', String(open?.peer.id === peer.id));
   button.append(
     element('span', { className: 'name', dir: 'auto', textContent: nameOf(peer) }),
-    element('span', { className: 'last', dir: 'auto', textContent: last.content.slice(0, 100) }),
+    element('span', { className: 'last', dir: 'auto', textContent: textOf(last).slice(0, 100) }),
   );
   const news = countNew(conversation);
   if (news > 0) {
@@ -316,6 +374,8 @@ function conversationItem(conversation) {
 }
 
 const nameOf = (peer) => peer.username ?? 'Deleted user';
+
+const textOf = (message) => (message.erased ? 'Message erased' : message.content);
 
 part('more-conversations').addEventListener('click', () => {
   loadConversations(nextConversations).catch(fail);
@@ -378,15 +438,20 @@ function showConversation(conversation) {
   if (open) drafts.set(open.peer.id, part('content').value);
   open = conversation;
   part('chat').dataset.shows = conversation ? 'conversation' : 'list';
-  part('peer').textContent = conversation ? nameOf(conversation.peer) : 'No conversation is open';
-  part('write-form').hidden = !conversation;
+  showPeer();
   part('content').value = drafts.get(conversation?.peer.id) ?? '';
   show('notice', null);
   part('messages').replaceChildren();
   atEnd = true;
   showMessages();
   showConversations();
-  if (conversation) part('content').focus();
+  if (conversation) part(part('write-form').hidden ? 'peer' : 'content').focus();
+}
+
+function showPeer() {
+  part('peer').textContent = open ? nameOf(open.peer) : 'No conversation is open';
+  // Nobody reads what is written to a deleted user.
+  part('write-form').hidden = !open || open.peer.username === null;
 }
 
 part('back').addEventListener('click', () => {
@@ -406,7 +471,11 @@ function addMessage(message) {
 function showMessages() {
   const stayAtEnd = atEnd;
   const stored = [...(open?.messages.values() ?? [])].sort((a, b) => a.seq - b.seq);
-  const items = stored.map((message) => ({ key: message.id, state: '', make: () => messageItem(message) }));
+  const items = stored.map((message) => ({
+    key: message.id,
+    state: JSON.stringify([message.erased ?? false, open.peer.username]),
+    make: () => messageItem(message),
+  }));
   const waiting = unsent.filter((message) => message.peer.id === open?.peer.id).map((message) => {
     return { key: message.key, state: String(message.fault), make: () => unsentItem(message) };
   });
@@ -436,7 +505,9 @@ function messageItem(message) {
   const style = isToday ? { timeStyle: 'short' } : { dateStyle: 'medium', timeStyle: 'short' };
   const textContent = time.toLocaleString([], style);
   const about = element('time', { className: 'about', dateTime: message.created_at, textContent });
-  return bubble(message.sender_id === me.id, message.content, about);
+  const item = bubble(message.sender_id === me.id, textOf(message), about);
+  item.classList.toggle('erased', message.erased ?? false);
+  return item;
 }
 
 function unsentItem(message) {
@@ -534,7 +605,7 @@ async function sendNow(message) {
     arrived(stored).catch(() => {});
   } catch (error) {
     if (session !== leaving) return;
-    message.fault = words(error);
+    message.fault = error.status === 403 ? 'You cannot write to this person.' : words(error);
     showMessages();
     if (error.status === 401) fail(error);
   }
@@ -591,7 +662,7 @@ async function resume() {
   try {
     await enter();
   } catch (error) {
-    if (error instanceof ApiError && error.status === 401) return showEntrance('Your session has ended. Log in again.');
+    if (error instanceof ApiError && error.status === 401) return showEntrance(farewell(error));
     part('entrance').hidden = false;
     part('entrance-form').hidden = true;
     show('entrance-notice', `${words(error)} The page goes on by itself.`);
@@ -600,6 +671,6 @@ async function resume() {
 }
 
 beginSession();
-chat.token = sessionStorage.getItem(TOKEN);
-if (chat.token) resume();
+chat.tokens = JSON.parse(sessionStorage.getItem(TOKENS));
+if (chat.tokens) resume();
 else showEntrance();

@@ -23,6 +23,7 @@ pub(crate) struct Start {
     arguments: Vec<String>,
     files: Vec<(String, Vec<u8>)>,
     open_files: Option<u32>,
+    stdin: Option<String>,
 }
 
 impl Start {
@@ -39,6 +40,7 @@ impl Start {
             .env("LOGIN_RATE_LIMIT_PER_MINUTE", "0")
             .env("SEND_RATE_LIMIT_PER_MINUTE", "0")
             .env("REGISTER_RATE_LIMIT_PER_MINUTE", "0")
+            .env("NEW_CONVERSATIONS_PER_HOUR", "0")
     }
 
     #[must_use]
@@ -82,6 +84,13 @@ impl Start {
         self
     }
 
+    /// What it reads from stdin; nothing by default.
+    #[must_use]
+    pub(crate) fn stdin(mut self, text: &str) -> Self {
+        self.stdin = Some(text.to_owned());
+        self
+    }
+
     /// Begins with this soft limit of open files.
     #[must_use]
     pub(crate) fn open_files(mut self, limit: u32) -> Self {
@@ -109,6 +118,11 @@ impl Start {
         };
         command.env_clear().envs(self.environment.iter().cloned()).args(&self.arguments);
         command.current_dir(directory.path()).stdin(Stdio::null());
+        if let Some(text) = &self.stdin {
+            let stdin = directory.path().join("stdin");
+            fs::write(&stdin, text)?;
+            command.stdin(File::open(stdin)?);
+        }
         command.stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);
         let child = daemon::spawn(command)?;
         Ok(Process { child, stdout, stderr, _directory: directory })
@@ -178,8 +192,17 @@ pub(crate) struct Process {
 impl Process {
     /// Resident memory in KiB, of which /proc knows.
     pub(crate) fn resident_kib(&self) -> Result<u64> {
+        self.memory_kib("VmRSS:")
+    }
+
+    /// The most that it ever was.
+    pub(crate) fn peak_kib(&self) -> Result<u64> {
+        self.memory_kib("VmHWM:")
+    }
+
+    fn memory_kib(&self, name: &str) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("a line VmRSS")?;
+        let line = status.lines().find(|line| line.starts_with(name)).context("a line of memory")?;
         Ok(line.split_whitespace().nth(1).context("a number")?.parse()?)
     }
 

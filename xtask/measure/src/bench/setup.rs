@@ -63,9 +63,11 @@ impl Setup {
         let urls = [("DATABASE_URL", self.postgres.url(DATABASE)), ("REDIS_URL", self.redis.url(0))];
         let limits = ["LOGIN", "SEND", "REGISTER"]
             .map(|limit| (format!("{limit}_RATE_LIMIT_PER_MINUTE"), NO_LIMIT.to_owned()));
+        // Switched on, as above: each user writes to few others.
+        let strangers = [("NEW_CONVERSATIONS_PER_HOUR".to_owned(), "1000".to_owned())];
         let variables = urls.iter().chain(variables).map(|(name, value)| ((*name).to_owned(), value.clone()));
         let log = dir.join(format!("service-{:08x}.log", fastrand::u32(..)));
-        let replica = Replica::start(binary, log, limits.into_iter().chain(variables))?;
+        let replica = Replica::start(binary, log, limits.into_iter().chain(strangers).chain(variables))?;
         let deadline = Instant::now() + START_LIMIT;
         // Oftener than the harness asks: this wait is measured.
         while !http::get(replica.public, "/healthz", START_LIMIT).is_ok_and(|answer| answer.status == 200) {

@@ -52,7 +52,8 @@ fn now() -> Row {
 pub(crate) const API: &str = r#"http_route!~"/healthz|/docs.*|/openapi.json|unmatched""#;
 
 /// What counts for latency: the same without what hashes passwords.
-pub(crate) const TIMED: &str = r#"http_route!~"/login|/register|/healthz|/docs.*|/openapi.json|unmatched""#;
+pub(crate) const TIMED: &str =
+    r#"http_route!~"/login|/password|/register|/healthz|/docs.*|/openapi.json|unmatched""#;
 
 fn failed_share() -> String {
     format!(

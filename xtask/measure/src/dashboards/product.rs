@@ -7,7 +7,7 @@ pub(super) fn dashboard() -> Dashboard {
         name: "product",
         title: "chat-service / Product",
         description: "Registrations, logins, messages, reads, streams, and refused requests.",
-        rows: vec![totals(), messages(), reading(), streams(), accounts(), limits()],
+        rows: vec![totals(), messages(), reading(), streams(), retention(), accounts(), limits()],
     }
 }
 
@@ -119,6 +119,26 @@ fn streams() -> Row {
     }
 }
 
+fn retention() -> Row {
+    Row {
+        title: "Retention",
+        answers: "Are old messages removed, and is the sweep through?",
+        panels: vec![
+            lines("Messages removed", "ops", "Messages per second that were removed for their age. One replica at a time removes 1000 at most.")
+                .query("removed", "sum(rate(chat_messages_removed_total{OURS}[$__rate_interval]))")
+                .width(8),
+            lines("Progress of the sweep", "percentunit", "Share of the conversations that the sweep of old messages has done. It stays at 100 % for an hour, then the next one begins. 0 where MESSAGE_RETENTION_DAYS is 0.")
+                .query("done", "max(chat_message_retention_sweep_ratio{OURS})")
+                .max(1.0)
+                .width(8),
+            stat("Last complete sweep", "dateTimeFromNow", "When all conversations had been looked at last. Decades ago before the first, or where MESSAGE_RETENTION_DAYS is 0.")
+                .query("completed", "1000 * max(chat_message_retention_completed_timestamp_seconds{OURS})")
+                .base("blue")
+                .width(8),
+        ],
+    }
+}
+
 fn delay(share: &str) -> String {
     format!(
         "histogram_quantile({share}, sum by (le) (rate(chat_stream_delivery_seconds_bucket{{OURS}}[$__rate_interval])))"
@@ -144,6 +164,13 @@ fn accounts() -> Row {
                 .from(0.5, "red")
                 .runbook("ChatServiceAuthFailures")
                 .width(8),
+            stack("Exports", "ops", "Exports of a user's data per second by how they ended. `refused` ones met another of the same user, or too many on the replica. All but `complete` can be resumed.")
+                .query("{{outcome}}", "sum by (outcome) (rate(chat_exports_total{OURS}[$__rate_interval]))")
+                .width(24),
+            lines("Deleted users", "short", "Users who were deleted and of whom something is left to remove. It falls to 0 within minutes; the log names each of them at the beginning and the end.")
+                .query("pending", "max(chat_erasures_pending{OURS})"),
+            lines("Erased messages", "ops", "Messages of deleted users per second that lost their content.")
+                .query("erased", "sum(rate(chat_erased_messages_total{OURS}[$__rate_interval]))"),
         ],
     }
 }
@@ -153,7 +180,7 @@ fn limits() -> Row {
         title: "Refused requests",
         answers: "Which requests are refused, and is a limit too low?",
         panels: vec![
-            stack("Rate limited", "reqps", "Requests per second over a limit, answered with 429. `send` counts per user, the others per client address.")
+            stack("Rate limited", "reqps", "Requests per second over a limit, answered with 429. `send` and `new_conversations` count per user, the others per client address.")
                 .query("{{limit}}", "sum by (limit) (rate(chat_rate_limited_total{OURS}[$__rate_interval]))")
                 .runbook("ChatServiceRateLimitSurge"),
             stack("Client errors (4xx)", "reqps", "Responses per second by status: 401 no valid token, 404 not found, 409 taken, 422 invalid, 429 over a limit.")
