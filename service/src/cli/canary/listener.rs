@@ -1,48 +1,36 @@
 //! `/metrics` and `/livez` of the canary.
 
+use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::time::{sleep, timeout};
+use salvo::conn::tcp::TcpAcceptor;
+use salvo::http::StatusCode;
+use salvo::http::header::{CONTENT_TYPE, HeaderValue};
+use salvo::{Depot, Response, Router, Server, affix_state, handler};
+use tokio::net::TcpListener;
 
 use super::metrics::Metrics;
 
-/// From the first byte of a request to the last of its answer.
-const LIMIT: Duration = Duration::from_secs(5);
-const HEAD_MAX: usize = 8 * 1024;
-
-/// One connection after the other: Prometheus and the kubelet are the only clients.
-pub(super) async fn serve(listener: TcpListener, metrics: Arc<Metrics>) {
-    loop {
-        match listener.accept().await {
-            // A client that goes away is no fault of the canary's.
-            Ok((stream, _)) => drop(timeout(LIMIT, answer(stream, &metrics)).await),
-            // Too many open files: wait until there are fewer.
-            Err(_) => sleep(Duration::from_secs(1)).await,
-        }
-    }
+/// Runs until it is dropped.
+pub(super) async fn serve(listener: TcpListener, metrics: Arc<Metrics>) -> io::Result<()> {
+    let router = Router::new()
+        .hoop(affix_state::inject(metrics))
+        .push(Router::with_path("metrics").get(render))
+        .push(Router::with_path("livez").get(alive));
+    Server::new(TcpAcceptor::try_from(listener)?).serve(router).await;
+    Ok(())
 }
 
-async fn answer(mut stream: TcpStream, metrics: &Metrics) -> std::io::Result<()> {
-    let mut head = Vec::new();
-    while !head.windows(4).any(|end| end == b"\r\n\r\n") {
-        if head.len() > HEAD_MAX || stream.read_buf(&mut head).await? == 0 {
-            return Ok(());
-        }
-    }
-    let (status, body) = if head.starts_with(b"GET /metrics ") {
-        metrics.render().map_or(("500 Internal Server Error", String::new()), |text| ("200 OK", text))
-    } else if head.starts_with(b"GET /livez ") {
-        ("200 OK", "ok\n".to_owned())
-    } else {
-        ("404 Not Found", String::new())
-    };
-    let answer = format!(
-        "HTTP/1.1 {status}\r\ncontent-type: text/plain; version=0.0.4\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
-        body.len()
-    );
-    stream.write_all(answer.as_bytes()).await?;
-    stream.shutdown().await
+#[handler]
+async fn render(depot: &mut Depot, res: &mut Response) {
+    let text = depot.obtain::<Arc<Metrics>>().ok().and_then(|metrics| metrics.render().ok());
+    let written = text.is_some_and(|text| res.write_body(text).is_ok());
+    res.status_code(if written { StatusCode::OK } else { StatusCode::INTERNAL_SERVER_ERROR });
+    res.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4"));
+}
+
+/// Rounds that fail are no reason for a restart.
+#[handler]
+async fn alive() -> &'static str {
+    "ok\n"
 }

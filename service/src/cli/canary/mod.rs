@@ -36,8 +36,8 @@ pub struct Args {
     /// The address of the service's public port
     #[arg(long, default_value = "http://localhost:8000", value_name = "URL")]
     url: Url,
-    /// The pause between two rounds; each stores one message
-    #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(5..=300))]
+    /// The pause between two rounds; each stores one message. Below 5 s raise SEND_RATE_LIMIT_PER_MINUTE
+    #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=300))]
     interval: u32,
     /// Where /metrics and /livez are served
     #[arg(long, default_value = "0.0.0.0:9000", value_name = "ADDRESS")]

@@ -8,10 +8,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use common::prometheus::ScrapeJob;
 use harness::http::Client;
-use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, User};
+use harness::servers::daemon::{self, Daemon};
+use harness::servers::ports;
+use harness::{PASSWORD, Postgres, PostgresOptions, Redis, RedisOptions, Replica, User};
 use load::Script;
 use serde_json::{Value, json};
 use tests::proxy::{Link, Proxy};
@@ -23,6 +25,8 @@ use super::faults::Lane;
 pub(super) const DATABASE: &str = "drill";
 /// The chart's name of the Service behind its ServiceMonitor, so that `job` is as in a cluster.
 const SERVICE: &str = "chat-chat-service-ops";
+/// Of the canary.
+const CANARY_SERVICE: &str = "chat-chat-service-canary";
 const REPLICAS: usize = 2;
 /// Clients per replica, and their pause between two requests: 40 requests a second and replica when all is well, and
 /// some even when each takes a second.
@@ -52,7 +56,15 @@ pub(super) struct Scene {
     pub(super) collector: Collector,
     talkers: Mutex<Option<Talkers>>,
     followers: Option<Talkers>,
+    /// Where its alerts are drilled.
+    canary: Option<Canary>,
     _runtime: Runtime,
+}
+
+/// `chat-service canary`, at the first replica.
+struct Canary {
+    _daemon: Daemon,
+    port: u16,
 }
 
 /// Connections that all wait for an answer, on one thread.
@@ -99,6 +111,8 @@ impl Scene {
         let users = (0..4)
             .map(|number| User::register(replicas[0].public, &format!("user{number}")))
             .collect::<Result<Vec<_>>>()?;
+        let address = replicas[0].public;
+        let canary = (lane == Lane::Errors).then(|| Canary::start(binary, &dir, address)).transpose()?;
         let mut scene = Self {
             namespace: lane.namespace(),
             users,
@@ -111,6 +125,7 @@ impl Scene {
             collector,
             talkers: Mutex::default(),
             followers: None,
+            canary,
             _runtime: runtime,
         };
         scene.talk();
@@ -120,7 +135,7 @@ impl Scene {
 
     /// The scrape job that the chart's ServiceMonitor would make: the Service's name as the job, the pod's as a label.
     pub(super) fn scrape_job(&self) -> ScrapeJob {
-        let targets: Vec<Value> = self
+        let mut targets: Vec<Value> = self
             .replicas
             .iter()
             .enumerate()
@@ -138,6 +153,19 @@ impl Scene {
                 })
             })
             .collect();
+        targets.extend(self.canary.iter().map(|canary| {
+            json!({
+            "targets": [format!("127.0.0.1:{}", canary.port)],
+            "labels": {
+                "job": CANARY_SERVICE,
+                "service": CANARY_SERVICE,
+                "namespace": self.namespace,
+                "pod": CANARY_SERVICE,
+                "container": "canary",
+                "endpoint": "ops",
+            },
+            })
+        }));
         ScrapeJob(json!({"job_name": self.namespace, "static_configs": targets}))
     }
 
@@ -233,6 +261,18 @@ impl Scene {
 
 fn message(to: &User) -> String {
     json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"}).to_string()
+}
+
+impl Canary {
+    /// As often as it can: the rules' clock is faster, too.
+    fn start(binary: &Path, dir: &Path, service: SocketAddr) -> Result<Self> {
+        let port = ports::free()?;
+        let mut command = daemon::dies_with_us(binary, "KILL");
+        command.arg("canary").arg(format!("--url=http://{service}")).arg("--interval=1");
+        command.arg(format!("--listen=127.0.0.1:{port}")).env("CANARY_PASSWORD", PASSWORD);
+        let daemon = Daemon::start(command, &dir.join("canary.log")).context("start the canary")?;
+        Ok(Self { _daemon: daemon, port })
+    }
 }
 
 impl Drop for Scene {
