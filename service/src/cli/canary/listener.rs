@@ -23,7 +23,7 @@ pub(super) async fn serve(listener: TcpListener, metrics: Arc<Metrics>) -> io::R
 
 #[handler]
 async fn render(depot: &mut Depot, res: &mut Response) {
-    let text = depot.obtain::<Arc<Metrics>>().ok().and_then(|metrics| metrics.render().ok());
+    let text = depot.get_typed::<Arc<Metrics>>().ok().and_then(|metrics| metrics.render().ok());
     let written = text.is_some_and(|text| res.write_body(text).is_ok());
     res.status_code(if written { StatusCode::OK } else { StatusCode::INTERNAL_SERVER_ERROR });
     res.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4"));
