@@ -8,12 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use common::prometheus::ScrapeJob;
 use harness::http::Client;
-use harness::servers::daemon::{self, Daemon};
-use harness::servers::ports;
-use harness::{PASSWORD, Postgres, PostgresOptions, Redis, RedisOptions, Replica, User};
+use harness::{Postgres, PostgresOptions, Redis, RedisOptions, Replica, User};
 use load::Script;
 use serde_json::{Value, json};
 use tests::proxy::{Link, Proxy};
@@ -21,6 +19,7 @@ use tokio::runtime::Runtime;
 
 use super::collector::Collector;
 use super::faults::Lane;
+use crate::canary::Canary;
 
 pub(super) const DATABASE: &str = "drill";
 /// The chart's name of the Service behind its ServiceMonitor, so that `job` is as in a cluster.
@@ -59,12 +58,6 @@ pub(super) struct Scene {
     /// Where its alerts are drilled.
     canary: Option<Canary>,
     _runtime: Runtime,
-}
-
-/// `chat-service canary`, at the first replica.
-struct Canary {
-    _daemon: Daemon,
-    port: u16,
 }
 
 /// Connections that all wait for an answer, on one thread.
@@ -112,7 +105,9 @@ impl Scene {
             .map(|number| User::register(replicas[0].public, &format!("user{number}")))
             .collect::<Result<Vec<_>>>()?;
         let address = replicas[0].public;
-        let canary = (lane == Lane::Errors).then(|| Canary::start(binary, &dir, address)).transpose()?;
+        let canary = (lane == Lane::Errors)
+            .then(|| Canary::start(binary, &dir.join("canary.log"), address))
+            .transpose()?;
         let mut scene = Self {
             namespace: lane.namespace(),
             users,
@@ -155,7 +150,7 @@ impl Scene {
             .collect();
         targets.extend(self.canary.iter().map(|canary| {
             json!({
-            "targets": [format!("127.0.0.1:{}", canary.port)],
+            "targets": [canary.operations.to_string()],
             "labels": {
                 "job": CANARY_SERVICE,
                 "service": CANARY_SERVICE,
@@ -261,18 +256,6 @@ impl Scene {
 
 fn message(to: &User) -> String {
     json!({"recipient_id": to.id, "content": "Shall we meet at the station at seven?"}).to_string()
-}
-
-impl Canary {
-    /// As often as it can: the rules' clock is faster, too.
-    fn start(binary: &Path, dir: &Path, service: SocketAddr) -> Result<Self> {
-        let port = ports::free()?;
-        let mut command = daemon::dies_with_us(binary, "KILL");
-        command.arg("canary").arg(format!("--url=http://{service}")).arg("--interval=1");
-        command.arg(format!("--listen=127.0.0.1:{port}")).env("CANARY_PASSWORD", PASSWORD);
-        let daemon = Daemon::start(command, &dir.join("canary.log")).context("start the canary")?;
-        Ok(Self { _daemon: daemon, port })
-    }
 }
 
 impl Drop for Scene {
