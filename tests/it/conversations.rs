@@ -134,40 +134,6 @@ async fn the_hour_of_a_conversation_is_noted() {
     }
 }
 
-/// Postgres expects a user to have few conversations, as most do, and soon plans for any user.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_page_of_a_long_list_reads_little_more_than_it_shows() {
-    const REQUESTS: i64 = 40;
-    let app = TestApp::start().await;
-    let (ana, _) = app.pair().await;
-    app.database
-        .execute(&format!(
-            "INSERT INTO users (id, username, username_key, email, email_key, password_hash)
-             SELECT gen_random_uuid(), n || 'old', n || 'old', n || '@old', n || '@old', '' FROM generate_series(1, 3000) n;
-             INSERT INTO conversations (low_user, high_user, id, last_seq, last_at, active_hour)
-             SELECT least(id, peer), greatest(id, peer), gen_random_uuid(), 1, last_at, hour_of(last_at)
-             FROM users, unnest(array['{ana}'::uuid, gen_random_uuid(), gen_random_uuid()]) AS peer,
-                  LATERAL (SELECT now() - interval '1 year' * random() * (id IS NOT NULL)::int) AS t (last_at)
-             WHERE email LIKE '%@old';
-             INSERT INTO messages (conversation_id, seq, id, sender_id, content, created_at)
-             SELECT id, 1, id, high_user, 'hello', last_at FROM conversations;
-             ANALYZE",
-            ana = ana.id
-        ))
-        .await;
-    let read = "SELECT idx_tup_fetch + seq_tup_read FROM pg_stat_user_tables WHERE relname = 'conversations'";
-    // A session reports its statistics once a second.
-    sleep(Duration::from_secs(2)).await;
-    let before = app.database.count(read).await;
-    for _ in 0..REQUESTS {
-        let page = app.get("/conversations").by(&ana).response().await.json(200);
-        assert_eq!(peers(&page).len(), 20);
-    }
-    sleep(Duration::from_secs(2)).await;
-    let rows = (app.database.count(read).await - before) / REQUESTS;
-    assert!((20..400).contains(&rows), "{rows} rows for a page of 20");
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_query_out_of_range_is_refused_by_its_name() {
     let app = TestApp::start().await;

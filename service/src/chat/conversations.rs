@@ -91,17 +91,19 @@ pub(crate) async fn list(
     let query = sqlx::query_as!(
         Row,
         r#"WITH low AS (
+               -- IS NOT TRUE: of a plain comparison the planner expects to remove most rows, and then it sorts all of them
+               -- instead of reading the first ones in the order of the index.
                SELECT min(active_hour) AS oldest_hour FROM (
                    SELECT active_hour FROM conversations
                    WHERE low_user = $1 AND active_hour <= hour_of($2)
-                     AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
+                     AND (first_seq > last_seq) IS NOT TRUE AND ((last_at, id) >= ($2, $3)) IS NOT TRUE
                    ORDER BY active_hour DESC LIMIT $4
                ) AS newest
            ), high AS (
                SELECT min(active_hour) AS oldest_hour FROM (
                    SELECT active_hour FROM conversations
                    WHERE high_user = $1 AND active_hour <= hour_of($2)
-                     AND first_seq <= last_seq AND (last_at, id) < ($2, $3)
+                     AND (first_seq > last_seq) IS NOT TRUE AND ((last_at, id) >= ($2, $3)) IS NOT TRUE
                    ORDER BY active_hour DESC LIMIT $4
                ) AS newest
            ), own AS (
