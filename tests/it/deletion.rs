@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sqlx::{Connection as _, PgConnection};
 use tokio::time::sleep;
 
-use crate::support::races::waits_for_statements_in_flight;
+use crate::support::races::{waits_for_statements_in_flight, wanted_rounds};
 use crate::support::{Follower, PASSWORD, Request, Response, TestApp, User, members, text, together};
 
 /// What a window may go on to answer.
@@ -378,20 +378,15 @@ async fn a_deletion_is_answered_after_every_statement_that_may_not_have_seen_it(
     assert!(page.as_array().is_some_and(|page| page.len() == 2 && page.iter().all(is_erased)), "{page}");
 }
 
-/// How many rounds, of which a lane makes one after the other.
-fn rounds() -> usize {
-    std::env::var("DELETION_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(100)
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn deletions_race_with_sends_reads_and_streams_of_both_peers() {
-    const LANES: usize = 5;
+    const LANES: u64 = 5;
     let app = &TestApp::start().await;
     let replicas = [app, &app.replica(&[]).await];
     together((0..LANES).map(|_| async move {
         let ben = app.member().await;
         let mut connection = app.database.connect().await;
-        for round in 0..rounds() / LANES {
+        for round in 0..wanted_rounds().unwrap_or(100) / LANES {
             race(&replicas, &ben, &mut connection, round).await;
         }
     }))
@@ -399,7 +394,7 @@ async fn deletions_race_with_sends_reads_and_streams_of_both_peers() {
     erased(app).await;
 }
 
-async fn race(replicas: &[&TestApp; 2], ben: &User, connection: &mut PgConnection, round: usize) {
+async fn race(replicas: &[&TestApp; 2], ben: &User, connection: &mut PgConnection, round: u64) {
     let ana = &replicas[0].member().await;
     replicas[0].sent(ana, ben, "first").await;
     for replica in replicas {
@@ -422,8 +417,8 @@ async fn race(replicas: &[&TestApp; 2], ben: &User, connection: &mut PgConnectio
             .map(|(from, to, task)| send(from, to, task)),
     );
     let deletion = async {
-        sleep(Duration::from_micros(700 * (round as u64 % 20))).await;
-        deleted(replicas[round % 2], ana, "").await;
+        sleep(Duration::from_micros(700 * (round % 20))).await;
+        deleted(replicas[round as usize % 2], ana, "").await;
         last_seq(connection, ana).await
     };
     let reading = together([0, 1].map(|replica| read(replicas[replica], ben, ana)));

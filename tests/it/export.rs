@@ -201,3 +201,18 @@ async fn an_export_is_broken_off_when_its_session_ends() {
     let again = User { token: app.token(&ana.id), ..ana };
     assert_eq!(lines(&app, &again, "").await.len(), 2 + 5000);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_takes_nothing_for_thirty_seconds_loses_its_export() {
+    let app = TestApp::start().await;
+    let (ana, ben) = app.pair().await;
+    fill(&app, &ana, &ben).await;
+    let running = begin(&app, &ana).await;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while app.metric("chat_exports_total{outcome=\"slow\"}").await < 1.0 {
+        assert!(Instant::now() < deadline, "an export waits for its client for ever");
+        sleep(Duration::from_millis(500)).await;
+    }
+    assert_eq!(lines(&app, &ana, "").await.len(), 2 + 5000);
+    drop(running);
+}

@@ -7,11 +7,17 @@ use tokio::time::sleep;
 
 use super::{TestApp, User, together};
 
-/// Rounds of a race, for some seconds.
+/// How many rounds `RACE_ROUNDS` asks for, such as 1000 for a long run by hand.
+pub(crate) fn wanted_rounds() -> Option<u64> {
+    let rounds = std::env::var("RACE_ROUNDS").ok()?;
+    Some(rounds.parse().expect("RACE_ROUNDS is a number"))
+}
+
+/// As many rounds as are wanted, or rounds for some seconds.
 pub(crate) fn rounds() -> impl Iterator<Item = u64> {
-    let started = Instant::now();
-    (0..300).take_while(move |round| {
-        let is_over = started.elapsed() > Duration::from_secs(10);
+    let (started, wanted) = (Instant::now(), wanted_rounds());
+    (0..wanted.unwrap_or(300)).take_while(move |round| {
+        let is_over = wanted.is_none() && started.elapsed() > Duration::from_secs(10);
         assert!(!is_over || *round > 30, "{round} rounds");
         !is_over
     })

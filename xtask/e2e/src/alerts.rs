@@ -93,14 +93,14 @@ fn fire_and_resolve(stage: &Stage, progress: &Progress, watch: &Watch<'_>) -> Re
         (!history.fires(alert, NAMESPACE)).then_some(())
     })?;
     let injected = Instant::now();
-    set_deadline(stage, progress, 10)?;
+    set_patience(stage, progress, 20, 19)?;
     let fired = stage.change(progress, &EVERYTHING_WRONG).and_then(|_| {
         watch.wait(FIRE_LIMIT, "did not fire", &ALERTS, |history, alert| {
             Some(history.since(injected, alert, NAMESPACE)?.0)
         })
     });
     let healed = Instant::now();
-    set_deadline(stage, progress, 600)?;
+    set_patience(stage, progress, 600, 0)?;
     stage.upgrade(progress, stage.tag, &[])?;
     stage.await_all()?;
     let fired = fired.map_err(|error| stage.kubernetes.explained(error))?;
@@ -115,9 +115,11 @@ fn fire_and_resolve(stage: &Stage, progress: &Progress, watch: &Watch<'_>) -> Re
     Ok(())
 }
 
-/// The seconds without progress after which a rollout counts as stuck; the chart does not set them.
-fn set_deadline(stage: &Stage, progress: &Progress, seconds: u32) -> Result<()> {
-    let patch = json!({ "spec": { "progressDeadlineSeconds": seconds } });
+/// After how many seconds without progress a rollout counts as stuck, and for how many a pod has to be ready until it counts
+/// as available; the chart sets neither. The replica that the autoscaler adds may be of the old, working release: without
+/// the second it would not be missing for long enough.
+fn set_patience(stage: &Stage, progress: &Progress, deadline: u32, ready: u32) -> Result<()> {
+    let patch = json!({ "spec": { "progressDeadlineSeconds": deadline, "minReadySeconds": ready } });
     let patch = format!("kubectl --namespace {NAMESPACE} patch deployment {DEPLOYMENT} --patch '{patch}'");
     stage.shell(progress, &patch).map(drop)
 }
