@@ -99,7 +99,8 @@ pub(super) fn canary(stage: &mut Stage, progress: &Progress) -> Result<()> {
     let labels = "app.kubernetes.io/instance=chat,app.kubernetes.io/component=canary";
     let forward = stage.kubernetes.forward(labels, 9000)?;
     let mut client = Client::new(forward.address);
-    let succeeded = daemon::poll(Duration::from_secs(60), || {
+    // A log-in that fails is repeated after a minute.
+    let succeeded = daemon::poll(Duration::from_secs(150), || {
         let Ok(answer) = client.ask("GET", "/metrics", None, "") else { return Ok(None) };
         let text = answer.text();
         let has_success = |line: &str| line.starts_with(SUCCESSES) && line != format!("{SUCCESSES} 0");
