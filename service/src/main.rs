@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use chat_service::cli::{admin, create_secret, doctor, healthcheck, migrate, smoke_test};
+use chat_service::cli::{admin, canary, create_secret, doctor, healthcheck, migrate, smoke_test};
 use chat_service::config::{Config, EXIT_CONFIG};
 use chat_service::http::routes::public_api;
 use chat_service::serve;
@@ -40,6 +40,8 @@ enum Command {
     Admin(admin::Args),
     /// Let two new users exchange messages over the API of a running service: exit code 0 or 1
     SmokeTest(smoke_test::Args),
+    /// Let two fixed users exchange messages over the API of a running service all the time, and export what they see
+    Canary(canary::Args),
     /// In a pod: create a Kubernetes Secret with random values, or add the keys that it lacks
     CreateSecret(create_secret::Args),
 }
@@ -58,6 +60,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     match &command {
         Command::Openapi => println!("{}", public_api().document_json()?),
         Command::SmokeTest(args) => smoke_test::run(args)?,
+        Command::Canary(args) => canary::run(args)?,
         Command::CreateSecret(args) => create_secret::run(args)?,
         _ => return run_configured(&command),
     }

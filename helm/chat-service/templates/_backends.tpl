@@ -41,6 +41,9 @@ cluster have them. Where no cluster can be asked (`helm template`, Argo CD), all
 {{- if and .Values.redis.enabled (not (or .Values.redis.auth.existingSecret (hasKey $present "redis-password"))) }}
 - --key=redis-password=32
 {{- end }}
+{{- if and .Values.canary.enabled (not (or .Values.canary.existingSecret (hasKey $present "canary-password"))) }}
+- --key=canary-password=32
+{{- end }}
 {{- end }}
 
 {{/* A variable from a key of a Secret, or else a plain value: (list NAME secret key value). */}}

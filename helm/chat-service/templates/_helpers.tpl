@@ -79,6 +79,11 @@ labels:
   {{- include "chat-service.labels" (list $root (last .)) | nindent 2 }}
 {{- end }}
 
+{{/* The name of the monitor of a component: (list $ "canary"). The service's own is named after the release. */}}
+{{- define "chat-service.monitorName" -}}
+{{- if eq (last .) "canary" }}{{ include "chat-service.partName" . }}{{ else }}{{ include "chat-service.fullname" (first .) }}{{ end }}
+{{- end }}
+
 {{- define "chat-service.serviceAccountName" -}}
 {{- if .Values.serviceAccount.create }}
 {{- default (include "chat-service.fullname" .) .Values.serviceAccount.name }}

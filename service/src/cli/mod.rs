@@ -1,6 +1,8 @@
-//! The subcommands that do their work and exit.
+//! The subcommands that do their work and exit, and the canary, which runs until it is stopped.
 
 pub mod admin;
+mod answer;
+pub mod canary;
 pub mod create_secret;
 pub mod doctor;
 pub mod healthcheck;

@@ -3,19 +3,18 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use rand::distr::{Alphanumeric, SampleString as _};
 use reqwest::Url;
 use reqwest::blocking::{Client, RequestBuilder};
 use reqwest::header::RETRY_AFTER;
 use serde_json::{Value, json};
 
+use super::answer::{Answer, address, text};
+
 /// Longer than the service's own request timeout, so that its answer arrives before this timeout.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How much of an unexpected answer is shown.
-const EXCERPT_CHARS: usize = 200;
 
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
@@ -130,21 +129,11 @@ impl Api {
     }
 
     fn get(&self, path: &[&str]) -> RequestBuilder {
-        self.client.get(self.path(path))
+        self.client.get(address(&self.base, path))
     }
 
     fn post(&self, path: &[&str], body: &Value) -> RequestBuilder {
-        self.client.post(self.path(path)).json(body)
-    }
-
-    /// Appends to the base's own path, which an ingress may require.
-    fn path(&self, path: &[&str]) -> Url {
-        let mut url = self.base.clone();
-        // A URL that cannot have segments, such as `mailto:`, fails when it is requested.
-        if let Ok(mut segments) = url.path_segments_mut() {
-            segments.pop_if_empty().extend(path);
-        }
-        url
+        self.client.post(address(&self.base, path)).json(body)
     }
 
     /// The answer's JSON, if its status is this one.
@@ -156,34 +145,8 @@ impl Api {
         let retry_after =
             response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let body = response.text().with_context(|| format!("{url}: the answer breaks off"))?;
-        let json = serde_json::from_str::<Value>(&body).ok();
-        match json {
-            Some(json) if status == expected => return Ok(json),
-            _ if status == expected => bail!(
-                "{url} answers, but not as chat-service does: correct --url; it says {:?}",
-                excerpt(&body)
-            ),
-            _ => {}
-        }
-        let detail = json.and_then(|problem| problem["detail"].as_str().map(str::to_owned));
-        let detail = detail.unwrap_or_else(|| excerpt(&body));
-        match (status, retry_after) {
-            (429, seconds) => bail!(
-                "{url} answers 429, over a rate limit: repeat this in {} s, or raise *_RATE_LIMIT_PER_MINUTE",
-                seconds.as_deref().unwrap_or("60")
-            ),
-            (503, _) => bail!("{url} answers 503, the service is not ready: {detail}"),
-            _ => bail!("{url} answers {status} instead of {expected}: {detail}"),
-        }
+        Answer { url, status, retry_after, body }.expect(expected)
     }
-}
-
-fn text(value: &Value, field: &str) -> Result<String> {
-    Ok(value[field].as_str().with_context(|| format!("the answer has no {field}"))?.to_owned())
-}
-
-fn excerpt(body: &str) -> String {
-    body.chars().take(EXCERPT_CHARS).collect()
 }
 
 fn random(chars: usize) -> String {

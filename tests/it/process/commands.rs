@@ -203,8 +203,17 @@ fn migrate_without_postgres_fails_and_names_the_cause() -> Result<()> {
 fn help_and_version_are_printed() -> Result<()> {
     let help = Start::default().args(&["--help"]).run()?;
     ensure!(help.code == 0, "{help:?}");
-    let subcommands =
-        ["serve", "migrate", "healthcheck", "openapi", "doctor", "admin", "smoke-test", "create-secret"];
+    let subcommands = [
+        "serve",
+        "migrate",
+        "healthcheck",
+        "openapi",
+        "doctor",
+        "admin",
+        "smoke-test",
+        "canary",
+        "create-secret",
+    ];
     for subcommand in subcommands {
         ensure!(help.stdout.contains(&format!("\n  {subcommand} ")), "{}", help.stdout);
     }

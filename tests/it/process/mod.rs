@@ -2,6 +2,7 @@
 //! unavailable.
 
 mod admin;
+mod canary;
 mod commands;
 mod configuration;
 mod connections;

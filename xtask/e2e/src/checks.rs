@@ -9,11 +9,14 @@ use common::chart;
 use common::steps::Progress;
 use harness::User;
 use harness::http::Client;
+use harness::servers::daemon;
 use kube::ResourceExt;
 use serde_json::json;
 
 use crate::kubernetes::{is_ready, no_warnings};
 use crate::stage::{DEPLOYMENT, IMAGES, NAMESPACE, RELEASE, ROLLOUT_LIMIT, SERVER, Stage};
+
+const SUCCESSES: &str = "chat_canary_rounds_total{outcome=\"success\"}";
 
 /// Every combination of values, rendered and accepted by the real API server, definitions of other vendors included.
 pub(super) fn values_files(stage: &mut Stage, progress: &Progress) -> Result<()> {
@@ -87,6 +90,26 @@ pub(super) fn conversation(stage: &mut Stage, progress: &Progress) -> Result<()>
     ensure!(metrics.status == 404, "/metrics answers {} on the public port", metrics.status);
     progress.note("through the Service and through a port-forward, the same conversation");
     Ok(())
+}
+
+/// It talks through the Service, under a password that the upgrade generates.
+pub(super) fn canary(stage: &mut Stage, progress: &Progress) -> Result<()> {
+    stage.upgrade(progress, stage.tag, &["canary.enabled=true"])?;
+    stage.kubernetes.rolled_out("chat-chat-service-canary", ROLLOUT_LIMIT)?;
+    let labels = "app.kubernetes.io/instance=chat,app.kubernetes.io/component=canary";
+    let forward = stage.kubernetes.forward(labels, 9000)?;
+    let mut client = Client::new(forward.address);
+    // A log-in that fails is repeated after a minute.
+    let succeeded = daemon::poll(Duration::from_secs(150), || {
+        let Ok(answer) = client.ask("GET", "/metrics", None, "") else { return Ok(None) };
+        let text = answer.text();
+        let has_success = |line: &str| line.starts_with(SUCCESSES) && line != format!("{SUCCESSES} 0");
+        Ok(text.lines().any(has_success).then_some(text))
+    })?;
+    let metrics = succeeded.context("no round of the canary succeeds")?;
+    ensure!(metrics.contains("chat_canary_lost_total 0\n"), "the canary lost messages:\n{metrics}");
+    stage.upgrade(progress, stage.tag, &[])?;
+    stage.await_all()
 }
 
 pub(super) fn rollout_restart(stage: &mut Stage, progress: &Progress) -> Result<()> {

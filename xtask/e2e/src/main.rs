@@ -23,11 +23,12 @@ use stage::Stage;
 type Check = fn(&mut Stage, &Progress) -> Result<()>;
 
 /// In this order: each leaves the release as it found it, ready and with all of its messages.
-const CHECKS: [(&str, Check); 25] = [
+const CHECKS: [(&str, Check); 26] = [
     ("every values file", checks::values_files),
     ("install", checks::install),
     ("helm test", checks::helm_test),
     ("conversation", checks::conversation),
+    ("canary", checks::canary),
     ("rollout restart", checks::rollout_restart),
     ("upgrade, new image", checks::upgrade),
     ("pod deleted", checks::pod_deleted),

@@ -2,6 +2,7 @@
 //! HTTP stack, a runtime, and parsers of YAML and SQL.
 
 mod bench;
+mod canary;
 mod dashboards;
 mod drill;
 mod migrations;

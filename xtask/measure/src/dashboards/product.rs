@@ -7,7 +7,7 @@ pub(super) fn dashboard() -> Dashboard {
         name: "product",
         title: "chat-service / Product",
         description: "Registrations, logins, messages, reads, streams, and refused requests.",
-        rows: vec![totals(), messages(), reading(), streams(), retention(), accounts(), limits()],
+        rows: vec![totals(), messages(), reading(), streams(), canary(), retention(), accounts(), limits()],
     }
 }
 
@@ -115,6 +115,32 @@ fn streams() -> Row {
                 .query("gaps", "sum(rate(chat_stream_gaps_total{OURS}[$__rate_interval]))")
                 .runbook("ChatServiceStreamGaps")
                 .width(8),
+        ],
+    }
+}
+
+fn canary() -> Row {
+    Row {
+        title: "Canary",
+        answers: "Can two accounts talk through the Service, and how fast? Empty unless the canary runs.",
+        panels: vec![
+            stack("Rounds", "ops", "Rounds per second. In a `success` both sides read the message, and it came on the stream.")
+                .query("{{outcome}}", "sum by (outcome) (rate(chat_canary_rounds_total{CLUSTER}[$__rate_interval]))")
+                .runbook("ChatServiceCanaryFailing")
+                .width(8),
+            lines("From the start of a send", "s", "To its acknowledgement, to the end of both reads, and to the recipient's stream: 99 of 100 took at most so long.")
+                .query("{{step}}", "histogram_quantile(0.99, sum by (step, le) (rate(chat_canary_seconds_bucket{CLUSTER}[$__rate_interval])))")
+                .from(1.0, "red")
+                .width(8),
+            lines("Failures and losses", "ops", "Per second: rounds that failed, by the step, and acknowledged messages that a read or the stream lacked.")
+                .query("{{step}}", "sum by (step) (rate(chat_canary_failures_total{CLUSTER}[$__rate_interval]))")
+                .query("lost", "sum(rate(chat_canary_lost_total{CLUSTER}[$__rate_interval]))")
+                .runbook("ChatServiceCanaryLostMessage")
+                .width(6),
+            stat("Last success", "dateTimeFromNow", "When a round succeeded last.")
+                .query("success", "1000 * max(chat_canary_last_success_timestamp_seconds{CLUSTER})")
+                .base("blue")
+                .width(2),
         ],
     }
 }

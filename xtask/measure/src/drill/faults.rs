@@ -72,7 +72,7 @@ impl Lane {
     }
 }
 
-pub(super) const DRILLS: [Drill; 15] = [
+pub(super) const DRILLS: [Drill; 17] = [
     Drill {
         lane: Lane::Outages,
         fault: "one of two replicas killed",
@@ -224,6 +224,32 @@ pub(super) const DRILLS: [Drill; 15] = [
             scene.talk();
             lock(&scene.redis).cli(&["acl", "setuser", "default", "+publish"]).map(drop)
         },
+    },
+    Drill {
+        lane: Lane::Errors,
+        fault: "a trigger refuses the canary's messages",
+        alerts: &["ChatServiceCanaryFailing"],
+        // All replicas stay ready.
+        inject: |scene| {
+            scene.sql(
+                "CREATE FUNCTION refuse_canary() RETURNS trigger LANGUAGE plpgsql AS
+                     'BEGIN RAISE EXCEPTION ''drill''; END';
+                 CREATE TRIGGER refuse_canary BEFORE INSERT ON messages FOR EACH ROW
+                     WHEN (NEW.content LIKE 'canary %') EXECUTE FUNCTION refuse_canary()",
+            )
+        },
+        heal: |scene| scene.sql("DROP TRIGGER refuse_canary ON messages; DROP FUNCTION refuse_canary()"),
+    },
+    Drill {
+        lane: Lane::Errors,
+        fault: "the canary's messages deleted",
+        alerts: &["ChatServiceCanaryLostMessage"],
+        inject: |scene| {
+            scene.sql("DELETE FROM messages WHERE content LIKE 'canary %'")?;
+            // With the window of the conversation, which shows them still.
+            lock(&scene.redis).cli(&["flushall"]).map(drop)
+        },
+        heal: |_| Ok(()),
     },
     Drill {
         lane: Lane::Errors,

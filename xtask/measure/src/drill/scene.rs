@@ -19,10 +19,13 @@ use tokio::runtime::Runtime;
 
 use super::collector::Collector;
 use super::faults::Lane;
+use crate::canary::Canary;
 
 pub(super) const DATABASE: &str = "drill";
 /// The chart's name of the Service behind its ServiceMonitor, so that `job` is as in a cluster.
 const SERVICE: &str = "chat-chat-service-ops";
+/// Of the canary.
+const CANARY_SERVICE: &str = "chat-chat-service-canary";
 const REPLICAS: usize = 2;
 /// Clients per replica, and their pause between two requests: 40 requests a second and replica when all is well, and
 /// some even when each takes a second.
@@ -52,6 +55,8 @@ pub(super) struct Scene {
     pub(super) collector: Collector,
     talkers: Mutex<Option<Talkers>>,
     followers: Option<Talkers>,
+    /// Where its alerts are drilled.
+    canary: Option<Canary>,
     _runtime: Runtime,
 }
 
@@ -99,6 +104,10 @@ impl Scene {
         let users = (0..4)
             .map(|number| User::register(replicas[0].public, &format!("user{number}")))
             .collect::<Result<Vec<_>>>()?;
+        let address = replicas[0].public;
+        let canary = (lane == Lane::Errors)
+            .then(|| Canary::start(binary, &dir.join("canary.log"), address))
+            .transpose()?;
         let mut scene = Self {
             namespace: lane.namespace(),
             users,
@@ -111,6 +120,7 @@ impl Scene {
             collector,
             talkers: Mutex::default(),
             followers: None,
+            canary,
             _runtime: runtime,
         };
         scene.talk();
@@ -120,7 +130,7 @@ impl Scene {
 
     /// The scrape job that the chart's ServiceMonitor would make: the Service's name as the job, the pod's as a label.
     pub(super) fn scrape_job(&self) -> ScrapeJob {
-        let targets: Vec<Value> = self
+        let mut targets: Vec<Value> = self
             .replicas
             .iter()
             .enumerate()
@@ -138,6 +148,19 @@ impl Scene {
                 })
             })
             .collect();
+        targets.extend(self.canary.iter().map(|canary| {
+            json!({
+            "targets": [canary.operations.to_string()],
+            "labels": {
+                "job": CANARY_SERVICE,
+                "service": CANARY_SERVICE,
+                "namespace": self.namespace,
+                "pod": CANARY_SERVICE,
+                "container": "canary",
+                "endpoint": "ops",
+            },
+            })
+        }));
         ScrapeJob(json!({"job_name": self.namespace, "static_configs": targets}))
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use common::chart;
@@ -11,6 +12,7 @@ use common::workspace::in_ci;
 use harness::http::Client;
 use harness::{Postgres, Redis, Replica, Scratch, places};
 
+use crate::canary::Canary;
 use crate::rules;
 
 /// Whose documentation names the metrics of Kubernetes' objects.
@@ -32,7 +34,7 @@ const KUBELET: [&str; 7] = [
 
 /// All existing metrics.
 pub(super) struct Metrics {
-    /// A scrape of a service without traffic.
+    /// A scrape of a service without traffic, and of a canary.
     pub(super) text: String,
     /// The names of all samples in it.
     pub(super) names: BTreeSet<String>,
@@ -85,9 +87,15 @@ fn scrape(postgres: &Postgres, redis: &Redis) -> Result<String> {
     let urls = [("DATABASE_URL", postgres.url(DATABASE)), ("REDIS_URL", redis.url(0))];
     let replica = Replica::start(&places::service_binary()?, scratch.path().join("service.log"), urls)?;
     replica.await_ready()?;
-    let answer = Client::new(replica.operations).ask("GET", "/metrics", None, "")?;
-    ensure!(answer.status == 200, "/metrics answers {}", answer.status);
-    Ok(answer.text())
+    let metrics = |operations: SocketAddr| -> Result<String> {
+        let answer = Client::new(operations).ask("GET", "/metrics", None, "")?;
+        ensure!(answer.status == 200, "/metrics answers {}", answer.status);
+        Ok(answer.text())
+    };
+    let text = metrics(replica.operations)?;
+    let canary =
+        Canary::start(&places::service_binary()?, &scratch.path().join("canary.log"), replica.public)?;
+    Ok(text + &metrics(canary.operations)?)
 }
 
 fn kube_state_metrics(progress: &Progress) -> Result<Option<String>> {
