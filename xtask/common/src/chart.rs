@@ -3,9 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use harness::places;
+use harness::servers::daemon;
 use serde_json::Value;
 
 use crate::go_tools::{self, GoTool};
@@ -28,6 +30,8 @@ pub const HELM: GoTool = GoTool {
         "helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor=34",
     ],
 };
+
+const DOWNLOAD_LIMIT: Duration = Duration::from_secs(600);
 
 /// Modules that hold schemas, and the files in them.
 pub const SCHEMA_SOURCES: [(&str, &[&str]); 3] = [
@@ -87,8 +91,9 @@ pub fn at_top(command: &mut Command) -> Command {
 pub fn module_folder(progress: &Progress, module: &str) -> Result<PathBuf> {
     let mut download = Command::new(go_tools::go()?);
     download.args(["mod", "download", "-json", module]).env("GOWORK", "off").env("GOFLAGS", "-mod=mod");
-    let said = progress.run(at_top(&mut download))?;
-    let json = said.find('{').map_or("", |start| &said[start..]);
-    let answer: Value = serde_json::from_str(json).with_context(|| format!("go mod download {module}"))?;
+    progress.say(&format!("fetching {module}"));
+    // Also in a dry run, which prints the names of files in it.
+    let said = daemon::run_ok(at_top(&mut download), DOWNLOAD_LIMIT)?;
+    let answer: Value = serde_json::from_str(&said).with_context(|| format!("go mod download {module}"))?;
     Ok(answer["Dir"].as_str().map(Path::new).with_context(|| format!("{module} has no folder"))?.to_owned())
 }

@@ -60,7 +60,7 @@ const PACKAGES: [(&str, &str); 6] = [
 /// Kubernetes' own programs in one file: `deploy/cluster/main.go`.
 const NODE: GoTool = GoTool {
     name: "kubernetes-node",
-    module: "deploy/cluster",
+    module: "deploy/kind-node",
     package: ".",
     settings: &[
         "k8s.io/component-base/version.gitMajor=1",

@@ -60,28 +60,32 @@ impl GoTool {
 
     /// A short text that changes with the sources.
     fn recipe(&self) -> Result<String> {
-        let mut files = Vec::new();
-        collect(&workspace::root().join(self.module), &mut files)?;
-        files.sort();
-        let mut bytes = Vec::new();
-        for file in &files {
-            bytes.extend_from_slice(file.as_os_str().as_encoded_bytes());
-            bytes.extend(fs::read(file).with_context(|| format!("read {}", file.display()))?);
-        }
-        let hash = places::stable_hash(&bytes);
-        Ok(format!("{} {hash:016x} {}\n", self.package, self.linker_flags()))
+        let is_source = |file: &Path| {
+            file.extension().is_some_and(|kind| ["go", "mod", "sum"].iter().any(|ours| kind == *ours))
+        };
+        let hash = hash_of(&workspace::root().join(self.module), is_source)?;
+        Ok(format!("{} {hash} {}\n", self.package, self.linker_flags()))
     }
 }
 
-/// go.mod, go.sum and the sources of a module.
+/// Changes with the names and the contents of a folder's files.
+pub(crate) fn hash_of(folder: &Path, wanted: impl Fn(&Path) -> bool) -> Result<String> {
+    let mut files = Vec::new();
+    collect(folder, &mut files)?;
+    files.retain(|file| wanted(file));
+    files.sort();
+    let mut bytes = Vec::new();
+    for file in &files {
+        bytes.extend_from_slice(file.as_os_str().as_encoded_bytes());
+        bytes.extend(fs::read(file).with_context(|| format!("read {}", file.display()))?);
+    }
+    Ok(format!("{:016x}", places::stable_hash(&bytes)))
+}
+
 fn collect(dir: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(dir).with_context(|| format!("read {}", dir.display()))? {
         let path = entry?.path();
-        if path.is_dir() {
-            collect(&path, files)?;
-        } else if path.extension().is_some_and(|kind| ["go", "mod", "sum"].iter().any(|ours| kind == *ours)) {
-            files.push(path);
-        }
+        if path.is_dir() { collect(&path, files)? } else { files.push(path) }
     }
     Ok(())
 }

@@ -1,21 +1,31 @@
-//! `cargo xtask kind`: a kind cluster after `deploy/kind.yaml`, with a registry that Tilt pushes to.
+//! `cargo xtask kind`: a kind cluster after `deploy/kind.yaml`, with a registry that Tilt pushes to. Where no image can be
+//! pulled, its images are built from Debian's packages and Go modules.
 
+mod engine;
+mod node_image;
+
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use harness::places;
 use harness::servers::{daemon, programs};
 
+use crate::chart::{self, SCHEMA_SOURCES};
 use crate::dry_run::{self, DryRun};
+use crate::go_tools::GoTool;
 use crate::steps::{Progress, step};
 use crate::{signals, workspace};
+pub use engine::answers as engine_answers;
 
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   cargo xtask kind up && tilt up       the developer's loop
   cargo xtask kind up --metrics-server --prometheus-crds
+  cargo xtask kind up --node-image build    where no image can be pulled; as root on Debian or Ubuntu
+  cargo xtask kind status
   cargo xtask kind up --dry-run        the commands, as a script
   cargo xtask kind down")]
 pub struct Args {
@@ -28,14 +38,20 @@ pub struct Args {
 #[derive(clap::Subcommand, Debug)]
 enum KindCommand {
     /// Create the cluster and its registry, or what is missing; prints how to reach them
-    Up(Extras),
-    /// Delete both
+    Up(Options),
+    /// Delete both, and end the Docker engine that `up` has started
     Down,
+    /// Show what runs
+    Status,
 }
 
-/// Optional parts of the cluster.
-#[derive(clap::Args, Clone, Copy, Debug, Default)]
-pub struct Extras {
+/// How the cluster is made, and its optional parts.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct Options {
+    /// Another node image than that of deploy/kind.yaml; `build` makes one, and the images of Postgres and Redis, from Debian's
+    /// packages and Go modules
+    #[arg(long, value_name = "NAME|build")]
+    pub node_image: Option<String>,
     /// metrics-server, which the autoscaler and `kubectl top` need
     #[arg(long)]
     pub metrics_server: bool,
@@ -56,15 +72,18 @@ const REGISTRY_IMAGE: &str = "docker.io/library/registry:3.0.0";
 const REGISTRY_PORT: u16 = 5001;
 const REGISTRY_CONFIG: &str = "deploy/kind-registry.yaml";
 
-/// kind has no metrics-server, which the autoscaler needs.
-const METRICS_SERVER: &str =
-    "https://github.com/kubernetes-sigs/metrics-server/releases/download/v0.8.0/components.yaml";
-const PROMETHEUS_CRDS: &str = "https://raw.githubusercontent.com/prometheus-operator/prometheus-operator/v0.85.0/example/prometheus-operator-crd";
-const PROMETHEUS_KINDS: [&str; 3] = ["podmonitors", "prometheusrules", "servicemonitors"];
+/// The chart's tests apply the same files.
+const PROMETHEUS_CRDS: (&str, &[&str]) = SCHEMA_SOURCES[1];
+const METRICS_SERVER: &str = "deploy/metrics-server.yaml";
+/// The one port of the node that is also a port of the machine.
+pub const NODE_PORT: u16 = 30080;
 
-const NEEDED: [(&str, &str); 5] = [
-    ("docker", "https://docs.docker.com/engine/install; without it: cargo xtask cluster up"),
-    ("kind", "go install sigs.k8s.io/kind@v0.33.0, or https://kind.sigs.k8s.io/docs/user/quick-start"),
+/// Where it is not in PATH. `deploy/kind.yaml` pins the node image of this version.
+pub const KIND: GoTool =
+    GoTool { name: "kind", module: "deploy/dev", package: "sigs.k8s.io/kind", settings: &[] };
+pub const KIND_MODULE: &str = "sigs.k8s.io/kind@v0.33.0";
+
+const NEEDED: [(&str, &str); 3] = [
     ("kubectl", "https://kubernetes.io/docs/tasks/tools"),
     ("helm", "https://helm.sh/docs/intro/install"),
     ("tilt", "https://docs.tilt.dev/install.html"),
@@ -76,63 +95,125 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 pub fn run(args: &Args) -> Result<ExitCode> {
     signals::listen()?;
     args.dry_run.apply();
-    match args.command {
-        KindCommand::Up(extras) => {
-            let missing = missing(&["tilt"]);
-            up(extras)?;
+    match &args.command {
+        KindCommand::Up(options) => {
+            up(options)?;
             // As with kind: a new cluster becomes the current one.
-            step("kubeconfig", |progress| progress.run(own_kubeconfig("export")))?;
-            if dry_run::is_on() {
-                return Ok(ExitCode::SUCCESS);
-            }
-            println!(
-                "\n  kubectl's context is {CONTEXT}; NodePort {} answers on 127.0.0.1",
-                crate::cluster::NODE_PORT
-            );
-            match missing.as_slice() {
-                [] => println!("  tilt up"),
-                _ => println!("  and for `tilt up`, not installed:\n{}", missing.join("\n")),
+            step("kubeconfig", |progress| progress.run(own_kubeconfig("export")?))?;
+            if !dry_run::is_on() {
+                print_usage()?;
             }
         }
         KindCommand::Down => {
             down()?;
-            step("kubeconfig", |progress| progress.run(own_kubeconfig("delete")))?;
+            step("kubeconfig", |progress| progress.run(own_kubeconfig("delete")?))?;
         }
+        KindCommand::Status => status()?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whether a Docker engine answers in time.
-pub fn engine_answers() -> bool {
-    let Some(docker) = programs::in_path("docker") else { return false };
-    let mut ask = Command::new(docker);
-    ask.args(["version", "--format", "{{.Server.Version}}"]);
-    daemon::run_ok(ask, Duration::from_secs(20)).is_ok()
+fn print_usage() -> Result<()> {
+    println!("\n  kubectl's context is {CONTEXT}; NodePort {NODE_PORT} answers on 127.0.0.1");
+    if ["kind", "kubectl"].iter().any(|name| programs::in_path(name).is_none()) {
+        println!("  export PATH={}:$PATH    # kind, kubectl", tools()?.display());
+    }
+    match missing(&["helm", "tilt"]).as_slice() {
+        [] => println!("  tilt up"),
+        missing => println!("  and for `tilt up`, not installed:\n{}", missing.join("\n")),
+    }
+    Ok(())
 }
 
 /// Creates what is missing, and waits until the cluster is ready.
-pub fn up(extras: Extras) -> Result<PathBuf> {
-    check_programs(&["docker", "kind", "kubectl", "helm"])?;
-    if !dry_run::is_on() && !engine_answers() {
-        bail!("no Docker engine answers: start it, or use `cargo xtask cluster up`, which needs none");
-    }
-    step("registry", registry_up)?;
-    step("kind up", |progress| {
-        if !is_up()? {
-            let mut create = kind(&["create", "cluster", "--name", NAME, "--wait", "180s", "--config"])?;
-            create.arg(workspace::root().join(CONFIG));
-            progress.run(create)?;
-        }
-        progress.run(kind(&["export", "kubeconfig", "--name", NAME])?).map(drop)
+pub fn up(options: &Options) -> Result<PathBuf> {
+    let builds = options.node_image.as_deref() == Some("build");
+    step("Docker engine", |progress| engine::ensure(progress, builds))?;
+    step("programs", |progress| ensure_programs(progress, builds))?;
+    let image = step("node image", |progress| match options.node_image.as_deref() {
+        Some("build") => node_image::build(progress),
+        Some(name) => pull(progress, name.to_owned()),
+        None => pull(progress, pinned_image()?),
     })?;
-    step("registry for the node", connect_registry)?;
-    if extras.metrics_server {
+    if !builds {
+        step("registry", registry_up)?;
+    }
+    step("kind up", |progress| create(progress, &image))?;
+    if builds {
+        step("Postgres, Redis images", node_image::stand_ins)?;
+    } else {
+        step("registry for the node", connect_registry)?;
+    }
+    if options.metrics_server {
         step("metrics-server", metrics_server)?;
     }
-    if extras.prometheus_crds {
+    if options.prometheus_crds {
         step("Prometheus CRDs", prometheus_crds)?;
     }
     kubeconfig()
+}
+
+/// kind and kubectl, built where PATH has none.
+fn ensure_programs(progress: &Progress, builds: bool) -> Result<()> {
+    if dry_run::is_on() {
+        return Ok(());
+    }
+    if programs::in_path("kind").is_none() {
+        KIND.build(progress)?;
+    }
+    if builds {
+        node_image::kubectl(progress)?;
+    }
+    match missing(&["kubectl"]).as_slice() {
+        [kubectl] if !builds => bail!("not installed:\n{kubectl}"),
+        _ => Ok(()),
+    }
+}
+
+fn pinned_image() -> Result<String> {
+    let text = fs::read_to_string(workspace::root().join(CONFIG))?;
+    let image = text.lines().find_map(|line| line.trim().strip_prefix("image: "));
+    Ok(image.with_context(|| format!("{CONFIG} names no image"))?.to_owned())
+}
+
+fn pull(progress: &Progress, image: String) -> Result<String> {
+    if ask_docker(&["image", "inspect", "--format", "{{.Id}}", &image]).is_err() {
+        progress.run(docker(&["pull", &image])).with_context(|| {
+            format!(
+                "{image} cannot be pulled. As root on Debian or Ubuntu, `cargo xtask kind up --node-image build` \
+                 makes a node image from packages and Go modules"
+            )
+        })?;
+    }
+    Ok(image)
+}
+
+fn create(progress: &Progress, image: &str) -> Result<()> {
+    if is_up()? && !comes_back(progress)? {
+        progress.note("the cluster of before does not answer: a new one");
+        progress.run(kind(&["delete", "cluster", "--name", NAME])?)?;
+    }
+    if !is_up()? {
+        let mut create = kind(&["create", "cluster", "--name", NAME, "--image", image, "--wait", "180s"])?;
+        create.arg("--config").arg(workspace::root().join(CONFIG));
+        progress.run(create)?;
+    }
+    progress.run(kind(&["export", "kubeconfig", "--name", NAME])?).map(drop)
+}
+
+/// Whether the API server answers. After the end of its engine, a node starts with the next one.
+fn comes_back(progress: &Progress) -> Result<bool> {
+    progress.say("the cluster of before");
+    let answered = daemon::poll(Duration::from_secs(90), || {
+        signals::check()?;
+        let asked = daemon::run_ok(kind(&["export", "kubeconfig", "--name", NAME])?, ANSWER_LIMIT)
+            .and_then(|_| daemon::run_ok(kubectl(&["get", "--raw", "/readyz"])?, ANSWER_LIMIT));
+        if asked.is_err() {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        Ok(asked.ok())
+    })?;
+    Ok(answered.is_some())
 }
 
 /// A registry on the loopback address alone.
@@ -173,35 +254,60 @@ fn connect_registry(progress: &Progress) -> Result<()> {
 }
 
 fn metrics_server(progress: &Progress) -> Result<()> {
-    progress.run(kubectl(&["apply", "--filename", METRICS_SERVER])?)?;
-    // The kubelet's certificate is its own; kind makes it so. The whole list, so that twice is the same as once.
-    let deployment =
-        ["--namespace=kube-system", "patch", "deployment/metrics-server", "--type=json", "--patch"];
-    let arguments = r#"[{"op": "replace", "path": "/spec/template/spec/containers/0/args", "value": ["--cert-dir=/tmp", "--secure-port=10250", "--kubelet-preferred-address-types=InternalIP", "--kubelet-use-node-status-port", "--metric-resolution=15s", "--kubelet-insecure-tls"]}]"#;
-    progress.run(kubectl(&[&deployment[..], &[arguments]].concat())?).map(drop)
+    let mut apply = kubectl(&["apply", "--filename"])?;
+    apply.arg(workspace::root().join(METRICS_SERVER));
+    progress.run(apply)?;
+    let wait = ["wait", "--for=condition=Available", "--timeout=180s", "apiservice/v1beta1.metrics.k8s.io"];
+    progress.run(kubectl(&wait)?).map(drop)
 }
 
 fn prometheus_crds(progress: &Progress) -> Result<()> {
-    for kind in PROMETHEUS_KINDS {
-        let file = format!("{PROMETHEUS_CRDS}/monitoring.coreos.com_{kind}.yaml");
+    let (module, files) = PROMETHEUS_CRDS;
+    let folder = chart::module_folder(progress, module)?;
+    for file in files {
         // They are too large for the annotation of a client-side apply.
-        progress.run(kubectl(&["apply", "--server-side", "--force-conflicts", "--filename", &file])?)?;
+        let mut apply = kubectl(&["apply", "--server-side", "--force-conflicts", "--filename"])?;
+        apply.arg(folder.join(file));
+        progress.run(apply)?;
     }
     Ok(())
 }
 
-/// Deletes the cluster and its registry.
+/// Deletes the cluster and its registry, and ends the engine if it is ours.
 pub fn down() -> Result<()> {
-    check_programs(&["docker", "kind"])?;
     step("kind down", |progress| {
+        if !dry_run::is_on() && !engine_answers() {
+            if !engine::is_ours()? {
+                progress.note("no Docker engine answers, so nothing of a cluster is there");
+                return Ok(());
+            }
+            // Only an engine can delete the containers of one that was killed.
+            engine::start(progress)?;
+        }
+        ensure_programs(progress, false)?;
         progress.run(kind(&["delete", "cluster", "--name", NAME])?)?;
         // A missing one is no error.
-        progress.run(docker(&["rm", "--force", "--volumes", REGISTRY])).map(drop)
+        progress.run(docker(&["rm", "--force", "--volumes", REGISTRY]))?;
+        engine::stop(progress)
     })
 }
 
+/// Prints what runs, by the programs that know it.
+pub fn status() -> Result<()> {
+    for command in
+        [docker(&["ps"]), kind(&["get", "clusters"])?, kubectl(&["get", "pods", "--all-namespaces"])?]
+    {
+        println!("$ {}", dry_run::shell_line(&command));
+        match daemon::run_ok(command, ANSWER_LIMIT) {
+            Ok(said) => println!("{said}"),
+            Err(error) => println!("{error:#}"),
+        }
+    }
+    Ok(())
+}
+
 pub fn is_up() -> Result<bool> {
-    if programs::in_path("kind").is_none() && !dry_run::is_on() {
+    if !dry_run::is_on() && !(engine_answers() && Path::new(&program("kind")?).exists()) {
         return Ok(false);
     }
     let clusters = dry_run::ask(kind(&["get", "clusters"])?, ANSWER_LIMIT, "")?;
@@ -227,23 +333,36 @@ fn kubeconfig() -> Result<PathBuf> {
 }
 
 /// kind's command that brings the cluster into the user's kubeconfig, or out of it.
-fn own_kubeconfig(verb: &str) -> Command {
+fn own_kubeconfig(verb: &str) -> Result<Command> {
     let object = if verb == "export" { "kubeconfig" } else { "cluster" };
-    let mut command = Command::new("kind");
+    let mut command = Command::new(program("kind")?);
     command.args([verb, object, "--name", NAME]);
-    command
+    Ok(command)
 }
 
 fn kind(args: &[&str]) -> Result<Command> {
-    let mut command = Command::new("kind");
+    let mut command = Command::new(program("kind")?);
     command.args(args).env("KUBECONFIG", kubeconfig()?);
     Ok(command)
 }
 
 fn kubectl(args: &[&str]) -> Result<Command> {
-    let mut command = Command::new("kubectl");
+    let mut command = Command::new(program("kubectl")?);
     command.args(args).env("KUBECONFIG", kubeconfig()?);
     Ok(command)
+}
+
+/// The program in PATH, else the built one.
+fn program(name: &str) -> Result<PathBuf> {
+    if dry_run::is_on() {
+        return Ok(PathBuf::from(name));
+    }
+    programs::in_path(name).map_or_else(|| Ok(tools()?.join(name)), Ok)
+}
+
+/// The folder of the built programs.
+pub fn tools() -> Result<PathBuf> {
+    Ok(places::target_dir()?.join("tools/bin"))
 }
 
 fn docker(args: &[&str]) -> Command {
@@ -255,14 +374,6 @@ fn docker(args: &[&str]) -> Command {
 /// A dry run prints the commands for a machine without any of it.
 fn ask_docker(args: &[&str]) -> Result<String> {
     dry_run::ask(docker(args), ANSWER_LIMIT, "null")
-}
-
-fn check_programs(names: &[&str]) -> Result<()> {
-    let missing = missing(names);
-    if missing.is_empty() || dry_run::is_on() {
-        return Ok(());
-    }
-    bail!("not installed:\n{}", missing.join("\n"));
 }
 
 /// A line for each missing program, with where to get it.

@@ -71,7 +71,7 @@ impl Stage {
     pub(super) fn set(provider: Provider, same_image: bool) -> Result<Self> {
         let (kubeconfig, helm) = match provider {
             Provider::Kind => (
-                kind::up(kind::Extras { metrics_server: true, ..kind::Extras::default() })?,
+                kind::up(&kind::Options { metrics_server: true, ..kind::Options::default() })?,
                 PathBuf::from("helm"),
             ),
             Provider::Cluster => (cluster::up()?, step("build helm", |progress| HELM.build(progress))?),

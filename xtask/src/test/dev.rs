@@ -10,14 +10,13 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use common::cluster;
 use common::go_tools::GoTool;
+use common::kind::{KIND, KIND_MODULE};
 use common::steps::{Progress, Tally};
 use common::workspace::{self, in_ci};
 use harness::servers::programs;
 use harness::{Scratch, places};
 
 const MODULE: &str = "deploy/dev";
-const KIND: GoTool = GoTool { name: "kind", module: MODULE, package: "sigs.k8s.io/kind", settings: &[] };
-const KIND_MODULE: &str = "sigs.k8s.io/kind@v0.33.0";
 const ACTIONLINT: GoTool = GoTool {
     name: "actionlint",
     module: MODULE,

@@ -19,7 +19,7 @@ const POSTGRES: &str = "docker.io/library/postgres:17-bookworm";
 const REDIS: &str = "docker.io/library/redis:7.2-bookworm";
 
 const PAUSE_PROGRAM: GoTool =
-    GoTool { name: "pause", module: "deploy/cluster", package: "./pause", settings: &[] };
+    GoTool { name: "pause", module: "deploy/kind-node", package: "./pause", settings: &[] };
 
 pub(super) fn pause(progress: &Progress) -> Result<PathBuf> {
     let program = PAUSE_PROGRAM.build(progress)?;
@@ -33,7 +33,7 @@ pub(super) fn pause(progress: &Progress) -> Result<PathBuf> {
     Ok(archive)
 }
 
-/// Puts stand-ins for the official Postgres and Redis images into the node; see `deploy/cluster/images/README.md`.
+/// Puts stand-ins for the official Postgres and Redis images into the node; see `deploy/kind-node/images/README.md`.
 pub fn stand_ins(progress: &Progress) -> Result<()> {
     install::ensure_programs(|line| progress.note(line))?;
     if programs::in_path("busybox").is_none() {
@@ -85,7 +85,7 @@ fn archive(name: &str) -> Result<PathBuf> {
 }
 
 fn sources() -> PathBuf {
-    workspace::root().join("deploy/cluster/images")
+    workspace::root().join("deploy/kind-node/images")
 }
 
 /// An empty folder for an image's root.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/coredns/coredns/coremain"
 	"github.com/spf13/cobra"
+	"go.etcd.io/etcd/server/v3/etcdmain"
 	"k8s.io/apiserver/pkg/server"
 	_ "k8s.io/client-go/plugin/pkg/client/auth"
 	"k8s.io/component-base/cli"
@@ -38,6 +39,7 @@ var programs map[string]func()
 func init() {
 	programs = map[string]func(){
 		"coredns":                 coremain.Run,
+		"etcd":                    func() { etcdmain.Main(os.Args) },
 		"kubeadm":                 run(func() *cobra.Command { return kubeadm.NewKubeadmCommand(os.Stdin, os.Stdout, os.Stderr) }),
 		"kube-apiserver":          run(apiserver.NewAPIServerCommand),
 		"kube-controller-manager": run(controllers.NewControllerManagerCommand),
