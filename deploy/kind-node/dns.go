@@ -3,7 +3,6 @@ package main
 // Only the plugins that kubeadm's Corefile names: all of CoreDNS's plugins would double the code to compile.
 import (
 	"github.com/coredns/coredns/core/dnsserver"
-	_ "github.com/coredns/coredns/plugin/bind"
 	_ "github.com/coredns/coredns/plugin/cache"
 	_ "github.com/coredns/coredns/plugin/errors"
 	_ "github.com/coredns/coredns/plugin/forward"
@@ -19,6 +18,6 @@ import (
 func init() {
 	// In the order in which they handle a query.
 	dnsserver.Directives = []string{
-		"reload", "bind", "ready", "health", "prometheus", "errors", "loadbalance", "cache", "kubernetes", "loop", "forward",
+		"reload", "ready", "health", "prometheus", "errors", "loadbalance", "cache", "kubernetes", "loop", "forward",
 	}
 }

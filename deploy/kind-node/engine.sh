@@ -14,8 +14,9 @@ start() {
     for table in filter nat; do iptables -t $table -N $cgroup && iptables -t $table -X $cgroup; done
     iptables-save > "$state/iptables"
     ls /sys/class/net > "$state/links"
+    # The engine must not keep a file of the caller's open, such as a lock.
     setsid unshare --mount --pid --fork --kill-child --mount-proc sh "$here/engine.sh" run "$state" "$data" \
-        > "$state/log" 2>&1 < /dev/null &
+        > "$state/log" 2>&1 < /dev/null 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&- &
     echo $! > "$state/pid"
     timeout 60 sh -c 'until docker version >/dev/null 2>&1; do sleep 0.2; done' || { tail -n 12 "$state/log"; exit 1; }
 }

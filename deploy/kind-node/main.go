@@ -1,15 +1,15 @@
-// All Kubernetes programs of a one-node cluster in one binary, chosen by the first argument. They share most of their
-// packages, so one link step replaces eight. See README.md.
+// All Kubernetes programs of a node in one binary, chosen by the name by which it is called. They share most of their
+// packages, so one link step replaces ten. See README.md.
 package main
 
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
-	"sort"
-	"strings"
+	"slices"
 	_ "time/tzdata"
 
 	"github.com/coredns/coredns/coremain"
@@ -33,50 +33,29 @@ import (
 	metrics "sigs.k8s.io/metrics-server/cmd/metrics-server/app"
 )
 
-var programs map[string]func()
-
-// Filled here and not above: node-init reads the map, so a literal would be an initialization cycle.
-func init() {
-	programs = map[string]func(){
-		"coredns":                 coremain.Run,
-		"etcd":                    func() { etcdmain.Main(os.Args) },
-		"kubeadm":                 run(func() *cobra.Command { return kubeadm.NewKubeadmCommand(os.Stdin, os.Stdout, os.Stderr) }),
-		"kube-apiserver":          run(apiserver.NewAPIServerCommand),
-		"kube-controller-manager": run(controllers.NewControllerManagerCommand),
-		"kube-proxy":              run(proxy.NewProxyCommand),
-		"kube-scheduler":          run(func() *cobra.Command { return scheduler.NewSchedulerCommand() }),
-		"kubectl":                 runKubectl,
-		"kubelet":                 run(func() *cobra.Command { return kubelet.NewKubeletCommand(context.Background()) }),
-		"metrics-server": run(func() *cobra.Command {
-			return metrics.NewMetricsServerCommand(server.SetupSignalHandler())
-		}),
-		"node":      startNode,
-		"node-init": runNode,
-		"volumes":   runVolumes,
-	}
+var programs = map[string]func(){
+	"coredns":                 coremain.Run,
+	"etcd":                    func() { etcdmain.Main(os.Args) },
+	"kubeadm":                 run(func() *cobra.Command { return kubeadm.NewKubeadmCommand(os.Stdin, os.Stdout, os.Stderr) }),
+	"kube-apiserver":          run(apiserver.NewAPIServerCommand),
+	"kube-controller-manager": run(controllers.NewControllerManagerCommand),
+	"kube-proxy":              run(proxy.NewProxyCommand),
+	"kube-scheduler":          run(func() *cobra.Command { return scheduler.NewSchedulerCommand() }),
+	"kubectl":                 runKubectl,
+	"kubelet":                 run(func() *cobra.Command { return kubelet.NewKubeletCommand(context.Background()) }),
+	"metrics-server": run(func() *cobra.Command {
+		return metrics.NewMetricsServerCommand(server.SetupSignalHandler())
+	}),
+	"volumes": runVolumes,
 }
 
 func main() {
-	// When called by the link `kubectl`.
-	if program, known := programs[filepath.Base(os.Args[0])]; known {
-		program()
-		return
+	program, known := programs[filepath.Base(os.Args[0])]
+	if !known {
+		fmt.Fprintf(os.Stderr, "%s is none of %v\n", os.Args[0], slices.Sorted(maps.Keys(programs)))
+		os.Exit(2)
 	}
-	if len(os.Args) > 1 {
-		if program, known := programs[os.Args[1]]; known {
-			// The remaining arguments belong to the program.
-			os.Args = os.Args[1:]
-			program()
-			return
-		}
-	}
-	names := make([]string, 0, len(programs))
-	for name := range programs {
-		names = append(names, name)
-	}
-	sort.Strings(names)
-	fmt.Fprintf(os.Stderr, "usage: %s PROGRAM [ARGUMENT...]\nprograms: %s\n", os.Args[0], strings.Join(names, ", "))
-	os.Exit(2)
+	program()
 }
 
 func run(command func() *cobra.Command) func() {

@@ -1,4 +1,4 @@
-// kube-state-metrics as a program: what the cluster's alerts read. The same libraries as the node's in deploy/cluster.
+// kube-state-metrics as a program: what the cluster's alerts read. The same libraries as the node's in deploy/kind-node.
 module chat-service/deploy/kube-state-metrics
 
 go 1.24.5

@@ -129,7 +129,7 @@ fn tools() -> Vec<Finding> {
     let docker = if kind::engine_answers() {
         Ok("its engine answers".to_owned())
     } else {
-        Err("https://docs.docker.com/engine/install; `cargo xtask cluster` does without".to_owned())
+        Err("https://docs.docker.com/engine/install; on Debian and Ubuntu root gets it from `cargo xtask kind up`".to_owned())
     };
     let engines = ["docker", "podman", "buildah"];
     let works = |name: &&str| programs::in_path(name).is_some() && (*name != "docker" || docker.is_ok());
@@ -146,20 +146,20 @@ fn tools() -> Vec<Finding> {
     };
     vec![
         finding("browser", "test (the chat page)", browser),
-        finding("Go", "test (the chart's linters, a generated client), cluster, e2e", go),
+        finding("Go", "test (the chart's linters, a generated client), kind, e2e", go),
         finding("image engine", "image, e2e, release", engine),
         finding("Docker", "kind", docker),
         program(
             "kind",
             &["version"],
             "kind, tilt up",
-            "go install sigs.k8s.io/kind@v0.33.0, or https://kind.sigs.k8s.io/docs/user/quick-start",
+            "https://kind.sigs.k8s.io/docs/user/quick-start; the first run builds it with Go",
         ),
         program(
             "kubectl",
             &["version", "--client"],
             "kind, tilt up",
-            "https://kubernetes.io/docs/tasks/tools; `cargo xtask cluster` builds its own",
+            "https://kubernetes.io/docs/tasks/tools; `cargo xtask kind up --node-image build` builds its own",
         ),
         program(
             "helm",
@@ -199,7 +199,6 @@ fn ports_in_use() -> Vec<Finding> {
     vec![
         finding((8000, "port 8000", "dev: the API's usual port", other)),
         finding((9000, "port 9000", "dev: the operations' usual port", other)),
-        finding((common::cluster::NODE_PORT, "port 30080", "cluster, kind, e2e", node)),
-        finding((16443, "port 16443", "cluster, e2e: the API of Kubernetes", node)),
+        finding((kind::NODE_PORT, "port 30080", "kind, e2e", node)),
     ]
 }

@@ -16,7 +16,7 @@ mod test;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
-use common::{args, cluster, image, kind};
+use common::{args, image, kind};
 
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask", about, max_term_width = 100, after_help = EXAMPLES)]
@@ -54,9 +54,7 @@ enum Command {
     Soak(args::Soak),
     /// Build the container image
     Image(image::Args),
-    /// Run a real Kubernetes node on this machine, without a container engine
-    Cluster(cluster::Args),
-    /// Run a kind cluster, which needs Docker
+    /// Run a kind cluster, also where no image can be pulled
     Kind(kind::Args),
     /// Run conversations against a running service; no request may fail
     Load(load::Args),
@@ -91,7 +89,6 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Prepare => prepare::run(),
         Command::Image(args) => image::run(&args),
-        Command::Cluster(args) => cluster::run(&args),
         Command::Kind(args) => kind::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Bench(_) | Command::Soak(_) | Command::Drill(_) | Command::Dashboards(_) => {

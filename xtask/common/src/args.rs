@@ -95,13 +95,13 @@ pub struct Drill {
 
 #[derive(clap::Args, Debug, Default)]
 #[command(after_help = "Examples:
-  cargo xtask e2e                      all of it, on a cluster of its own
+  cargo xtask e2e                      all of it, on a kind cluster of its own
   cargo xtask e2e --only upgrade --keep    one check, and the cluster stays
   cargo xtask e2e --same-image         after a change of the chart alone")]
 pub struct E2e {
-    /// Where to run; by default kind where a Docker engine answers, else `cargo xtask cluster`
-    #[arg(long)]
-    pub provider: Option<Provider>,
+    /// The node image of a new cluster, as of `cargo xtask kind up`
+    #[arg(long, value_name = "NAME|build")]
+    pub node_image: Option<String>,
     /// Keep the cluster and the release
     #[arg(long)]
     pub keep: bool,
@@ -111,12 +111,6 @@ pub struct E2e {
     /// Only the checks with this in their name; the installation always comes first
     #[arg(long, value_name = "NAME")]
     pub only: Option<String>,
-}
-
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Provider {
-    Kind,
-    Cluster,
 }
 
 #[derive(clap::Args, Debug)]

@@ -71,8 +71,6 @@ pub struct Args {
 enum Load {
     /// The kind cluster of `cargo xtask kind up`
     Kind,
-    /// The node of `cargo xtask cluster up`
-    Cluster,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,12 +163,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             println!("  {}", workspace::shown(&file));
         }
     }
-    match args.load {
-        Some(Load::Kind) => step("load into kind", |progress| crate::kind::load(progress, &image.archive))?,
-        Some(Load::Cluster) => {
-            step("load into the cluster", |progress| crate::cluster::load(progress, &image.archive))?
-        }
-        None => {}
+    if args.load == Some(Load::Kind) {
+        step("load into kind", |progress| crate::kind::load(progress, &image.archive))?;
     }
     if let Some(repository) = &args.push {
         step("push", |progress| engine::push(&options, &image, repository, progress))?;

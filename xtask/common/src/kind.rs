@@ -19,6 +19,7 @@ use crate::go_tools::GoTool;
 use crate::steps::{Progress, step};
 use crate::{signals, workspace};
 pub use engine::answers as engine_answers;
+pub use node_image::kubectl as kubectl_program;
 
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
@@ -69,7 +70,7 @@ const CONFIG: &str = "deploy/kind.yaml";
 const REGISTRY: &str = "chat-registry";
 const REGISTRY_IMAGE: &str = "docker.io/library/registry:3.0.0";
 /// Where the machine, and by `deploy/kind-registry.yaml` Tilt, find it. In the node it goes by the same name.
-const REGISTRY_PORT: u16 = 5001;
+pub const REGISTRY_HOST: &str = "localhost:5001";
 const REGISTRY_CONFIG: &str = "deploy/kind-registry.yaml";
 
 /// The chart's tests apply the same files.
@@ -223,7 +224,7 @@ fn registry_up(progress: &Progress) -> Result<()> {
         Ok("true") => Ok(()),
         Ok("false") => progress.run(docker(&["start", REGISTRY])).map(drop),
         _ => {
-            let port = format!("127.0.0.1:{REGISTRY_PORT}:5000");
+            let port = format!("{}:5000", REGISTRY_HOST.replace("localhost", "127.0.0.1"));
             let run = [
                 "run",
                 "--detach",
@@ -245,7 +246,7 @@ fn connect_registry(progress: &Progress) -> Result<()> {
     if network.as_deref().map_or("null", str::trim) == "null" {
         progress.run(docker(&["network", "connect", "kind", REGISTRY]))?;
     }
-    let dir = format!("/etc/containerd/certs.d/localhost:{REGISTRY_PORT}");
+    let dir = format!("/etc/containerd/certs.d/{REGISTRY_HOST}");
     let script = format!("mkdir -p {dir} && echo '[host.\"http://{REGISTRY}:5000\"]' > {dir}/hosts.toml");
     progress.run(docker(&["exec", NODE, "sh", "-c", &script]))?;
     let mut apply = kubectl(&["apply", "--filename"])?;
@@ -307,7 +308,8 @@ pub fn status() -> Result<()> {
 }
 
 pub fn is_up() -> Result<bool> {
-    if !dry_run::is_on() && !(engine_answers() && Path::new(&program("kind")?).exists()) {
+    let can_be = || Ok::<_, anyhow::Error>(program("kind")?.exists() && engine_answers());
+    if !dry_run::is_on() && !can_be()? {
         return Ok(false);
     }
     let clusters = dry_run::ask(kind(&["get", "clusters"])?, ANSWER_LIMIT, "")?;
@@ -319,6 +321,11 @@ pub fn load(progress: &Progress, archive: &Path) -> Result<()> {
     let mut load = kind(&["load", "image-archive", "--name", NAME])?;
     load.arg(archive);
     progress.run(load).map(drop)
+}
+
+/// As [`load()`], an image of the Docker engine.
+pub fn load_from_engine(progress: &Progress, image: &str) -> Result<String> {
+    progress.run(kind(&["load", "docker-image", "--name", NAME, image])?)
 }
 
 /// Gives an image of the cluster's node a second name.

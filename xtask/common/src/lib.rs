@@ -2,7 +2,6 @@
 
 pub mod args;
 pub mod chart;
-pub mod cluster;
 pub mod conversation;
 pub mod dry_run;
 pub mod git;

@@ -13,10 +13,10 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use common::args::{E2e as Args, Provider};
+use common::args::E2e as Args;
 use common::prometheus::ON_A_CLUSTER;
 use common::steps::{Progress, Tally, step};
-use common::{cluster, kind, signals};
+use common::{kind, signals};
 
 use stage::Stage;
 
@@ -74,16 +74,12 @@ fn main() -> ExitCode {
 
 fn all(tally: &mut Tally, args: &Args) -> Result<()> {
     let started = std::time::Instant::now();
-    let found = || if kind::engine_answers() { Provider::Kind } else { Provider::Cluster };
-    let provider = args.provider.unwrap_or_else(found);
     // A cluster that ran before belongs to somebody, and stays.
-    let was_up = match provider {
-        Provider::Cluster => cluster::is_up()?,
-        Provider::Kind => kind::is_up()?,
-    };
-    let outcome = match Stage::set(provider, args.same_image) {
+    let was_up = kind::is_up()?;
+    let outcome = match Stage::set(args) {
         Ok(mut stage) => {
             println!("  set up after {:.0} s", started.elapsed().as_secs_f32());
+            kind::status()?;
             play(tally, &mut stage, args.only.as_deref());
             if args.keep || !was_up { Ok(()) } else { step("clean up", |progress| stage.strike(progress)) }
         }
@@ -94,10 +90,7 @@ fn all(tally: &mut Tally, args: &Args) -> Result<()> {
         }
     };
     if !args.keep && !was_up {
-        match provider {
-            Provider::Cluster => cluster::down()?,
-            Provider::Kind => kind::down()?,
-        }
+        kind::down()?;
     }
     println!("  e2e: {:.0} s in all", started.elapsed().as_secs_f32());
     outcome

@@ -10,11 +10,11 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use common::args::Provider;
+use common::args::E2e as Args;
 use common::chart::HELM;
 use common::conversation::{self as load, Pair, Report};
 use common::steps::{Progress, step};
-use common::{cluster, image, kind, workspace};
+use common::{image, kind, workspace};
 use harness::servers::daemon;
 
 use crate::kubernetes::Kubernetes;
@@ -42,50 +42,34 @@ pub(super) struct Stage {
     pub(super) pairs: Vec<Pair>,
     /// The image that is installed now.
     pub(super) tag: &'static str,
-    pub(super) provider: Provider,
     pub(super) helm: PathBuf,
     kubeconfig: PathBuf,
 }
 
 /// The image under both names.
-fn put_image(progress: &Progress, provider: Provider, same: bool) -> Result<()> {
+fn put_image(progress: &Progress, same: bool) -> Result<()> {
     let name = |tag: &str| format!("docker.io/library/chat-service:{tag}");
     let archive = harness::places::target_dir()?.join(format!("image/chat-service-{}.tar", IMAGES[0]));
     if !same || !archive.exists() {
         image::build(&image::Options::tagged(IMAGES[0]), progress)?;
     }
-    match provider {
-        Provider::Kind => {
-            kind::load(progress, &archive)?;
-            kind::tag(&name(IMAGES[0]), &name(IMAGES[1]))
-        }
-        Provider::Cluster => {
-            cluster::load(progress, &archive)?;
-            cluster::tag(&name(IMAGES[0]), &name(IMAGES[1]))
-        }
-    }
+    kind::load(progress, &archive)?;
+    kind::tag(&name(IMAGES[0]), &name(IMAGES[1]))
 }
 
 impl Stage {
     /// Starts the cluster if needed, and empties the namespace.
-    pub(super) fn set(provider: Provider, same_image: bool) -> Result<Self> {
-        let (kubeconfig, helm) = match provider {
-            Provider::Kind => (
-                kind::up(&kind::Options { metrics_server: true, ..kind::Options::default() })?,
-                PathBuf::from("helm"),
-            ),
-            Provider::Cluster => (cluster::up()?, step("build helm", |progress| HELM.build(progress))?),
-        };
-        step("image", |progress| put_image(progress, provider, same_image))?;
-        if provider == Provider::Cluster {
-            step("stand-in images", cluster::stand_ins)?;
-        }
+    pub(super) fn set(args: &Args) -> Result<Self> {
+        let node_image = args.node_image.clone();
+        let options = kind::Options { node_image, metrics_server: true, ..kind::Options::default() };
+        let kubeconfig = kind::up(&options)?;
+        let helm = step("build helm", |progress| HELM.build(progress))?;
+        step("image", |progress| put_image(progress, args.same_image))?;
         let stage = Self {
             kubernetes: Kubernetes::connect(&kubeconfig, NAMESPACE)?,
-            address: SocketAddr::from(([127, 0, 0, 1], cluster::NODE_PORT)),
+            address: SocketAddr::from(([127, 0, 0, 1], kind::NODE_PORT)),
             pairs: Vec::new(),
             tag: IMAGES[0],
-            provider,
             helm,
             kubeconfig,
         };
@@ -120,7 +104,7 @@ impl Stage {
     }
 
     fn script(&self, script: &str) -> Result<Command> {
-        let tools = cluster::tools()?;
+        let tools = kind::tools()?;
         let path = std::env::var("PATH").unwrap_or_default();
         let mut command = Command::new("bash");
         command.args(["-euo", "pipefail", "-c", script]).current_dir(workspace::root());

@@ -1,10 +1,9 @@
 //! Does what Tilt would do with the Tiltfile: the image's command, the objects in their order, the buttons.
 
 use anyhow::{Context, Result, ensure};
-use common::args::Provider;
 use common::steps::Progress;
 use common::tiltfile::{Plan, Scenario, plan};
-use common::{cluster, kind, workspace};
+use common::{kind, workspace};
 use serde_json::{Value, json};
 
 use crate::kubernetes::no_warnings;
@@ -20,11 +19,7 @@ struct Loop<'a> {
 }
 
 pub(super) fn tilt_loop(stage: &mut Stage, progress: &Progress) -> Result<()> {
-    let context = match stage.provider {
-        Provider::Kind => kind::CONTEXT,
-        Provider::Cluster => cluster::CONTEXT,
-    };
-    let scenario = Scenario { namespace: NAMESPACE, subcommand: "ci", ..Scenario::up(context) };
+    let scenario = Scenario { namespace: NAMESPACE, subcommand: "ci", ..Scenario::up(kind::CONTEXT) };
     let plan = plan(progress, &stage.helm, &workspace::root().join("Tiltfile"), scenario)?;
     let tilt = Loop { stage, progress, plan };
     tilt.shell(&format!(
@@ -85,15 +80,18 @@ impl Loop<'_> {
     /// Builds the image under the name that Tilt would expect, and brings it to where the cluster finds it.
     fn image(&self, tag: &str) -> Result<String> {
         let [image] = self.plan.images.as_slice() else { anyhow::bail!("not one image") };
-        let name = match self.stage.provider {
-            Provider::Kind => format!("localhost:5001/{}:{tag}", image.name),
-            Provider::Cluster => format!("{}:{tag}", image.name),
+        // By a push if the cluster names a registry, else by loading it into the node.
+        let announced = self.shell("kubectl --namespace kube-public get configmap local-registry-hosting");
+        let name = match announced {
+            Ok(_) => format!("{}/{}:{tag}", kind::REGISTRY_HOST, image.name),
+            Err(_) => format!("{}:{tag}", image.name),
         };
         let script = image.command.last().context("a script")?;
         self.shell(&format!("export EXPECTED_REF={name}\n{script}"))?;
-        if !image.skips_local_docker {
-            self.shell(&format!("docker push {name}"))?;
-        }
+        match announced {
+            Ok(_) => self.shell(&format!("docker push {name}"))?,
+            Err(_) => kind::load_from_engine(self.progress, &name)?,
+        };
         Ok(name)
     }
 

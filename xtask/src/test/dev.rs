@@ -8,9 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use common::cluster;
 use common::go_tools::GoTool;
-use common::kind::{KIND, KIND_MODULE};
+use common::kind::{self, KIND, KIND_MODULE};
 use common::steps::{Progress, Tally};
 use common::workspace::{self, in_ci};
 use harness::servers::programs;
@@ -70,7 +69,7 @@ fn configuration(progress: &Progress) -> Result<()> {
         own.contains(&format!("\"{image}\"")),
         "{image} is not the one that {KIND_MODULE} brings:\n{own}"
     );
-    let port = format!("--publish=127.0.0.1:{0}:{0}/TCP", cluster::NODE_PORT);
+    let port = format!("--publish=127.0.0.1:{0}:{0}/TCP", kind::NODE_PORT);
     ensure!(node.contains(&port) && node.contains("--name chat-control-plane "), "no {port}: {node}");
     // kind refuses a broken file before that.
     for (part, instead, reason) in [
@@ -146,7 +145,7 @@ fn dry_run(progress: &Progress) -> Result<()> {
 fn kubectl(progress: &Progress) -> Result<Option<PathBuf>> {
     match programs::in_path("kubectl") {
         Some(program) => Ok(Some(program)),
-        None if in_ci() => cluster::kubectl_program(progress).map(Some),
+        None if in_ci() => kind::kubectl_program(progress).map(Some),
         None => Ok(None),
     }
 }
@@ -169,7 +168,7 @@ fn takes(progress: &Progress, program: &Path, words: &[String]) -> Result<()> {
 /// Docker's client reads no flags behind an image's or a container's name.
 fn takes_docker(progress: &Progress, words: &[String]) -> Result<()> {
     let Some(docker) = programs::in_path("docker") else { return Ok(()) };
-    let names = if words[1] == "network" { 3 } else { 2 };
+    let names = if ["image", "network"].contains(&words[1].as_str()) { 3 } else { 2 };
     let mut help = Command::new(docker);
     help.args(&words[1..names]).arg("--help").args(&words[names..]);
     progress.run(help).map(drop)

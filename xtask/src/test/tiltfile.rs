@@ -56,9 +56,6 @@ pub(super) fn check(tally: &mut Tally) {
 fn every_scenario(progress: &Progress, helm: &Path, file: &Path) -> Result<()> {
     let kind = plan(progress, helm, file, Scenario::up(KIND))?;
     ensure!(!image(&kind)?.0 && image(&kind)?.1.contains("--with docker"), "kind gets its image from Docker");
-    let node = plan(progress, helm, file, Scenario::up(common::cluster::CONTEXT))?;
-    let (skips, command) = image(&node)?;
-    ensure!(skips && command.contains("--load cluster"), "the image is not loaded into the node: {command}");
     let ci = Scenario { subcommand: "ci", ..Scenario::up(KIND) };
     let ci = plan(progress, helm, file, ci)?;
     ensure!(
@@ -86,7 +83,7 @@ fn every_scenario(progress: &Progress, helm: &Path, file: &Path) -> Result<()> {
         );
     }
     schemas(progress, &observed)?;
-    for all in [&kind, &node, &ci, &elsewhere, &mac, &observed] {
+    for all in [&kind, &ci, &elsewhere, &mac, &observed] {
         commands(progress, all)?;
         order(all)?;
         dev_values_only(all)?;

@@ -1,5 +1,6 @@
 //! docker, podman and buildah: they build the same Dockerfile, and differ in a few flags.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -36,14 +37,16 @@ pub(super) struct Recipe<'a> {
 /// The wanted one, or the first that works. If none does, buildah is installed: it needs no daemon.
 pub(super) fn find(wanted: Option<Engine>, progress: &Progress) -> Result<Engine> {
     let all = [Engine::Docker, Engine::Podman, Engine::Buildah];
-    if let Some(engine) =
-        all.into_iter().find(|engine| wanted.is_none_or(|wanted| wanted == *engine) && engine.works())
-    {
+    if let Some(engine) = match wanted {
+        Some(engine) => Some(engine).filter(|engine| engine.works()),
+        // Without buildx Docker writes the time of the build into the image.
+        None => all.into_iter().find(|engine| engine.works() && (*engine != Engine::Docker || has_buildx())),
+    } {
         return Ok(engine);
     }
     match wanted {
         Some(Engine::Docker) => {
-            bail!("docker does not work here: start its daemon, and install docker-buildx")
+            bail!("no Docker engine answers: `cargo xtask kind up` says how to get one")
         }
         Some(Engine::Podman) => bail!("podman is not installed: apt-get install podman"),
         Some(Engine::Buildah) | None if install::can_install() => {
@@ -65,13 +68,7 @@ impl Engine {
     }
 
     fn works(self) -> bool {
-        let answers = |args: &[&str]| {
-            let mut probe = Command::new(self.program());
-            probe.args(args);
-            daemon::run_ok(probe, PROBE_LIMIT).is_ok()
-        };
-        programs::in_path(self.program()).is_some()
-            && (self != Self::Docker || (answers(&["version"]) && answers(&["buildx", "version"])))
+        programs::in_path(self.program()).is_some() && (self != Self::Docker || docker_answers(&["version"]))
     }
 
     /// The program as a command. buildah keeps its images in `dir`, and leaves nothing behind. The others
@@ -94,10 +91,12 @@ impl Engine {
         progress: &Progress,
     ) -> Result<()> {
         let Recipe { name, options, origin, stage } = recipe;
-        let dockerfile = workspace::root().join("deploy/Dockerfile");
+        let mut dockerfile = workspace::root().join("deploy/Dockerfile");
         let mut build = self.command(dir);
+        let plain = self == Self::Docker && !has_buildx();
         build.args(match self {
-            Self::Docker => &["buildx", "build", "--load"][..],
+            Self::Docker if plain => &["build"][..],
+            Self::Docker => &["buildx", "build", "--load"],
             // Docker's own format would keep the random name of the container that it was built in.
             Self::Podman | Self::Buildah => &["build", "--format", "oci"],
         });
@@ -106,7 +105,11 @@ impl Engine {
             Self::Docker => build.arg("--build-arg").arg(format!("SOURCE_DATE_EPOCH={epoch}")),
             Self::Podman | Self::Buildah => build.args(["--timestamp", &epoch]),
         };
-        build.args(["--platform", options.platform.name(), "--tag", name]).arg("--file").arg(dockerfile);
+        // Docker's builder without buildx takes no platform but its own.
+        if !plain {
+            build.args(["--platform", options.platform.name()]);
+        }
+        build.args(["--tag", name]);
         let version = workspace::version()?;
         for (argument, value) in
             [("VERSION", &version), ("REVISION", &origin.revision), ("CREATED", &origin.created)]
@@ -114,10 +117,16 @@ impl Engine {
             build.arg("--build-arg").arg(format!("{argument}={value}"));
         }
         match stage {
+            // Only buildx knows named contexts.
+            Some(stage) if plain => {
+                dockerfile = with_copied_stage(&dockerfile, dir)?;
+                build.arg(stage)
+            }
             // The context is not used then, and need not be the whole clone.
             Some(stage) => build.arg("--build-context").arg(format!("build={}", stage.display())).arg(stage),
             None => build.arg(workspace::root()),
         };
+        build.arg("--file").arg(dockerfile);
         progress.run(build).with_context(|| format!("build the image with {}", self.program()))?;
         let mut save = self.command(dir);
         match self {
@@ -132,6 +141,26 @@ impl Engine {
         progress.run(save).with_context(|| format!("save the image with {}", self.program()))?;
         Ok(())
     }
+}
+
+fn docker_answers(args: &[&str]) -> bool {
+    let mut probe = Command::new("docker");
+    probe.args(args);
+    daemon::run_ok(probe, PROBE_LIMIT).is_ok()
+}
+
+fn has_buildx() -> bool {
+    docker_answers(&["buildx", "version"])
+}
+
+/// The Dockerfile with a copy of the context as its stage `build`.
+fn with_copied_stage(dockerfile: &Path, dir: &Path) -> Result<PathBuf> {
+    let text = fs::read_to_string(dockerfile).with_context(|| format!("read {}", dockerfile.display()))?;
+    let (_, last) =
+        text.split_once("\nFROM scratch\n").context("the Dockerfile's last stage is from scratch")?;
+    let copy = dir.join("Dockerfile");
+    fs::write(&copy, format!("FROM scratch AS build\nCOPY . /\nFROM scratch\n{last}"))?;
+    Ok(copy)
 }
 
 /// The digest of the image's configuration, which its file is named after.

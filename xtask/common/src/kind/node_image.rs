@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use harness::servers::{daemon, programs};
 use harness::{Scratch, install, places};
 
-use super::{KIND_MODULE, NAME, NODE, ask_docker, docker, kind, tools};
+use super::{KIND_MODULE, NODE, ask_docker, docker, load_from_engine, tools};
 use crate::chart::module_folder;
 use crate::dry_run;
 use crate::go_tools::{self, GoTool};
@@ -35,7 +35,7 @@ const KUBERNETES: GoTool = GoTool {
 };
 
 /// The built kubectl, under its own name.
-pub(super) fn kubectl(progress: &Progress) -> Result<PathBuf> {
+pub fn kubectl(progress: &Progress) -> Result<PathBuf> {
     let (program, link) = (KUBERNETES.build(progress)?, tools()?.join("kubectl"));
     if fs::read_link(&link).is_ok_and(|target| target == program) {
         return Ok(link);
@@ -81,7 +81,7 @@ pub(super) fn stand_ins(progress: &Progress) -> Result<()> {
         }
         let list = ["exec", NODE, "ctr", "--namespace", "k8s.io", "images", "list", "-q"];
         if !ask_docker(&list)?.lines().any(|there| there == tag) {
-            progress.run(kind(&["load", "docker-image", "--name", NAME, tag])?)?;
+            load_from_engine(progress, tag)?;
         }
     }
     Ok(())
