@@ -36,7 +36,7 @@ struct User {
 }
 
 /// Registers two users, lets each send one message, and reads the conversation from both sides. The users and their
-/// messages stay: the API deletes nothing.
+/// messages stay.
 pub fn run(args: &Args) -> Result<()> {
     let mut client = Client::builder().timeout(REQUEST_TIMEOUT).connect_timeout(CONNECT_TIMEOUT).no_proxy();
     if args.url.scheme() == "http" {

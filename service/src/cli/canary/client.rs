@@ -1,5 +1,6 @@
 //! The canary's accounts as clients of the API.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -28,7 +29,8 @@ pub(super) struct Session {
     pub(super) id: String,
     pub(super) token: String,
     refresh: String,
-    renew: Instant,
+    /// When its tokens are exchanged: after half their time, or once one is refused.
+    renew: Cell<Instant>,
 }
 
 impl Api {
@@ -60,14 +62,14 @@ impl Api {
         }
         let tokens = answer.expect(200)?;
         let mut session = session(&tokens)?;
-        let me = self.answer(self.get(&["me"]).bearer_auth(&session.token)).await?.expect(200)?;
+        let me = self.answer_to(&session, self.get(&["me"])).await?.expect(200)?;
         session.id = text(&me, "id")?;
         Ok(session)
     }
 
-    /// Exchanges the tokens once half their time is over.
+    /// Exchanges the tokens when it is time.
     pub(super) async fn renew(&self, old: &mut Session) -> Result<()> {
-        if Instant::now() < old.renew {
+        if Instant::now() < old.renew.get() {
             return Ok(());
         }
         let request = self.post(&["refresh"], &json!({"refresh_token": old.refresh}));
@@ -85,15 +87,14 @@ impl Api {
         key: &str,
     ) -> Result<String> {
         let body = json!({"recipient_id": to.id, "content": content});
-        let request = self.post(&["send"], &body).bearer_auth(&from.token).header("idempotency-key", key);
-        text(&self.answer(request).await?.expect(201)?, "id")
+        let request = self.post(&["send"], &body).header("idempotency-key", key);
+        text(&self.answer_to(from, request).await?.expect(201)?, "id")
     }
 
     /// The newest messages of a conversation: more than a recent window has by default, so that Postgres is asked.
     pub(super) async fn read(&self, caller: &Session, peer: &Session) -> Result<Vec<Value>> {
         let query = [("peer_id", peer.id.as_str()), ("limit", "100")];
-        let request = self.get(&["messages"]).query(&query).bearer_auth(&caller.token);
-        let page = self.answer(request).await?.expect(200)?;
+        let page = self.answer_to(caller, self.get(&["messages"]).query(&query)).await?.expect(200)?;
         page.as_array().cloned().context("the conversation is no list")
     }
 
@@ -114,6 +115,15 @@ impl Api {
         self.client.post(address(&self.base, path)).timeout(REQUEST_TIMEOUT).json(body)
     }
 
+    /// A session that has ended is found out at once: the key of the tokens may be a new one.
+    async fn answer_to(&self, session: &Session, request: RequestBuilder) -> Result<Answer> {
+        let answer = self.answer(request.bearer_auth(&session.token)).await?;
+        if answer.status == 401 {
+            session.renew.set(Instant::now());
+        }
+        Ok(answer)
+    }
+
     async fn answer(&self, request: RequestBuilder) -> Result<Answer> {
         let response = request.send().await.with_context(|| {
             format!("no answer from {}: start the service there, or correct --url", self.base)
@@ -132,6 +142,6 @@ fn session(tokens: &Value) -> Result<Session> {
         id: String::new(),
         token: text(tokens, "access_token")?,
         refresh: text(tokens, "refresh_token")?,
-        renew: Instant::now() + Duration::from_secs(seconds / 2),
+        renew: Cell::new(Instant::now() + Duration::from_secs(seconds / 2)),
     })
 }

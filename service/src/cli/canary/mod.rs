@@ -79,11 +79,13 @@ async fn watch(args: &Args, password: &str) -> Result<()> {
                 let error = follow_rounds(&api, &metrics, args, sender, recipient).await;
                 eprintln!("canary: refresh: {error:#}; it logs in again");
             }
-            Err(error) => eprintln!("canary: log in: {error:#}"),
+            Err(error) => {
+                eprintln!("canary: log in: {error:#}");
+                metrics.failed("log_in");
+                metrics.round(false);
+                sleep(LOG_IN_PAUSE.mul_f64(1.0 + rand::random::<f64>() / 4.0)).await;
+            }
         }
-        metrics.failed("log_in");
-        metrics.round(false);
-        sleep(LOG_IN_PAUSE.mul_f64(1.0 + rand::random::<f64>() / 4.0)).await;
     }
 }
 

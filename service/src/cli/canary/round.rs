@@ -13,7 +13,7 @@ use super::client::{Api, Session};
 use super::follower::{Arrival, State};
 use super::metrics::Metrics;
 
-/// With the shortest interval they stay below the limit of sends per minute.
+/// With an interval of 5 s they stay below the limit of sends per minute.
 const SENDS: u32 = 3;
 const READ_LIMIT: Duration = Duration::from_secs(5);
 const READ_PAUSE: Duration = Duration::from_millis(500);
